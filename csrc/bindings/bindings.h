@@ -1,0 +1,20 @@
+// Shared by the binding files: pointers arrive as integers (tensor.data_ptr()), the GIL is released around every kernel.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "cpu/dispatch.h"
+#include "cpu/kernels.h"
+
+namespace sparseprune {
+namespace py = pybind11;
+using ReleaseGil = py::call_guard<py::gil_scoped_release>;
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void bind_masking(py::module_& m);
+}  // namespace sparseprune

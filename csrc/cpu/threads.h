@@ -1,0 +1,30 @@
+// Threads: torch's own OpenMP pool, sized by torch.set_num_threads. Never call omp_set_num_threads here.
+
+#if defined(_OPENMP)
+static inline int thread_id() { return omp_get_thread_num(); }
+static inline int team_size() { return omp_get_num_threads(); }
+static inline int max_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+#else
+static inline int thread_id() { return 0; }
+static inline int team_size() { return 1; }
+static inline int max_threads() { return 1; }
+#endif
+
+// How many threads `work` units are worth when a thread should get at least `grain` of them.
+static inline int threads_for(int64_t work, int64_t grain) {
+  const int64_t useful = work / (grain > 0 ? grain : 1);
+  const int most = max_threads();
+  return useful <= 1 ? 1 : (useful < most ? static_cast<int>(useful) : most);
+}
+
+// The part [begin, end) of n units, in multiples of `step`, that belongs to thread `id` of `team`.
+struct Range {
+  int64_t begin, end;
+};
+static inline Range share(int64_t n, int64_t step, int id, int team) {
+  const int64_t units = (n + step - 1) / step;
+  int64_t begin = units * id / team * step, end = units * (id + 1) / team * step;
+  if (begin > n) begin = n;
+  if (end > n) end = n;
+  return {begin, end};
+}
