@@ -1,0 +1,86 @@
+"""Batches of similar length in an order that depends only on seed and epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .augment import Augment
+
+__all__ = ["TokenLoader"]
+
+
+class TokenLoader:
+    """Yields dicts of int64: ``input_ids [B, T]``, ``attention_mask [B, T]``, ``labels [B]``; T: the longest
+
+    Examples are shuffled, sorted by length within groups of 32 batches, cut into batches, and the batches shuffled
+    again. The order and the augmentation of an epoch are functions of ``(seed, epoch)`` and of nothing else, so a run
+    that resumes at batch b of epoch e reads the same data. With ``shuffle=False`` the order is by length for ever.
+    """
+
+    def __init__(
+        self, sequences: Sequence[list[int]], labels: Sequence[int], batch_size: int = 32, shuffle: bool = False,
+        seed: int = 0, augment: Augment | None = None, pad_id: int = 0, mask_id: int = 3, protect: Collection[int] = (),
+        types: Sequence[list[int]] | None = None,
+    ):  # fmt: skip
+        if not sequences:
+            raise ValueError("TokenLoader: expected at least one example, got none")
+        if len(sequences) != len(labels):
+            raise ValueError(f"TokenLoader: expected one label a sequence, got {len(labels)} for {len(sequences)}")
+        if batch_size < 1:
+            raise ValueError(f"TokenLoader: batch_size expected >= 1, got {batch_size}")
+        if any(not ids for ids in sequences):
+            raise ValueError("TokenLoader: expected sequences of one token or more, got an empty one")
+        self.sequences, self.labels, self.types = list(sequences), list(labels), types
+        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
+        self.augment, self.pad_id, self.mask_id, self.protect = augment, pad_id, mask_id, frozenset(protect)
+        if augment is not None and augment.active and types is not None:
+            raise ValueError("TokenLoader: augmentation would misalign the token types; leave one of them out")
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return (len(self.sequences) + self.batch_size - 1) // self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch of the next iteration; each iteration raises it by one."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        epoch, self._epoch = self._epoch, self._epoch + 1
+        for number, chosen in enumerate(self.batches(epoch)):
+            yield self._collate(chosen, epoch, number)
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """The example indices of each batch of one epoch."""
+        lengths = [len(ids) for ids in self.sequences]
+        if not self.shuffle:
+            order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+            return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        generator = self._generator(epoch, 0)
+        order = torch.randperm(len(lengths), generator=generator).tolist()
+        group = 32 * self.batch_size
+        found: list[list[int]] = []
+        for start in range(0, len(order), group):
+            part = sorted(order[start : start + group], key=lambda i: lengths[i])
+            found += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
+        return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
+
+    def _generator(self, epoch: int, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + number)
+
+    def _collate(self, chosen: list[int], epoch: int, number: int) -> dict[str, Tensor]:
+        rows = [self.sequences[i] for i in chosen]
+        if self.augment is not None and self.augment.active:
+            generator = self._generator(epoch, number + 1)
+            rows = [self.augment(ids, self.mask_id, generator, self.protect) for ids in rows]
+        width = max(map(len, rows))
+        batch = {
+            "input_ids": torch.tensor([ids + [self.pad_id] * (width - len(ids)) for ids in rows]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows]),
+            "labels": torch.tensor([self.labels[i] for i in chosen]),
+        }
+        if self.types is not None:
+            batch["token_type_ids"] = torch.tensor([self.types[i] + [0] * (width - len(self.types[i])) for i in chosen])
+        return batch

@@ -1,0 +1,157 @@
+"""Loading, vocabulary, augmentation and batching of texts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from sparseprune.data import Augment, TokenLoader, Vocabulary, detect_unit, load_files, load_set, read_examples
+
+
+def write(path, *lines):
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "labels", "unit"),
+    [("clinc10", (15000, 3000, 4500), 10, "word"), ("crosswoz_zh", (3193, 500, 3539), 6, "character")],
+)
+def test_built_in_sets(name, sizes, labels, unit):
+    data = load_set(name)
+    assert tuple(len(split) for split in data.splits.values()) == sizes
+    assert len(data.label_names) == labels
+    assert all(0 <= label < labels for split in data.splits.values() for label in split.labels)
+    assert detect_unit(data.train.texts[:200]) == unit
+
+
+def test_digest_sees_one_changed_label():
+    data = load_set("crosswoz_zh").head(20, 10)
+    before = data.digest()
+    assert before == load_set("crosswoz_zh").head(20, 10).digest()
+    data.test.labels[3] = (data.test.labels[3] + 1) % 6
+    assert data.digest() != before
+
+
+def test_head_spreads_over_the_split():
+    data = load_set("clinc10").head(50, 20)
+    assert (len(data.train), len(data.valid), len(data.test)) == (50, 20, 20)
+    assert len(set(data.train.labels)) == 10
+
+
+def test_names_indices_and_pairs(tmp_path):
+    train = write(tmp_path / "a.tsv", "good film\tpos", "bad film\tneg", "", "fine\tpos")
+    other = write(
+        tmp_path / "b.jsonl", json.dumps({"text": "so so", "label": "neg"}), json.dumps({"text": "ok", "label": 1})
+    )
+    data = load_files(train, other, train)
+    assert data.label_names == ["neg", "pos"]
+    assert data.train.labels == [1, 0, 1]
+    assert data.valid.labels == [0, 1]
+    numbered = write(tmp_path / "n.tsv", "a\t0", "b\t2")
+    assert load_files(numbered, numbered, numbered).label_names == ["0", "1", "2"]
+    pairs = write(tmp_path / "p.jsonl", json.dumps({"premise": "a b", "hypothesis": "c", "label": "yes"}))
+    assert load_files(pairs, pairs, pairs).train.texts == [("a b", "c")]
+    assert read_examples(numbered, ["x", "y", "z"]).labels == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error", "said"),
+    [
+        (None, "", FileNotFoundError, "no such file"),
+        ("e.tsv", "\n\n", ValueError, "empty"),
+        ("w.tsv", "a\tpos\nb\tnever seen\n", ValueError, "w.tsv:2: label 'never seen' is not among the 2 known labels"),
+        ("f.tsv", "only text\n", ValueError, "f.tsv:1: expected text<TAB>label"),
+        ("l.tsv", "text\t \n", ValueError, "l.tsv:1: the label is empty"),
+        ("j.jsonl", "{not json\n", ValueError, "j.jsonl:1: not valid JSON"),
+        ("k.jsonl", '{"text": "a"}\n', ValueError, "k.jsonl:1: expected keys"),
+        ("b.jsonl", '{"text": "a", "label": true}\n', ValueError, "b.jsonl:1: expected keys"),
+        ("o.tsv", "a\tb\tpos\n", ValueError, "o.tsv:1: expected 1 text"),
+    ],
+)
+def test_bad_files_give_one_clear_line(tmp_path, name, text, error, said):
+    train = write(tmp_path / "train.tsv", "x\tpos", "y\tneg")
+    path = tmp_path / (name or "absent.tsv")
+    if name:
+        path.write_text(text)
+    with pytest.raises(error) as caught:
+        load_files(train, path, train)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_other_encodings_are_refused(tmp_path):
+    path = tmp_path / "latin.tsv"
+    path.write_bytes("caf\u00e9\t1\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="UTF-8"):
+        load_files(path, path, path)
+
+
+def test_vocabulary_words_characters_and_round_trip():
+    words = Vocabulary.build([("the cat, the dog",), ("The end",)], min_count=1)
+    assert words.unit == "word" and words.tokens[4] == "the"
+    assert words.encode("the unicorn") == [4, Vocabulary.UNKNOWN]
+    assert words.encode(("the", "the")) == [4, Vocabulary.SEPARATOR, 4]
+    assert words.encode("") == [Vocabulary.UNKNOWN]
+    assert len(words.encode("the " * 50, max_length=8)) == 8
+    chinese = Vocabulary.build([("\u9152\u5e97 \u9152",)], min_count=1)
+    assert chinese.unit == "character" and chinese.encode("\u5e97\u9152") == [5, 4]
+    again = Vocabulary.from_json(words.to_json())
+    assert again.tokens == words.tokens and again.unit == words.unit
+    assert len(Vocabulary.build([("a a b b c",)], min_count=2, max_size=5)) == 5
+
+
+def loader(**options):
+    sequences = [[4 + (i % 7)] * (1 + i % 9) for i in range(103)]
+    return TokenLoader(sequences, list(range(103)), batch_size=8, **options)
+
+
+def test_every_example_once_an_epoch_with_padding_masks():
+    made = loader(shuffle=True, seed=3)
+    batches = list(made)
+    assert len(batches) == len(made) == 13
+    assert sorted(torch.cat([b["labels"] for b in batches]).tolist()) == list(range(103))
+    for batch in batches:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        assert ids.shape == mask.shape and mask.sum(1).max() == ids.shape[1]
+        assert torch.equal(ids != 0, mask == 1)
+    assert sum(b["input_ids"].numel() for b in batches) < 103 * 9 * 0.75  # similar lengths share a batch
+
+
+def test_order_and_augmentation_depend_on_seed_and_epoch_alone():
+    augment = Augment(drop=0.2, swap=0.2, mask=0.2)
+
+    def read(seed, epoch):
+        made = loader(shuffle=True, seed=seed, augment=augment)
+        made.set_epoch(epoch)
+        return [b["input_ids"].tolist() for b in made]
+
+    assert read(1, 2) == read(1, 2)
+    assert read(1, 2) != read(1, 3)
+    assert read(1, 2) != read(2, 2)
+    made = loader(shuffle=True, seed=1, augment=augment)
+    list(made)
+    list(made)
+    assert [b["input_ids"].tolist() for b in made] == read(1, 2)
+
+
+def test_augmentation_keeps_protected_tokens_and_something():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        out = Augment(drop=0.9, swap=0.5, mask=0.5)([1, 7, 8, 2, 9, 2], mask_id=3, generator=generator, protect={1, 2})
+        assert [t for t in out if t in (1, 2)] == [1, 2, 2] and any(t not in (1, 2) for t in out)
+    assert Augment()([5, 6], 3, generator) == [5, 6]
+    with pytest.raises(ValueError, match="drop"):
+        Augment(drop=1.0)
+
+
+def test_loader_refuses_what_it_cannot_batch():
+    with pytest.raises(ValueError, match="one label a sequence"):
+        TokenLoader([[1]], [0, 1])
+    with pytest.raises(ValueError, match="at least one example"):
+        TokenLoader([], [])
+    with pytest.raises(ValueError, match="empty"):
+        TokenLoader([[]], [0])
+    with pytest.raises(ValueError, match="token types"):
+        TokenLoader([[1]], [0], augment=Augment(drop=0.1), types=[[0]])
