@@ -110,7 +110,7 @@ def run_jobs(jobs: list[tuple[Path, list[str]]], folder: Path) -> None:
     def escape(text: str) -> str:
         return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    lines = ["rule cxx", "  command = $cmd -MMD -MF $out.d", "  depfile = $out.d", "  deps = gcc", "  description = CXX $out"]
+    lines = [f"builddir = {escape(str(folder))}", "rule cxx", "  command = $cmd -MMD -MF $out.d", "  depfile = $out.d", "  deps = gcc", "  description = CXX $out"]
     for target, command in jobs:
         source = command[command.index("-c") + 1]
         lines += [f"build {escape(str(target))}: cxx {escape(source)}", f"  cmd = {' '.join(command).replace('$', '$$')}"]
