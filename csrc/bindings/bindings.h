@@ -17,4 +17,5 @@ T* at(uintptr_t address) {
 }
 
 void bind_masking(py::module_& m);
+void bind_peaks(py::module_& m);
 }  // namespace sparseprune

@@ -16,4 +16,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("openmp") = false;
 #endif
   bind_masking(m);
+  bind_peaks(m);
 }

@@ -24,6 +24,10 @@ namespace {
 #include "../simd.h"
 #include "../threads.h"
 #include "../masking.inl"
+#include "../peaks.inl"
+#include "../workspace.h"
+#include "../activations.inl"
+#include "../spmm.inl"
 }  // namespace
 
 const Kernels& SP_JOIN(SP_TIER, _kernels)() {
@@ -31,6 +35,8 @@ const Kernels& SP_JOIN(SP_TIER, _kernels)() {
       SP_TEXT(SP_TIER),
       SP_LANES,
       masking_kernels(),
+      peak_kernels(),
+      matmul_kernels(),
   };
   return table;
 }
