@@ -42,10 +42,11 @@ def select_linears(model: nn.Module, filter_fn: FilterFn | None = None) -> Selec
     """Every Linear of the model (weight `[N, K]`), selected or left out with a reason.
 
     Without ``filter_fn`` the default leaves out weights tied to another module and the head:
-    ``get_output_embeddings()``, a last name component in :data:`HEAD_NAMES`, or a classification head's ``out_proj``. ``filter_fn(module, fqn)``
-    replaces that choice. Left out in any case is what cannot be pruned as a Linear: ``nn.MultiheadAttention.out_proj``,
-    whose weight is read past its forward; weights that a parametrization computes, that are not floating point, not
-    initialised or on the meta device; and the second of two selected Linears that share one weight.
+    ``get_output_embeddings()``, a last name component in :data:`HEAD_NAMES`, or a classification head's ``out_proj``.
+    ``filter_fn(module, fqn)`` replaces that choice. Left out in any case is what cannot be pruned as a Linear:
+    ``nn.MultiheadAttention.out_proj``, whose weight is read past its forward; weights that a parametrization computes,
+    that are not floating point, not initialised or on the meta device; and the second of two selected Linears that
+    share one weight.
 
     A model that is itself a Linear is listed under the name ``""``. Raises ValueError, listing the candidates, when
     nothing is selected.
