@@ -9,6 +9,19 @@ from torch import Tensor, nn
 __all__ = ["TextEncoder"]
 
 
+class FeedForward(nn.Module):
+    """Linear, GELU, Linear. x: `[..., hidden]`; returns the same shape."""
+
+    def __init__(self, hidden: int, ffn: int):
+        super().__init__()
+        self.expand = nn.Linear(hidden, ffn)
+        self.activation = nn.GELU()
+        self.contract = nn.Linear(ffn, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.contract(self.activation(self.expand(x)))
+
+
 class EncoderLayer(nn.Module):
     """Pre-norm self-attention and a GELU feed-forward, residuals. x: `[B, T, hidden]`, keep: bool `[B, 1, 1, T]`."""
 
@@ -21,9 +34,7 @@ class EncoderLayer(nn.Module):
         self.value = nn.Linear(hidden, hidden)
         self.output = nn.Linear(hidden, hidden)
         self.ffn_norm = nn.LayerNorm(hidden)
-        self.expand = nn.Linear(hidden, ffn)
-        self.activation = nn.GELU()
-        self.contract = nn.Linear(ffn, hidden)
+        self.ffn = FeedForward(hidden, ffn)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
@@ -34,7 +45,7 @@ class EncoderLayer(nn.Module):
         )
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=keep).transpose(1, 2).flatten(2)
         x = x + self.dropout(self.output(attended))
-        return x + self.dropout(self.contract(self.activation(self.expand(self.ffn_norm(x)))))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
 class TextEncoder(nn.Module):
