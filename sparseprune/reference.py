@@ -6,9 +6,11 @@ Written for clarity and exactness, not for speed. Each function has the name of 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._registry import kernel
@@ -190,3 +192,209 @@ def masked_adamw_(
         for tensor in (value, exp_avg, exp_avg_sq):
             tensor.masked_fill_(~mask, 0)
     p.copy_(value)
+
+
+# Sparse matmul.
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+
+
+def activate(y: Tensor, activation: str) -> Tensor:
+    """y: `[...]`; activation one of ACTIVATIONS ("gelu" is exact, "gelu_tanh" its tanh form)."""
+    if activation == "none":
+        return y
+    if activation == "relu":
+        return F.relu(y)
+    if activation == "gelu":
+        return F.gelu(y)
+    if activation == "gelu_tanh":
+        return F.gelu(y, approximate="tanh")
+    if activation == "silu":
+        return F.silu(y)
+    raise ValueError(f"activation expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def _dense_linear(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """x: `[..., K]`, w `[N_out, K]` of any floating dtypes; sums in float32 or wider; returns x's dtype."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
+    y = F.linear(x.to(wide), w.to(wide), None if bias is None else bias.to(wide))
+    return activate(y, activation).to(x.dtype)
+
+
+def csr_to_dense(crow_indices: Tensor, col_indices: Tensor, values: Tensor, k: int) -> Tensor:
+    """values `[nnz]` or blocks `[nblocks, r, c]`; returns `[N_out, k]`."""
+    if values.dim() == 1:
+        return csr_to_dense(crow_indices, col_indices, values.view(-1, 1, 1), k)
+    _, r, c = values.shape
+    rows, columns = crow_indices.numel() - 1, k // c
+    counts = (crow_indices[1:] - crow_indices[:-1]).long()
+    row = torch.repeat_interleave(torch.arange(rows, device=values.device), counts)
+    blocks = values.new_zeros(rows * columns, r, c).index_put((row * columns + col_indices.long(),), values)
+    return blocks.view(rows, columns, r, c).transpose(1, 2).reshape(rows * r, columns * c)
+
+
+@kernel("csr_linear", "reference", _always)
+def csr_linear(
+    x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    """x: `[..., K]`; csr of `[N_out, K]`; bias `[N_out]`; returns activation(x W^T + bias) `[..., N_out]`."""
+    return _dense_linear(x, csr_to_dense(crow_indices, col_indices, values, x.shape[-1]), bias, activation)
+
+
+@kernel("bsr_linear", "reference", _always)
+def bsr_linear(
+    x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    """x: `[..., K]`; bsr of `[N_out, K]`, values `[nblocks, r, c]`; bias `[N_out]`; returns `[..., N_out]`."""
+    return _dense_linear(x, csr_to_dense(crow_indices, col_indices, values, x.shape[-1]), bias, activation)
+
+
+@kernel("nm_linear", "reference", _always)
+def nm_linear(
+    x: Tensor, values: Tensor, indices: Tensor, n: int, m: int, bias: Tensor | None, activation: str
+) -> Tensor:
+    """x: `[..., K]`; values, indices (uint8) `[N_out, K / m * n]`; bias `[N_out]`; returns `[..., N_out]`."""
+    column = torch.arange(indices.shape[1], device=x.device) // n * m + indices.long()
+    w = values.new_zeros(values.shape[0], x.shape[-1]).scatter(1, column, values)
+    return _dense_linear(x, w, bias, activation)
+
+
+@kernel("csr_linear_dx", "reference", _always)
+def csr_linear_dx(dy: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, k: int) -> Tensor:
+    """dy: `[..., N_out]`; values `[nnz]` or blocks `[nblocks, r, c]`; returns dX = dY W, `[..., k]`."""
+    w = csr_to_dense(crow_indices, col_indices, values, k)
+    return _dense_linear(dy, w.t(), None, "none")
+
+
+@kernel("masked_linear", "reference", _always)
+def masked_linear(x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+    """x: `[..., K]`; w, mask (bool) `[N_out, K]`; bias `[N_out]`; returns `[..., N_out]`."""
+    return _dense_linear(x, w.masked_fill(~mask, 0), bias, "none")
+
+
+@kernel("sddmm", "reference", _always)
+def sddmm(x: Tensor, dy: Tensor, crow_indices: Tensor, col_indices: Tensor, r: int, c: int) -> Tensor:
+    """x: `[..., K]`, dy: `[..., N_out]`; returns `[nblocks, r, c]`: sum over tokens of dy[n, o] x[n, k] at the kept
+    blocks.
+    """
+    wide = torch.promote_types(torch.promote_types(x.dtype, dy.dtype), torch.float32)
+    rows, columns = dy.shape[-1] // r, x.shape[-1] // c
+    dw = dy.reshape(-1, rows * r).to(wide).t() @ x.reshape(-1, columns * c).to(wide)
+    counts = (crow_indices[1:] - crow_indices[:-1]).long()
+    row = torch.repeat_interleave(torch.arange(rows, device=x.device), counts)
+    return dw.view(rows, r, columns, c).transpose(1, 2)[row, col_indices.long()]
+
+
+@kernel("add_layer_norm", "reference", _always)
+def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x, residual: `[..., D]`; weight, bias `[D]`; returns LayerNorm(x + residual), x's dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = x.to(wide) if residual is None else x.to(wide) + residual.to(wide)
+    return F.layer_norm(total, (x.shape[-1],), weight.to(wide), bias.to(wide), eps).to(x.dtype)
+
+
+def packed_places(index: Tensor, offsets: Tensor, plan: Sequence[int]) -> Tensor:
+    """int64 `[packed]`: where in the flat `[N_out * K]` weight each packed value lies (``native.matmul.Packed`` has
+    the order).
+    """
+    kind, rows, columns, height, k_block, row_block = plan[:6]
+    device = index.device
+    if kind == 1:  # bitmask: one bit a column, least significant first; values in row order
+        bit = torch.arange(8, device=device)
+        kept = (index.view(rows, -1).unsqueeze(2) >> bit & 1).flatten(1)[:, :columns]
+        return kept.flatten().nonzero().flatten()
+    # groups: row block, then K-block, then group of `height` rows, then entry, then row within the group
+    groups, k_blocks, per_block = -(-rows // height), -(-columns // k_block), row_block // height
+    group_of, k_of = [], []
+    for first in range(0, groups, per_block):
+        here = torch.arange(first, min(groups, first + per_block), device=device)
+        group_of.append(here.repeat(k_blocks))
+        k_of.append(torch.arange(k_blocks, device=device).repeat_interleave(here.numel()))
+    if not group_of:
+        return torch.zeros(0, dtype=torch.int64, device=device)
+    counts = (offsets[1:] - offsets[:-1]).long()
+    group = torch.cat(group_of).repeat_interleave(counts)
+    column = torch.cat(k_of).repeat_interleave(counts) * k_block + (index[: group.numel()].long() & 0xFFFF)
+    row = group.unsqueeze(1) * height + torch.arange(height, device=device)
+    return (row * columns + column.unsqueeze(1)).flatten()
+
+
+def packed_to_dense(
+    index: Tensor, offsets: Tensor, values: Tensor, scale: Tensor | None, plan: Sequence[int]
+) -> Tensor:
+    """The dense `[N_out, K]`, float32 or wider, of a packed form: what its kernel multiplies with."""
+    rows, columns = plan[1], plan[2]
+    places = packed_places(index, offsets, plan)
+    wide = torch.promote_types(values.dtype, torch.float32)
+    flat = torch.zeros(rows * columns, dtype=wide, device=values.device)
+    flat[places] = values[: places.numel()].to(wide)
+    return flat.view(rows, columns) if scale is None else flat.view(rows, columns) * scale.unsqueeze(1)
+
+
+@kernel("packed_linear", "reference", _always)
+def packed_linear(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    offsets: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    plan: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """x: `[..., K]`; a packed weight `[N_out, K]`; residual `[..., N_out]`; returns activation(x W^T + bias) +
+    residual.
+    """
+    w = packed_to_dense(index, offsets, values, scale, plan)
+    wide = torch.promote_types(x.dtype, w.dtype)
+    y = activate(F.linear(x.to(wide), w.to(wide), None if bias is None else bias.to(wide)), activation)
+    return (y if residual is None else y + residual.to(wide)).to(x.dtype)
+
+
+@kernel("gather_values", "reference", _always)
+def gather_values(values: Tensor, perm: Tensor, dtype: torch.dtype) -> Tensor:
+    """values: any shape, canonical order; perm int32 `[packed]`, -1 where a packed place holds no value; returns
+    `[packed]`.
+    """
+    flat = values.flatten()
+    if flat.numel() == 0:
+        return torch.zeros(perm.numel(), dtype=dtype, device=values.device)
+    return torch.where(perm < 0, 0, flat[perm.clamp(min=0).long()]).to(dtype)
+
+
+@kernel("packed_sddmm", "reference", _always)
+def packed_sddmm(
+    x: Tensor, dy: Tensor, index: Tensor, offsets: Tensor, perm: Tensor, plan: Sequence[int], n_values: int
+) -> Tensor:
+    """x: `[..., K]`, dy: `[..., N_out]`; returns `[n_values]` in canonical order, the gradient of the values of a
+    packed form.
+    """
+    wide = torch.promote_types(torch.promote_types(x.dtype, dy.dtype), torch.float32)
+    rows, columns = plan[1], plan[2]
+    dw = (dy.reshape(-1, rows).to(wide).t() @ x.reshape(-1, columns).to(wide)).flatten()
+    places = packed_places(index, offsets, plan)
+    out = torch.zeros(n_values, dtype=wide, device=x.device)
+    out[perm[: places.numel()].long()] = dw[places]
+    return out
+
+
+@kernel("trained_linear", "reference", _always)
+def trained_linear(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    offsets: Tensor,
+    perm: Tensor,
+    plan: Sequence[int],
+    t_index: Tensor,
+    t_offsets: Tensor,
+    t_perm: Tensor,
+    t_plan: Sequence[int],
+) -> Tensor:
+    """x: `[..., K]`; canonical values of the packed structure of `[N_out, K]`; t_*: that of its transpose, for the
+    backward.
+    """
+    packed = gather_values(values, perm, torch.promote_types(values.dtype, torch.float32))
+    return packed_linear(x, packed, index, offsets, None, bias, None, plan, "none")

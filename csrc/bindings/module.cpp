@@ -16,5 +16,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("openmp") = false;
 #endif
   bind_masking(m);
+  bind_selection(m);
+  bind_matmul(m);
   bind_peaks(m);
 }

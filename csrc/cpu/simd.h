@@ -24,3 +24,51 @@ static inline vi bits(vf v) { return reinterpret_cast<vi>(v); }
 static inline vf floats(vi v) { return reinterpret_cast<vf>(v); }
 // All bits set where the byte of a bool mask is not zero.
 static inline vi widen_bool(const uint8_t* p) { return __builtin_convertvector(*reinterpret_cast<const vb_any*>(p), vi) != 0; }
+
+// Eight floats in any tier, and reads and writes at any address for kernels that are templates of their vector type.
+typedef float v8 __attribute__((vector_size(32), aligned(32), may_alias));
+typedef int32_t v8i __attribute__((vector_size(32), aligned(32), may_alias));
+
+template <class F>
+static inline F read(const float* p) {
+  F v;
+  __builtin_memcpy(&v, p, sizeof(F));
+  return v;
+}
+template <class F>
+static inline void write(float* p, F v) {
+  __builtin_memcpy(p, &v, sizeof(F));
+}
+template <class F>
+static inline F broadcast(float s) {
+  return F{} + s;
+}
+template <class F>
+constexpr int lanes_of() {
+  return static_cast<int>(sizeof(F) / 4);
+}
+
+#if defined(__clang__)
+#define SP_SHUFFLE8(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SP_SHUFFLE8(a, b, ...) __builtin_shuffle(a, b, v8i{__VA_ARGS__})
+#endif
+
+// Transposes 8 x 8 in registers.
+static inline void transpose8(v8* r) {
+  v8 t[8], u[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = SP_SHUFFLE8(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    t[i + 1] = SP_SHUFFLE8(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = SP_SHUFFLE8(t[i], t[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+    u[i + 1] = SP_SHUFFLE8(t[i], t[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    u[i + 2] = SP_SHUFFLE8(t[i + 1], t[i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
+    u[i + 3] = SP_SHUFFLE8(t[i + 1], t[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = SP_SHUFFLE8(u[i], u[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    r[i + 4] = SP_SHUFFLE8(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}

@@ -2,6 +2,19 @@
 ``torch.ops.sparseprune.NAME``.
 """
 
+from .linear import (
+    add_layer_norm,
+    bsr_linear,
+    csr_linear,
+    layout_linear,
+    masked_linear,
+    nm_linear,
+    pack,
+    packed_linear,
+    repack,
+    sddmm,
+    trained_linear,
+)
 from .masking import apply_mask_, mask_gradient_, masked_adamw_, masked_copy, threshold_mask
 from .selection import (
     RadixSelect,
@@ -16,16 +29,27 @@ from .selection import (
 
 __all__ = [
     "RadixSelect",
+    "add_layer_norm",
     "apply_mask_",
     "block_scores",
+    "bsr_linear",
+    "csr_linear",
     "cut_mask",
     "kth_magnitude",
+    "layout_linear",
     "magnitude_mask",
     "mask_gradient_",
     "masked_adamw_",
     "masked_copy",
+    "masked_linear",
+    "nm_linear",
     "nm_mask",
+    "pack",
+    "packed_linear",
     "radix_histogram",
+    "repack",
+    "sddmm",
     "threshold_mask",
     "topk_mask",
+    "trained_linear",
 ]

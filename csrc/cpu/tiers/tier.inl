@@ -23,7 +23,10 @@ namespace sparseprune {
 namespace {
 #include "../simd.h"
 #include "../threads.h"
+#include "../halves.h"
+#include "../adamw.inl"
 #include "../masking.inl"
+#include "../topk.inl"
 #include "../peaks.inl"
 #include "../workspace.h"
 #include "../activations.inl"
@@ -35,6 +38,7 @@ const Kernels& SP_JOIN(SP_TIER, _kernels)() {
       SP_TEXT(SP_TIER),
       SP_LANES,
       masking_kernels(),
+      selection_kernels(),
       peak_kernels(),
       matmul_kernels(),
   };

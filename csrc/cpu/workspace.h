@@ -1,0 +1,47 @@
+// Scratch memory of the calling thread, aligned to 64 bytes and kept between calls up to kKeep floats; freed when the thread ends.
+// No two calls share one: every thread, Python's or OpenMP's, has its own.
+
+class Workspace {
+ public:
+  static constexpr int64_t kKeep = int64_t(1) << 22;
+
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { std::free(data_); }
+
+  // At least n floats; what was there before is lost.
+  float* reserve(int64_t n) {
+    if (n > size_) {
+      std::free(data_);
+      size_ = 0;
+      data_ = nullptr;
+      const size_t bytes = (static_cast<size_t>(n) * sizeof(float) + 4095) / 4096 * 4096;
+      if (posix_memalign(reinterpret_cast<void**>(&data_), 4096, bytes) != 0) std::abort();  // out of memory inside a kernel
+      size_ = static_cast<int64_t>(bytes / sizeof(float));
+    }
+    return data_;
+  }
+
+  // Gives back what one unusually large call took.
+  void trim() {
+    if (size_ <= kKeep) return;
+    std::free(data_);
+    data_ = nullptr;
+    size_ = 0;
+  }
+
+ private:
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Two a thread: what a team shares (the panel) belongs to the caller, and each member has its own sums.
+static Workspace& workspace() {
+  static thread_local Workspace mine;
+  return mine;
+}
+static Workspace& sums_workspace() {
+  static thread_local Workspace mine;
+  return mine;
+}
