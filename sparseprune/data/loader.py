@@ -13,7 +13,7 @@ __all__ = ["TokenLoader"]
 
 
 class TokenLoader:
-    """Yields dicts of int64: ``input_ids [B, T]``, ``attention_mask [B, T]``, ``labels [B]``; T: the longest
+    """Yields dicts of int64: ``input_ids [B, T]``, ``attention_mask [B, T]``, ``labels [B]``, cut to the longest row.
 
     Examples are shuffled, sorted by length within groups of 32 batches, cut into batches, and the batches shuffled
     again. The order and the augmentation of an epoch are functions of ``(seed, epoch)`` and of nothing else, so a run

@@ -1,0 +1,167 @@
+"""The adversarial side of a step: rows of features, the discriminator's update, the student's term and its weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import DiscriminatorConfig
+from .discriminator import Discriminator, adversarial_loss, discriminator_loss, gradient_penalty, pair_accuracy
+from .features import normalise, orthonormal, rows_of
+from .monitor import Balance, Monitor
+
+__all__ = ["Game", "Rows"]
+
+
+@dataclass
+class Rows:
+    """Rows of all taps below each other: real, fake `[M, p]`, condition `[M, c]` or None, tap int64 `[M]`."""
+
+    real: Tensor
+    fake: Tensor
+    condition: Tensor | None
+    tap: Tensor
+
+
+class Game:
+    """Discriminator, its optimiser, the monitor and the gradient balance. Built on the first batch, when sizes are
+    known.
+
+    Everything random here is drawn from one generator of its own, so the game neither reads nor moves the global state.
+    """
+
+    def __init__(self, config: DiscriminatorConfig, kappa: float, sizes: Sequence[int], condition: int, seed: int,
+                 device: torch.device):  # fmt: skip
+        self.config, self.device, self.seed, self.resets = config, device, seed, 0
+        self.feature_sizes, self.condition_size = list(sizes), condition
+        self.generator = torch.Generator().manual_seed(seed * 7919 + 17)
+        fixed = torch.Generator().manual_seed(seed * 7919 + 29)
+        self.projections = [_on(orthonormal(size, config.projection, fixed), device) for size in sizes]
+        self.condition_projection = _on(orthonormal(condition, config.projection, fixed), device) if condition else None
+        self.width = min(max(sizes), config.projection)
+        self.sizes = (self.width, min(condition, config.projection), len(sizes))
+        self.monitor = Monitor(strong=config.strong, patience=config.patience)
+        self.balance = Balance(kappa)
+        self.updates = 0
+        self._new_critic()
+
+    def _new_critic(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * 7919 + 31 + self.resets)
+            self.critic = Discriminator(self.config, *self.sizes).to(self.device)
+        self.optimiser = torch.optim.Adam(self.critic.parameters(), lr=self.config.lr, betas=self.config.betas)
+
+    def rows(
+        self, teacher: Sequence[Tensor], student: Sequence[Tensor], entry: Tensor | None, mask: Tensor | None
+    ) -> Rows:
+        """The same ``config.rows`` rows of both sides of each tap, normalised and projected."""
+        real, fake, conditions, taps = [], [], [], []
+        condition = None
+        if entry is not None and self.sizes[1]:
+            condition = _project(normalise(rows_of(entry.detach(), mask)), self.condition_projection)
+        for i, (t, s) in enumerate(zip(teacher, student)):
+            t, s = rows_of(t.detach(), mask), rows_of(s, mask)
+            if len(t) > self.config.rows:
+                chosen = torch.randperm(len(t), generator=self.generator)[: self.config.rows].to(t.device)
+                t, s = t[chosen], s[chosen]
+                conditions.append(condition[chosen] if condition is not None else None)
+            else:
+                conditions.append(condition)
+            real.append(self._lift(normalise(t), i))
+            fake.append(self._lift(normalise(s), i))
+            taps.append(torch.full((len(t),), i, device=t.device))
+        joined = None if condition is None else torch.cat([c for c in conditions if c is not None])
+        return Rows(torch.cat(real), torch.cat(fake), joined, torch.cat(taps))
+
+    def _lift(self, rows: Tensor, tap: int) -> Tensor:
+        """`[M, d]` of this tap -> `[M, width]`: projected where wider, padded with zeros where narrower."""
+        rows = _project(rows, self.projections[tap])
+        return F.pad(rows, (0, self.width - rows.shape[-1]))
+
+    def play(self, rows: Rows, progress: float) -> dict[str, Any]:
+        """One look of the discriminator at the rows and, unless it rests, one update; returns its loss and accuracy."""
+        config = self.config
+        sigma = config.noise * (1 - progress)
+        real, fake = self._noisy(rows.real, sigma), self._noisy(rows.fake.detach(), sigma)
+        resting = self.monitor.rest or config.mode == "frozen"
+        self.critic.train(not resting)
+        with torch.set_grad_enabled(not resting):
+            on_real = self.critic(real, rows.condition, rows.tap)
+            on_fake = self.critic(fake, rows.condition, rows.tap)
+            self.monitor.observe(pair_accuracy(on_real.detach(), on_fake.detach()))
+            if config.mode == "shuffled":
+                swap = (torch.rand(len(on_real), generator=self.generator) < 0.5).to(on_real.device)
+                on_real, on_fake = torch.where(swap, on_fake, on_real), torch.where(swap, on_real, on_fake)
+            loss = discriminator_loss(config.loss, on_real, on_fake)
+        event = None
+        if not math.isfinite(float(loss)) or (self.monitor.stuck and config.mode == "trained"):
+            event = "discriminator restarted: " + (
+                "too strong for too long" if math.isfinite(float(loss)) else "not finite"
+            )
+            self.resets += 1
+            self._new_critic()
+            self.monitor.reset()
+        elif not resting:
+            self.updates += 1
+            if config.loss == "wgan-gp" and self.updates % 4 == 0:
+                penalty = gradient_penalty(self.critic, real, fake, rows.condition, rows.tap, self.generator)
+                loss = loss + 4 * config.penalty * penalty
+            self.optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimiser.step()
+        return {"loss": float(loss.detach()), "accuracy": self.monitor.accuracy, "event": event}
+
+    def pull(self, rows: Rows) -> Tensor:
+        """L_adv of the student's rows through the discriminator held still."""
+        self.critic.eval()
+        self.critic.requires_grad_(False)
+        try:
+            fake = self.critic(rows.fake, rows.condition, rows.tap)
+            real = self.critic(rows.real, rows.condition, rows.tap) if self.config.loss == "relativistic" else None
+            return adversarial_loss(self.config.loss, fake, real)
+        finally:
+            self.critic.requires_grad_(True)
+
+    def weigh(self, distillation: Tensor, adversarial: Tensor, features: Sequence[Tensor]) -> None:
+        """Measures both gradients at the student's features and moves the adversarial weight."""
+        pulls = []
+        for value in (distillation, adversarial):
+            if not value.requires_grad:
+                return
+            grads = torch.autograd.grad(value, list(features), retain_graph=True, allow_unused=True)
+            pulls.append(math.sqrt(sum(float(g.float().square().sum()) for g in grads if g is not None)))
+        self.balance.observe(*pulls)
+
+    def _noisy(self, rows: Tensor, sigma: float) -> Tensor:
+        if sigma <= 0:
+            return rows
+        return rows + sigma * torch.randn(rows.shape, generator=self.generator).to(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "critic": self.critic.state_dict(), "optimiser": self.optimiser.state_dict(), "resets": self.resets,
+            "updates": self.updates, "monitor": self.monitor.state_dict(), "balance": self.balance.state_dict(),
+            "generator": self.generator.get_state(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.critic.load_state_dict(state["critic"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.resets, self.updates = int(state["resets"]), int(state["updates"])
+        self.monitor.load_state_dict(state["monitor"])
+        self.balance.load_state_dict(state["balance"])
+        self.generator.set_state(state["generator"])
+
+
+def _project(rows: Tensor, projection: Tensor | None) -> Tensor:
+    return rows if projection is None else rows @ projection
+
+
+def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)

@@ -1,0 +1,203 @@
+"""The gates: scores on groups of weights, the exact masks they give, and the straight-through gradient back to the
+scores.
+
+Between steps the model's parameters hold the masked weights, so that whoever looks at the model sees what is in use.
+The unmasked weights live beside them (``masters``): a weight whose gate closes keeps its value and can return until
+the freeze.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..pruning.granularity import NM, Plan
+from .config import GANConfig
+from .features import split_batch
+
+__all__ = ["Gates", "input_norms"]
+
+
+@torch.no_grad()
+def input_norms(model: nn.Module, linears: dict[str, nn.Linear], batches: Iterable[Any]) -> dict[str, Tensor]:
+    """||x_j||_2 over all real rows that reach each Linear, float32 `[K]` by name (the activation side of Wanda's
+    score).
+    """
+    sums = {name: torch.zeros(layer.in_features, device=layer.weight.device) for name, layer in linears.items()}
+    mask: Tensor | None = None
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach()
+            if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
+                x = x[mask]
+            sums[name] += x.reshape(-1, x.shape[-1]).float().square().sum(0)
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in linears.items()]
+    was_training = model.training
+    model.eval()
+    try:
+        for raw in batches:
+            batch = split_batch(raw, next(model.parameters()).device)
+            mask = batch.mask
+            batch.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    return {name: total.sqrt() for name, total in sums.items()}
+
+
+class Gates:
+    """Masters, scores and masks of the pruned Linears. Scores: float32, one a unit of the granularity, by unit map."""
+
+    def __init__(self, model: nn.Module, linears: dict[str, nn.Linear], config: GANConfig):
+        self.config = config
+        self.plan = Plan.build(model, linears, config.granularity, scope=config.scope)
+        self.maps = {unit_map.key: unit_map for unit_map in self.plan.unit_maps}
+        self.weights: dict[str, Tensor] = {name: linears[name].weight for name in self.plan.layers}
+        self.masters = {name: nn.Parameter(w.detach().clone()) for name, w in self.weights.items()}
+        self.masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in self.weights.items()}
+        device = next(iter(self.weights.values())).device
+        self.scores = {key: nn.Parameter(torch.zeros(m.shape, device=device)) for key, m in self.maps.items()}
+        self._parts = [dataclasses.replace(self.plan, parts=(part,)) for part in self.plan.parts]
+        fixed = [part.granularity for part in self.plan.parts if isinstance(part.granularity, NM)]
+        if len(fixed) == len(self.plan.parts):
+            for pattern in fixed:
+                if not math.isclose(pattern.n / pattern.m, config.final_density, abs_tol=1e-9):
+                    raise ValueError(
+                        f"{pattern!r} keeps {pattern.n / pattern.m:g}, the schedule ends at {config.final_density:g}; "
+                        f"use a schedule such as Cubic({pattern.n / pattern.m:g})"
+                    )
+        self.frozen = False
+
+    @property
+    def total(self) -> int:
+        return sum(w.numel() for w in self.weights.values())
+
+    @property
+    def kept(self) -> int:
+        return sum(int(mask.sum()) for mask in self.masks.values())
+
+    def _reduce(self, dense: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Per-weight values `[N, K]` by layer -> sums over each unit, by unit map."""
+        return {
+            key: unit_map.reduce({name: dense[name] for name in unit_map.layers}) for key, unit_map in self.maps.items()
+        }
+
+    @torch.no_grad()
+    def start_scores(self, norms: dict[str, Tensor]) -> None:
+        """Learned scores begin as ranks in [0, 1] of |W| * ||x||_2, over all units of a kind or within each map, as the
+        scope says.
+        """
+        importance = self._reduce({name: w.detach().abs().float() * norms[name] for name, w in self.masters.items()})
+        for part in self.plan.parts:
+            keys = [unit_map.key for unit_map in part.maps]
+            flat = [importance[key].reshape(-1) for key in keys]
+            if self.config.scope == "global":
+                ranks = list(_ranks(torch.cat(flat)).split([len(f) for f in flat]))
+            else:
+                ranks = [_ranks(f) for f in flat]
+            for key, rank in zip(keys, ranks):
+                self.scores[key].copy_(rank.view(self.scores[key].shape))
+
+    @torch.no_grad()
+    def close(self, density: float, noise: float = 0.0, generator: torch.Generator | None = None) -> None:
+        """Chooses the masks anew for this density and writes the masked weights into the model."""
+        if self.frozen:
+            return
+        if self.config.method == "magnitude":
+            scores = self._reduce({name: w.detach().abs().float() for name, w in self.masters.items()})
+        else:
+            scores = {key: score.detach() for key, score in self.scores.items()}
+        if noise > 0 and self.config.learned:
+            for key, score in scores.items():
+                uniform = torch.rand(score.shape, generator=generator).to(score).clamp(1e-6, 1 - 1e-6)
+                scores[key] = score - torch.log(-torch.log(uniform)).mul(noise)
+        chosen: dict[str, Tensor] = {}
+        for plan in self._parts:
+            pattern = plan.parts[0].granularity
+            if isinstance(pattern, NM):
+                # N falls from M to its final value with the density, so that the pattern is reached step by step.
+                n = min(pattern.m, max(pattern.n, round(density * pattern.m)))
+                chosen |= {m.key: ops.nm_mask(scores[m.key], n, pattern.m) for m in plan.unit_maps}
+            else:
+                chosen |= plan.unit_masks(scores, 1.0 - density)
+        self.masks = {name: chosen[name] for name in self.weights}
+        self.write()
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Puts masters * mask into the model's parameters."""
+        for name, weight in self.weights.items():
+            weight.copy_(ops.masked_copy(self.masters[name].detach(), self.masks[name]))
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """After backward: hands the masked gradients to the masters, the straight-through ones to the scores.
+
+        dL/ds = sum over the unit of dL/dW' * W, with the dense gradient that the masked weight W' received.
+        """
+        dense: dict[str, Tensor] = {}
+        wants_scores = self.config.method != "magnitude"
+        for name, weight in self.weights.items():
+            grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            weight.grad = None
+            if wants_scores:
+                dense[name] = torch.zeros_like(grad, dtype=torch.float32)
+            ops.mask_gradient_(grad, self.masters[name].detach(), self.masks[name], dense.get(name))
+            self.masters[name].grad = grad
+        if wants_scores:
+            for key, value in self._reduce(dense).items():
+                self.scores[key].grad = value
+
+    @torch.no_grad()
+    def move_scores(self) -> None:
+        """The movement criterion (Sanh et al. 2020): s -= dL/ds, plain accumulation."""
+        for score in self.scores.values():
+            if score.grad is not None:
+                score.sub_(score.grad)
+                score.grad = None
+
+    @torch.no_grad()
+    def freeze(self, density: float) -> None:
+        """The final masks; from here on the zeros are in the parameters and the masters are gone."""
+        self.close(density)
+        self.frozen = True
+        self.masters = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "masters": {name: w.detach().clone() for name, w in self.masters.items()},
+            "scores": {name: s.detach().clone() for name, s in self.scores.items()},
+            "masks": {name: m.clone() for name, m in self.masks.items()},
+            "frozen": self.frozen,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Copies in place, so that optimisers keep their parameters; a frozen state drops the masters."""
+        self.frozen = bool(state["frozen"])
+        if self.frozen:
+            self.masters = {}
+        for name, value in state["masters"].items():
+            self.masters[name].copy_(value)
+        for name, value in state["scores"].items():
+            self.scores[name].copy_(value)
+        self.masks = {name: value.clone() for name, value in state["masks"].items()}
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """values: `[n]`; the rank of each over n - 1, ties by position."""
+    order = torch.argsort(values, stable=True)
+    ranks = torch.empty_like(values)
+    ranks[order] = torch.arange(len(values), dtype=values.dtype, device=values.device)
+    return ranks / max(1, len(values) - 1)
