@@ -129,7 +129,8 @@ class AdamW(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, masks and float32 moments kept as they were saved (torch alone casts them to the weights' dtype).
+        """As in torch, masks and float32 moments kept as they were saved (torch alone casts them to the weights'
+        dtype).
 
         A parameter for which nothing was saved as mask keeps the one it has.
         """

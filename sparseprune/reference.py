@@ -83,6 +83,7 @@ def cut_mask(tensors: list[Tensor], threshold: Tensor, ties: int, magnitude: boo
     if not tensors:
         return []
     flat = _flat(tensors, magnitude)
+    _reject_nan("cut_mask", flat)
     equal = flat == threshold
     return _unflatten((flat > threshold) | (equal & (equal.cumsum(0) <= ties)), tensors)
 
@@ -108,9 +109,15 @@ RADIX_BINS = 2048
 
 
 def sortable_key(x: Tensor, magnitude: bool) -> Tensor:
-    """x: `[n]` float32, bfloat16 or float16; returns int64 keys in [0, 2^32) that sort as x does (-0 counts as 0)."""
-    wide = x.float()
-    bits = (wide.abs() if magnitude else wide + 0.0).contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    """x: `[n]` float32, bfloat16 or float16; returns int64 keys in [0, 2^32) that sort as x does (-0 counts as 0).
+
+    The 16-bit types fill the upper half of a key.
+    """
+    x = (x.abs() if magnitude else torch.where(x == 0, torch.zeros_like(x), x)).contiguous()
+    if x.dtype == torch.float32:
+        bits = x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    else:
+        bits = (x.view(torch.int16).to(torch.int64) & 0xFFFF) << 16
     return bits if magnitude else torch.where(bits >> 31 == 1, 0xFFFFFFFF - bits, bits + 0x80000000)
 
 
@@ -118,7 +125,9 @@ def key_value(key: int, magnitude: bool, dtype: torch.dtype) -> Tensor:
     """The value whose :func:`sortable_key` is ``key``, 0-dim."""
     bits = key if magnitude else (key - 0x80000000 if key >> 31 else 0xFFFFFFFF - key)
     signed = bits - (1 << 32) if bits >> 31 else bits
-    return torch.tensor(signed, dtype=torch.int32).view(torch.float32).to(dtype)
+    if dtype == torch.float32:
+        return torch.tensor(signed, dtype=torch.int32).view(dtype)
+    return torch.tensor(signed >> 16, dtype=torch.int16).view(dtype)
 
 
 @kernel("nm_mask", "reference", _always)

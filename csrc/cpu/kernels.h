@@ -51,8 +51,9 @@ struct SelectionKernels {
   // The k-th largest, 1 <= k <= total. force_radix: skip the sample and count digits, which is what a misleading sample ends in.
   // Returns false where memory ran out.
   bool (*kth)(const Pieces& pieces, int64_t k, bool force_radix, Selected* out);
-  // masks[i][j]: the value's key is larger than `key`, or equal to it and among the first `ties` such ones.
-  void (*cut_mask)(const Pieces& pieces, int32_t key, int64_t ties, uint8_t* const* masks);
+  // masks[i][j]: the value's key is larger than `key`, or equal to it and among the first `ties` such ones
+  // (INT64_MAX: all). Returns false where a value is NaN.
+  bool (*cut_mask)(const Pieces& pieces, int32_t key, int64_t ties, uint8_t* const* masks);
   // counts [2048] += how many 32-bit keys (unsigned order) begin with `prefix` and have this digit at [shift, shift + width);
   // returns how many values are NaN.
   int64_t (*histogram)(const Pieces& pieces, uint32_t prefix, int shift, int width, int64_t* counts);

@@ -126,7 +126,8 @@ def cut_mask(
     scores: Tensor | Sequence[Tensor], threshold: Tensor, ties: int, magnitude: bool = False
 ) -> Tensor | list[Tensor]:
     """scores: `[...]` or a list; threshold: 0-dim; returns bool masks: scores above the threshold, and the first
-    ``ties`` entries equal to it (list order, then flat index). ``magnitude``: on ``|scores|``. NaN entries are False.
+    ``ties`` entries equal to it (list order, then flat index). ``magnitude``: on ``|scores|``. Raises ValueError on
+    NaN.
     """
     listed = _listed("cut_mask", scores)
     if threshold.dim() or (listed and threshold.dtype != listed[0].dtype):
