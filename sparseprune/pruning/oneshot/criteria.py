@@ -1,0 +1,198 @@
+"""The criteria ``wanda``, ``sparsegpt`` and ``best`` of ``prune_(..., data=calibration)``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..allocation import kept_count, weighted_counts
+from ..criteria import Criterion, PruneContext, register_criterion
+from ..granularity import NM, Block, Element
+from .allocation import owl_densities, score_densities
+from .calibration import Batch, calibration_batches
+from .driver import Method, Progress, walk
+from .methods import SparseGPTMethod, WandaMethod
+from .patterns import Pattern
+
+__all__ = ["OneShotCriterion", "SparseGPT", "Wanda"]
+
+ALLOCATIONS = ("uniform", "owl", "score")
+
+
+class OneShotCriterion(Criterion):
+    """Base of the criteria that prune layer by layer from calibration data.
+
+    ``prune_`` passes ``criterion_options`` to the constructor. Common to all:
+
+    per_row: keep the same count in every output row (Wanda's default) instead of comparing within a layer. allocation:
+    "uniform" (every layer the same share), "owl" (more where inputs have outliers) or "score" (layers compete by their
+    Wanda scores); the total is exact with each. ``prune_``'s own ``densities`` take its place, and ``scope="layer"``
+    rounds in every layer by itself. owl: {"threshold": 5.0, "spread": 0.08} for "owl". chunk_tokens: positions in one
+    forward pass. min_tokens: the least calibration data accepted; by default as many positions as the widest layer has
+    inputs (an eighth of it for Wanda). spill: a folder for hidden states, to keep them out of memory; also where
+    replaced weights wait until the end (the system's temporary folder without it). state: a folder in which finished
+    blocks are kept, so that a killed run goes on. progress: called with a `Progress` after each block.
+    """
+
+    needs_data = True
+    needs_hessian = True
+
+    def __init__(
+        self,
+        *,
+        per_row: bool = False,
+        allocation: str = "uniform",
+        owl: Mapping[str, float] | None = None,
+        chunk_tokens: int = 2048,
+        min_tokens: int | None = None,
+        spill: str | os.PathLike[str] | None = None,
+        state: str | os.PathLike[str] | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        if allocation not in ALLOCATIONS:
+            raise ValueError(f"{self.name}: allocation expected one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
+        if chunk_tokens < 1:
+            raise ValueError(f"{self.name}: chunk_tokens expected at least 1, got {chunk_tokens}")
+        self.per_row = per_row
+        self.allocation = allocation
+        self.owl = dict(owl or {})
+        self.chunk_tokens = chunk_tokens
+        self.min_tokens = min_tokens
+        self.spill = spill
+        self.state = state
+        self.progress = progress
+
+    def method(self) -> Method:
+        raise NotImplementedError(f"{type(self).__name__} must define method()")
+
+    def options(self) -> dict[str, Any]:
+        """What decides the result, for the folder of a run."""
+        return {"criterion": self.name, "per_row": self.per_row, "allocation": self.allocation, "owl": self.owl}
+
+    def _batches(self, context: PruneContext) -> list[Batch]:
+        widest = max(linear.in_features for linear in context.layers.values())
+        needed = self.min_tokens if self.min_tokens is not None else (widest if self.needs_hessian else -(-widest // 8))
+        batches = calibration_batches(context.data, context.model, max(1, needed), self.chunk_tokens)
+        device = next(context.model.parameters()).device
+        return [batch.to(device) for batch in batches]
+
+    def _patterns(self, context: PruneContext) -> dict[str, Pattern]:
+        patterns: dict[str, Pattern] = {}
+        for part in context.plan.parts:
+            kind = part.granularity
+            if isinstance(kind, Element):
+                pattern = Pattern()
+            elif isinstance(kind, Block):
+                pattern = Pattern("block", r=kind.r, c=kind.c)
+            elif isinstance(kind, NM):
+                pattern = Pattern("nm", n=kind.n, m=kind.m)
+            else:
+                raise ValueError(
+                    f"{self.name}: works on Element(), Block(r, c) and NM(n, m), got {kind!r}; "
+                    'criterion="magnitude" takes the others'
+                )
+            patterns.update(dict.fromkeys(part.layers, pattern))
+        return patterns
+
+    def _keep(
+        self, context: PruneContext, patterns: Mapping[str, Pattern], batches: list[Batch]
+    ) -> dict[str, int]:
+        """Units kept in each layer, exact in every part of the plan."""
+        keep: dict[str, int] = {}
+        shares: Mapping[str, float] | None = context.plan.densities
+        free = [f for f, pattern in patterns.items() if pattern.kind != "nm"]
+        if shares is None and self.allocation != "uniform" and context.plan.scope == "global" and free:
+            linears = {f: context.layers[f] for f in free}
+            if self.allocation == "owl":
+                shares = owl_densities(context.model, linears, batches, 1 - context.sparsity, **self.owl)
+            else:
+                shares = score_densities(context.model, linears, batches, 1 - context.sparsity)
+        for part in context.plan.parts:
+            names = list(part.layers)
+            units = [patterns[f].units(context.layers[f].weight.shape) for f in names]
+            if isinstance(part.granularity, NM):
+                counts = [u * part.granularity.n // part.granularity.m for u in units]
+            elif shares is not None:
+                counts = weighted_counts(units, context.sparsity, [shares[f] for f in names])
+            elif context.plan.scope == "layer":
+                counts = [kept_count(u, context.sparsity) for u in units]
+            else:
+                counts = weighted_counts(units, context.sparsity, [1.0] * len(units))
+            keep.update(zip(names, counts))
+        return keep
+
+    def masks(self, context: PruneContext) -> dict[str, Tensor]:
+        batches = self._batches(context)
+        patterns = self._patterns(context)
+        keep = self._keep(context, patterns, batches)
+        packed: dict[str, tuple[np.ndarray, torch.Size]] = {}
+
+        def deliver(fqn: str, mask: Tensor) -> None:
+            packed[fqn] = (np.packbits(mask.cpu().numpy()), mask.shape)
+
+        walk(
+            context.model,
+            context.layers,
+            batches,
+            self.method(),
+            keep,
+            patterns,
+            scope="row" if self.per_row else "layer",
+            spill=self.spill,
+            state=self.state,
+            identity={**self.options(), "patterns": {f: repr(p) for f, p in patterns.items()}},
+            progress=self.progress,
+            deliver=deliver,
+        )
+        return {fqn: _unpack(*packed[fqn], context.layers[fqn]) for fqn in context.layers}
+
+
+def _unpack(bits: np.ndarray, shape: torch.Size, linear: nn.Linear) -> Tensor:
+    flat = np.unpackbits(bits, count=shape.numel()).astype(bool)
+    return torch.from_numpy(flat.reshape(tuple(shape))).to(linear.weight.device)
+
+
+class Wanda(OneShotCriterion):
+    """|w| * ||x||_2 (Sun et al., 2023): the same count in every row, unless per_row=False."""
+
+    name = "wanda"
+    needs_hessian = False
+
+    def __init__(self, *, per_row: bool = True, **common: Any) -> None:
+        super().__init__(per_row=per_row, **common)
+
+    def method(self) -> Method:
+        return WandaMethod()
+
+
+class SparseGPT(OneShotCriterion):
+    """Optimal-brain-surgeon pruning with weight updates (Frantar and Alistarh, 2023).
+
+    damping: share of the mean of the Hessian's diagonal added to it. blocksize: columns whose mask is chosen at once.
+    """
+
+    name = "sparsegpt"
+
+    def __init__(self, *, damping: float = 0.01, blocksize: int = 128, **common: Any) -> None:
+        super().__init__(**common)
+        if not damping > 0:
+            raise ValueError(f"sparsegpt: damping expected above 0, got {damping}")
+        if blocksize < 1:
+            raise ValueError(f"sparsegpt: blocksize expected at least 1, got {blocksize}")
+        self.damping = damping
+        self.blocksize = blocksize
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "damping": self.damping, "blocksize": self.blocksize}
+
+    def method(self) -> Method:
+        return SparseGPTMethod(self.damping, self.blocksize)
+
+
+register_criterion("wanda", Wanda)
+register_criterion("sparsegpt", SparseGPT)

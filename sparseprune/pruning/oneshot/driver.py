@@ -1,0 +1,248 @@
+"""The walk through a model: block after block, the pruned block's outputs feeding the next one.
+
+Memory on top of the model: one block's statistics, one chunk of activations, the hidden states of the calibration data
+(none in memory when they are spilled) and one bit a weight for the masks. The values that pruning replaces go to
+files, so that an error leaves the model as it was, and a run that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .calibration import Batch, digest
+from .patterns import Pattern
+from .store import ChunkStore, save_atomically
+from .structure import Stack, calibrating, capture, find_stacks
+from .task import BlockTask, PieceTask, Task
+
+__all__ = ["Method", "Progress", "walk"]
+
+
+class Method(Protocol):
+    """How one block is pruned. teacher: whether the dense model's hidden states are to be carried along."""
+
+    @property
+    def teacher(self) -> bool: ...
+
+    def prune(self, task: Task) -> dict[str, Tensor]:
+        """Writes the pruned weights into task.linears (and whatever else of the block it tunes) and returns the
+        masks.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """block number index of total has been pruned (or taken over from an earlier run: resumed); seconds so far."""
+
+    block: str
+    index: int
+    total: int
+    seconds: float
+    resumed: bool
+
+
+def _parameters(task: Task) -> dict[str, Tensor]:
+    """What a method may change: the parameters of the block, or only the weights of the Linears of a loose piece."""
+    if isinstance(task, BlockTask):
+        return {name: p.data for name, p in task.module.named_parameters()}
+    return {fqn: linear.weight.data for fqn, linear in task.linears.items()}
+
+
+class _Undo:
+    """The replaced values, in files, until the run has succeeded."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        self.folder = Path(tempfile.mkdtemp(dir=folder, prefix="sparseprune-undo."))
+        self.saved: list[tuple[Path, dict[str, Tensor]]] = []
+
+    def remember(self, tensors: dict[str, Tensor]) -> None:
+        path = self.folder / f"{len(self.saved)}.pt"
+        save_atomically({k: v.detach().cpu() for k, v in tensors.items()}, path)
+        self.saved.append((path, tensors))
+
+    def restore(self) -> None:
+        for path, tensors in self.saved:
+            values = torch.load(path, weights_only=True)
+            for key, tensor in tensors.items():
+                tensor.copy_(values[key])
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class _State:
+    """The folder of a run: `run.json` says which run it is, `block_N.pt` holds a finished block. Every write is
+    atomic.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(identity, sort_keys=True, indent=1)
+        path = self.folder / "run.json"
+        if path.exists():
+            found = json.loads(path.read_text())
+            expected = json.loads(text)
+            if found != expected:
+                differing = sorted(k for k in {*found, *expected} if found.get(k) != expected.get(k))
+                raise ValueError(
+                    f"one-shot pruning: {path} belongs to another run, it differs in {', '.join(differing)}; resume "
+                    "with the same model, data and options, or name an empty folder"
+                )
+        else:
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(text)
+            os.replace(temporary, path)
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"block_{index:05d}.pt"
+
+    def load(self, index: int) -> dict[str, Any] | None:
+        return torch.load(self.path(index), weights_only=True) if self.path(index).exists() else None
+
+    def save(self, index: int, tensors: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
+        cpu = {k: v.detach().cpu() for k, v in tensors.items()}
+        save_atomically({"tensors": cpu, "masks": {k: v.cpu() for k, v in masks.items()}}, self.path(index))
+
+
+def _weights_digest(linears: Mapping[str, nn.Linear]) -> str:
+    sha = hashlib.sha256()
+    for name, linear in linears.items():
+        weight = linear.weight.detach().cpu().contiguous()
+        sha.update(f"{name}{weight.dtype}{tuple(weight.shape)}".encode())
+        sha.update(weight.view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+@dataclass
+class _Piece:
+    """Part of the walk: a stack, or the Linears that are in none."""
+
+    stack: Stack | None
+    linears: dict[str, nn.Linear]
+
+
+def _pieces(model: nn.Module, linears: dict[str, nn.Linear], stacks: list[Stack]) -> list[_Piece]:
+    pieces = []
+    left = dict(linears)
+    for stack in stacks:
+        inside = {f: m for f, m in left.items() if any(f == n or f.startswith(n + ".") for n in stack.names)}
+        if inside:
+            pieces.append(_Piece(stack, inside))
+            left = {f: m for f, m in left.items() if f not in inside}
+    if left:
+        pieces.append(_Piece(None, left))
+    return pieces
+
+
+def walk(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    batches: list[Batch],
+    method: Method,
+    keep: Mapping[str, int],
+    patterns: Mapping[str, Pattern],
+    *,
+    scope: str = "layer",
+    spill: str | os.PathLike[str] | None = None,
+    state: str | os.PathLike[str] | None = None,
+    identity: Mapping[str, Any] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    deliver: Callable[[str, Tensor], None] | None = None,
+) -> None:
+    """Prunes linears (fqn -> Linear of model) in place, keep[fqn] units of patterns[fqn] in each.
+
+    deliver(fqn, mask bool `[N, K]`) is called once for each. state: a folder; finished blocks are kept there and a
+    second call with the same arguments goes on after them, to the same masks. Any error, the user's interrupt
+    included, leaves the model as it was and is raised again.
+    """
+    begin = time.perf_counter()
+    record = None
+    if state is not None:
+        facts = {**(identity or {}), "keep": dict(keep), "scope": scope, "data": digest(batches)}
+        record = _State(state, {**facts, "weights": _weights_digest(linears)})
+    undo = _Undo(spill)
+    done = 0
+    stores: list[ChunkStore] = []
+
+    def finish(task: Task, index: int) -> None:
+        """Prunes the task, or takes over what an earlier run made of it."""
+        tensors = _parameters(task)
+        undo.remember(tensors)
+        found = record.load(index) if record is not None else None
+        if found is None:
+            masks = method.prune(task)
+            for fqn, linear in task.linears.items():
+                if not bool(torch.isfinite(linear.weight).all()):
+                    raise ValueError(f"one-shot pruning: {fqn} became NaN or infinite; raise damping or check the data")
+            if record is not None:
+                record.save(index, tensors, masks)
+        else:
+            for key, tensor in tensors.items():
+                tensor.copy_(found["tensors"][key])
+            masks = found["masks"]
+        if deliver is not None:
+            for fqn, mask in masks.items():
+                deliver(fqn, mask)
+        if progress is not None:
+            progress(Progress(task.name, index, total, time.perf_counter() - begin, found is not None))
+
+    try:
+        with calibrating(model), torch.no_grad():
+            stacks = find_stacks(model, linears)
+            pieces = _pieces(model, dict(linears), stacks)
+            total = sum(1 if p.stack is None else len(p.stack.blocks) for p in pieces)
+            loose: dict[str, nn.Linear] = {}
+            for piece in pieces:
+                captured = None if piece.stack is None else capture(model, piece.stack, batches, spill)
+                if piece.stack is None or captured is None:
+                    loose.update(piece.linears)
+                    continue
+                student = captured.hidden
+                stores += [student, captured.calls]
+                teacher = None
+                if method.teacher:
+                    teacher = student.copy(spill)
+                    stores.append(teacher)
+                for b, (name, block) in enumerate(zip(piece.stack.names, piece.stack.blocks)):
+                    inside = {f: m for f, m in piece.linears.items() if f == name or f.startswith(name + ".")}
+                    task = BlockTask(
+                        name, block, inside, {f: keep[f] for f in inside}, {f: patterns[f] for f in inside}, scope, b,
+                        captured, student,
+                    )  # fmt: skip
+                    if teacher is not None:
+                        task.teacher, task.target = teacher, teacher.copy(spill)
+                        stores.append(task.target)
+                        task.advance(task.target)
+                    if inside:
+                        finish(task, done)
+                    done += 1
+                    last = b == len(piece.stack.blocks) - 1
+                    if not last:
+                        task.advance(student)
+                    if task.teacher is not None:
+                        task.teacher.close()
+                        teacher = task.target
+                captured.close()
+            if loose:
+                finish(PieceTask("", model, loose, dict(keep), dict(patterns), scope, batches), done)
+    except BaseException:
+        undo.restore()
+        raise
+    finally:
+        undo.close()
+        for store in stores:
+            store.close()

@@ -1,0 +1,72 @@
+"""Wanda and SparseGPT as methods of the walk: statistics of one block in, pruned weights and masks out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .patterns import Pattern, choose
+from .sparsegpt import sparsegpt
+from .task import Task
+
+__all__ = ["SparseGPTMethod", "WandaMethod", "wanda_scores"]
+
+
+def wanda_scores(weight: Tensor, squares: Tensor) -> Tensor:
+    """weight `[N, K]`, squares `[K]` = mean x^2; returns |w| * ||x|| `[N, K]`, float32 (Sun et al., 2023, equation
+    1).
+    """
+    return weight.detach().float().abs() * squares.sqrt()
+
+
+@dataclass(frozen=True)
+class WandaMethod:
+    """|w| * ||x||, compared within each row (scope "row") or each layer; the kept weights stay as they are."""
+
+    teacher: bool = False
+
+    def prune(self, task: Task) -> dict[str, Tensor]:
+        masks: dict[str, Tensor] = {}
+        for group in task.statistics(hessian=False):
+            for fqn in group.names:
+                weight = task.linears[fqn].weight.data
+                scores = wanda_scores(weight, group.squares.to(weight.device))
+                masks[fqn] = choose(scores, task.patterns[fqn], task.keep[fqn], task.scope)
+                weight.masked_fill_(~masks[fqn], 0)
+        return masks
+
+
+def by_pattern(task: Task, names: tuple[str, ...]) -> list[tuple[Pattern, list[str]]]:
+    """The layers of one input, apart by pattern: those that are solved in one go."""
+    kinds = dict.fromkeys(task.patterns[fqn] for fqn in names)
+    return [(kind, [fqn for fqn in names if task.patterns[fqn] == kind]) for kind in kinds]
+
+
+@dataclass(frozen=True)
+class SparseGPTMethod:
+    """SparseGPT on every group of layers that read the same input."""
+
+    damping: float = 0.01
+    blocksize: int = 128
+    teacher: bool = False
+
+    def prune(self, task: Task) -> dict[str, Tensor]:
+        masks: dict[str, Tensor] = {}
+        for group in task.statistics(hessian=True):
+            assert group.hessian is not None
+            for pattern, names in by_pattern(task, group.names):
+                solved = sparsegpt(
+                    [task.linears[fqn].weight for fqn in names],
+                    group.hessian,
+                    [task.keep[fqn] for fqn in names],
+                    pattern,
+                    scope=task.scope,
+                    damping=self.damping,
+                    blocksize=self.blocksize,
+                )
+                for fqn, (weight, mask) in zip(names, solved):
+                    task.linears[fqn].weight.data.copy_(weight)
+                    masks[fqn] = mask
+            group.hessian = None
+        return masks

@@ -1,0 +1,77 @@
+"""One block at a time: its Linears, what enters it, and how to run it. Criteria work on these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .patterns import Pattern
+from .statistics import InputStatistics, collect
+from .store import ChunkStore
+from .structure import Capture, run_block
+
+__all__ = ["BlockTask", "PieceTask", "Task"]
+
+
+@dataclass
+class Task:
+    """name: the block's fqn; linears: what to prune in it, by fqn; keep: how many units of its pattern stay, by fqn."""
+
+    name: str
+    module: nn.Module
+    linears: dict[str, nn.Linear]
+    keep: dict[str, int]
+    patterns: dict[str, Pattern]
+    scope: str
+
+    def runs(self) -> Iterator[tuple[Callable[[], Any], Tensor | None]]:
+        raise NotImplementedError
+
+    def statistics(self, names: list[str] | None = None, *, hessian: bool) -> list[InputStatistics]:
+        chosen = self.linears if names is None else {n: self.linears[n] for n in names}
+        with torch.no_grad():
+            return collect(self.runs(), chosen, hessian=hessian)
+
+
+@dataclass
+class BlockTask(Task):
+    """A block of a stack. student: hidden states of the pruned model entering it; teacher and target, where the method
+    wants them: those of the dense model entering and leaving it.
+    """
+
+    index: int
+    capture: Capture
+    student: ChunkStore
+    teacher: ChunkStore | None = None
+    target: ChunkStore | None = None
+
+    def run(self, hidden: Tensor, chunk: int) -> Tensor:
+        return run_block(self.module, hidden, self.capture.calls[chunk], self.index)
+
+    def runs(self) -> Iterator[tuple[Callable[[], Any], Tensor | None]]:
+        for i in range(len(self.student)):
+            yield partial(self.run, self.student[i], i), self.capture.positions[i]
+
+    def advance(self, store: ChunkStore) -> None:
+        """Every chunk of store through the block as it is now."""
+        with torch.no_grad():
+            for i in range(len(store)):
+                store[i] = self.run(store[i], i).detach()
+
+
+@dataclass
+class PieceTask(Task):
+    """Linears outside any stack, or of a model without one: the whole model runs, and all of them are judged
+    together.
+    """
+
+    batches: list[Any]
+
+    def runs(self) -> Iterator[tuple[Callable[[], Any], Tensor | None]]:
+        for batch in self.batches:
+            yield partial(self.module, *batch.args, **batch.kwargs), batch.positions
