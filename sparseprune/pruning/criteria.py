@@ -54,10 +54,11 @@ class PruneContext:
 
 
 class Criterion:
-    """Base of the criteria. A subclass defines :meth:`scores`, or :meth:`masks` where it chooses or changes weights itself.
+    """Base of the criteria. A subclass defines :meth:`scores`, or :meth:`masks` where it chooses or changes weights
+    itself.
 
-    ``needs_data``: ``data`` must be given. ``needs_gradients``: :meth:`observe` is called between each backward pass and
-    the optimiser's step. State that a resume needs goes through :meth:`state_dict`.
+    ``needs_data``: ``data`` must be given. ``needs_gradients``: :meth:`observe` is called between each backward pass
+    and the optimiser's step. State that a resume needs goes through :meth:`state_dict`.
     """
 
     name = "criterion"
@@ -149,14 +150,14 @@ class _Accumulating(Criterion):
         for fqn, tensors in state.items():
             if set(tensors) != set(self.tensors):
                 raise ValueError(
-                    f"{self.name}: state of {fqn} expected {list(self.tensors)}, got {sorted(tensors)}; was it saved by "
-                    "another criterion?"
+                    f"{self.name}: state of {fqn} expected {list(self.tensors)}, got {sorted(tensors)}; load what this "
+                    "criterion saved"
                 )
         self.state = {fqn: {name: t.clone() for name, t in tensors.items()} for fqn, tensors in state.items()}
 
 
 class Movement(_Accumulating):
-    """The sum of -g w over the steps: weights that move away from zero stay (Sanh et al. 2020, eq. 3).
+    """The sum of -g w over the steps: weights that move away from zero stay (Sanh et al. 2020).
 
     g is the gradient at the masked weight and w the value behind the mask (straight-through), so a pruned weight can
     come back.
@@ -174,10 +175,10 @@ class Movement(_Accumulating):
 
 
 class SoftMovement(Movement):
-    """Movement with a pull on every score: each step also takes ``pull * sigmoid'(S)`` off (Sanh et al. 2020, sec. 4).
+    """Movement with a pull on every score: each step also takes ``pull * sigmoid'(S)`` off (Sanh et al. 2020).
 
-    In the original a fixed threshold on sigmoid(S) decides and the pull sets the density; here the count is exact and the
-    pull acts on the order: scores near zero, of undecided weights, sink below those that have made their way.
+    In the original a fixed threshold on sigmoid(S) decides and the pull sets the density; here the count is exact
+    and the pull acts on the order: scores near zero, of undecided weights, sink below those that have made their way.
     ``learning_rate`` scales -g w, as the scores' own rate does there.
     """
 
@@ -200,7 +201,7 @@ class SoftMovement(Movement):
 
 
 class Uncertainty(_Accumulating):
-    """Smoothed |g w| times its smoothed spread: what matters, or might, is kept (PLATON, Zhang et al. 2022, eqs. 5-7)."""
+    """Smoothed |g w| times its smoothed spread: what matters, or might, is kept (PLATON, Zhang et al. 2022)."""
 
     name = "uncertainty"
     tensors = ("mean", "spread")
@@ -227,7 +228,7 @@ _CRITERIA: dict[str, Callable[..., Criterion]] = {}
 
 
 def register_criterion(name: str, factory: Callable[..., Criterion]) -> None:
-    """``factory(**options)`` makes the criterion that ``criterion=name`` stands for. ValueError where the name is taken."""
+    """``factory(**options)`` makes the criterion that ``criterion=name`` stands for. ValueError on a taken name."""
     if name in _CRITERIA and _CRITERIA[name] is not factory:
         raise ValueError(f"register_criterion: {name!r} is taken; choose another name")
     _CRITERIA[name] = factory
@@ -239,7 +240,8 @@ def criterion_names() -> list[str]:
 
 
 def make_criterion(criterion: str | Criterion | ScoreFn, options: Mapping[str, Any] | None = None) -> Criterion:
-    """criterion: a name, a :class:`Criterion`, or ``fn(linear, fqn) -> scores [N, K]``; options: keyword arguments of the named.
+    """criterion: a name, a :class:`Criterion`, or ``fn(linear, fqn) -> scores [N, K]``; options: keyword arguments
+    of the named.
 
     Raises ValueError on an unknown name, listing what exists, and on an unknown option.
     """
@@ -270,7 +272,8 @@ def _check_options(name: str, factory: Callable[..., Criterion], options: Iterab
         return
     for option in options:
         if option not in parameters:
-            raise ValueError(f"criterion {name!r}: unknown option {option!r}; known: {', '.join(parameters) or 'none'}")
+            known = ", ".join(parameters) or "none"
+            raise ValueError(f"criterion {name!r}: unknown option {option!r}; known: {known}")
 
 
 for _class in (Magnitude, Random, Movement, SoftMovement, Uncertainty):

@@ -15,8 +15,8 @@ __all__ = ["Factors"]
 class Factors(Config):
     """``retention`` R (share kept), ``reduction`` 1 - R (share removed), and three that depend on the reading:
 
-    - convention ``"text"``: ``pruning`` = 1 - reduction = R, ``trim`` = 1 - R (1 - R), ``update`` = the smaller, which is
-      always R;
+    - convention ``"text"``: ``pruning`` = 1 - reduction = R, ``trim`` = 1 - R (1 - R), ``update`` = the smaller,
+      which is always R;
     - convention ``"formula"``: ``pruning`` = sqrt(R), the retention of each axis of a matrix (sqrt(R) of the rows times
       sqrt(R) of the columns keeps R of it); ``trim`` = min(1, sqrt(R) / (1 - R)), which rescales the survivors for the
       mass removed; ``update`` = the smaller. For R = 0.1: .316228, .351364, .316228.

@@ -1,7 +1,7 @@
 """Schedules: the density in use, from 1 down to the final one, over the pruning window.
 
-``density(progress)`` takes the share of the window that is over. At 0 nothing has happened and the density is 1; from 1 on it is
-``final_density``. No schedule ever rises.
+``density(progress)`` takes the share of the window that is over. At 0 nothing has happened and the density is 1;
+from 1 on it is ``final_density``. No schedule ever rises.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Falling(Schedule):
 
 @dataclass(frozen=True)
 class Cubic(_Falling):
-    """s(t) = s_f + (s_i - s_f) (1 - t)^3 for the sparsity s: fast at first, slow at the end (Zhu and Gupta 2017, eq. 1)."""
+    """s(t) = s_f + (s_i - s_f) (1 - t)^3 for the sparsity s: fast at first, slow at the end (Zhu and Gupta 2017)."""
 
     def _inside(self, progress: float) -> float:
         return self.final_density + (self.initial_density - self.final_density) * (1 - progress) ** 3
@@ -111,12 +111,13 @@ class RetentionSchedule(Schedule):
 
         z' = z + z_min - r z        r' = r + r z        u = min(z, z')        from r = r0, z = 1 - r0
 
-    ``u`` is the density in use and ``z_min`` the share regrown in every step. Without bounds ``r + z = 1 + k z_min`` after
-    k steps, and for ``z_min = 0`` exactly ``z_k = (1 - r0)^(2^k)``. Modes:
+    ``u`` is the density in use and ``z_min`` the share regrown in every step. Without bounds ``r + z = 1 + k z_min``
+    after k steps, and for ``z_min = 0`` exactly ``z_k = (1 - r0)^(2^k)``. Modes:
 
-    - ``"bounded"``: r stays at most 1 and z at least z_min; once r reaches 1, z is set to z_min, which is the final density.
-    - ``"literal"``: the recurrence as it stands; z turns negative in the end, which raises. Over a window it ends with the
-      first density at or below z_min.
+    - ``"bounded"``: r stays at most 1 and z at least z_min; once r reaches 1, z is set to z_min, which is the final
+      density.
+    - ``"literal"``: the recurrence as it stands; z turns negative in the end, which raises. Over a window it ends
+      with the first density at or below z_min.
     - ``"consistent"``: r = 1 - z is kept true, so z' = z^2 + z_min; the final density is the fixed point
       ``(1 - sqrt(1 - 4 z_min)) / 2``, for which z_min < 1/4 and a start between the two fixed points are needed.
 
@@ -133,7 +134,7 @@ class RetentionSchedule(Schedule):
                 f"RetentionSchedule: mode expected 'bounded', 'literal' or 'consistent', got {self.mode!r}"
             )
         if not 0 < self.r0 < 1:
-            raise ValueError(f"RetentionSchedule: r0 expected in (0, 1), the share pruned at the start, got {self.r0!r}")
+            raise ValueError(f"RetentionSchedule: r0 expected in (0, 1), the share pruned first, got {self.r0!r}")
         if not 0 <= self.z_min < 1:
             raise ValueError(f"RetentionSchedule: z_min expected in [0, 1), the share regrown, got {self.z_min!r}")
         start = 1 - self.r0
@@ -165,7 +166,8 @@ class RetentionSchedule(Schedule):
             r, z = self._next(r, z)
             if z < 0 or not math.isfinite(z) or not math.isfinite(r):
                 raise ValueError(
-                    f"RetentionSchedule: mode 'literal' leaves the densities at step {step} (z = {z:g}); use mode='bounded'"
+                    f"RetentionSchedule: mode 'literal' leaves the densities at step {step} (z = {z:g}); "
+                    "use mode='bounded'"
                 )
             states.append((r, z))
         return states
@@ -200,7 +202,7 @@ class RetentionSchedule(Schedule):
     def _knots(self) -> list[float]:
         """The densities in use at the ends of the steps of the window, falling, the last one final."""
         if self.z_min == 0:
-            raise ValueError("RetentionSchedule: z_min = 0 lets the density fall to 0; over a window z_min > 0 is needed")
+            raise ValueError("RetentionSchedule: z_min = 0 lets the density fall to 0; a window needs z_min > 0")
         fixed = (1 - math.sqrt(1 - 4 * self.z_min)) / 2 if self.mode == "consistent" else self.z_min
         enough = fixed * 1.01 if self.mode == "consistent" else fixed
         n = 8

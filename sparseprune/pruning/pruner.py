@@ -1,0 +1,347 @@
+"""Pruner: gradual pruning in any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import ops
+from .._config import Config
+from ..nn.filters import FilterFn, select_linears
+from ..optim import AdamW
+from .criteria import Criterion, PruneContext, make_criterion
+from .granularity import DistributedSelector, Granularity, Plan, Selector
+from .masks import MaskSet
+from .prune import PruneReport, make_report, trim_
+from .schedules import Cubic, Schedule
+
+__all__ = ["PruneConfig", "Pruner"]
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PruneConfig(Config):
+    """How a :class:`Pruner` prunes.
+
+    ``schedule``: the density over the window from step ``begin`` to step ``end`` (optimiser steps); masks are chosen
+    anew every ``every`` steps of it and are fixed from ``end`` on. ``density``: the final one, by default the
+    schedule's; another value is an error. ``criterion``, ``criterion_options``, ``granularity``, ``scope``,
+    ``densities``: as in ``prune_``.
+    """
+
+    schedule: Schedule = field(default_factory=lambda: Cubic(0.1))
+    criterion: str | Criterion | Callable[..., Tensor] = "magnitude"
+    granularity: str | Granularity | dict[str, str | Granularity] = "element"
+    scope: Literal["global", "layer"] = "global"
+    density: float | None = None
+    begin: int = 0
+    end: int = 1000
+    every: int = 10
+    densities: dict[str, float] | None = None
+    criterion_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule, Schedule):
+            raise ValueError(f"PruneConfig: schedule expected a Schedule such as sp.Cubic(0.1), got {self.schedule!r}")
+        final = self.schedule.final_density
+        if self.density is None:
+            object.__setattr__(self, "density", final)
+        elif not abs(self.density - final) <= 1e-12:
+            raise ValueError(
+                f"PruneConfig: density ({self.density!r}) expected to be the schedule's final density ({final!r}); "
+                "leave it out or change the schedule"
+            )
+        if self.scope not in ("global", "layer"):
+            raise ValueError(f"PruneConfig: scope expected 'global' or 'layer', got {self.scope!r}")
+        if not 0 <= self.begin < self.end:
+            raise ValueError(f"PruneConfig: expected 0 <= begin < end, got begin={self.begin!r}, end={self.end!r}")
+        if not self.every >= 1:
+            raise ValueError(f"PruneConfig: every expected at least 1, got {self.every!r}")
+
+
+class Pruner:
+    """Prunes a model while it trains::
+
+        pruner = Pruner(model, PruneConfig(schedule=Cubic(0.1), begin=100, end=900))
+        pruner.prepare(optimizer)
+        for batch in loader:
+            loss(model(batch)).backward()
+            optimizer.step()
+            pruner.step()
+            optimizer.zero_grad()
+        model = pruner.finalize()
+
+    Nothing is attached to the model: its modules, parameter names and state dict stay, and it can be copied and
+    pickled at any time. What is pruned is zero in the weights themselves; the values behind the zeros are kept here,
+    so that until the masks are fixed a weight can come back with the value it had. ``prepare`` hooks the optimiser,
+    which masks gradients and shows them to criteria that need them; an ``sp.AdamW`` is handed the masks. A copied or
+    unpickled pruner wants ``prepare`` again.
+
+    distributed: ``"auto"`` means ``"replicated"`` where torch.distributed is initialised: every process holds the whole
+    model, scores are averaged, and the masks are compared. ``"sharded"``: every process holds its own part of each
+    layer (the same layers everywhere); one exact threshold is found from summed histograms. ``"off"``: this process
+    alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PruneConfig | None = None,
+        filter_fn: FilterFn | None = None,
+        data: Any = None,
+        distributed: Literal["auto", "off", "replicated", "sharded"] = "auto",
+        group: Any = None,
+    ) -> None:
+        self.model = model
+        self.config = config or PruneConfig()
+        self.data = data
+        if distributed not in ("auto", "off", "replicated", "sharded"):
+            raise ValueError(
+                f"Pruner: distributed expected 'auto', 'off', 'replicated' or 'sharded', got {distributed!r}"
+            )
+        self._distributed, self._group = distributed, group
+        self.criterion = make_criterion(self.config.criterion, self.config.criterion_options)
+        if self.criterion.needs_data and data is None:
+            raise ValueError(f"Pruner: criterion {self.criterion.name!r} needs data; pass data=batches of inputs")
+        selection = select_linears(model, filter_fn)
+        self._plan = Plan.build(
+            model, selection.selected, self.config.granularity, self.config.scope, self.config.densities
+        )
+        self._plan.check_sparsity(1 - self.config.schedule.final_density)
+        self._skipped = {**selection.skipped, **self._plan.skipped}
+        self._names = self._plan.layers
+        self._masks: dict[str, Tensor] = {}
+        self._behind: dict[str, Tensor] = {}
+        self._steps = 0
+        self._frozen = False
+        self._finalized = False
+        self._density = 1.0
+        self._optimizer: Optimizer | None = None
+        self._hook: Any = None
+
+    @property
+    def steps(self) -> int:
+        """How often :meth:`step` was called."""
+        return self._steps
+
+    @property
+    def density(self) -> float:
+        """The density in use, the article's U."""
+        return self._density
+
+    @property
+    def frozen(self) -> bool:
+        """True once the masks are final."""
+        return self._frozen
+
+    @property
+    def masks(self) -> MaskSet:
+        """The masks in force; all True before the first pruning."""
+        return MaskSet({fqn: self._mask(fqn, linear) for fqn, linear in self._layers().items()})
+
+    def prepare(self, optimizer: Optimizer | None = None) -> Pruner:
+        """Before the loop. optimizer: the one that trains the model; criteria that need gradients cannot do without."""
+        if self.criterion.needs_gradients and optimizer is None:
+            raise ValueError(f"Pruner.prepare: criterion {self.criterion.name!r} needs gradients; pass the optimiser")
+        self._release()
+        inner = getattr(optimizer, "optimizer", None)  # a wrapper such as accelerate's
+        self._optimizer = inner if isinstance(inner, Optimizer) else optimizer
+        if self._optimizer is not None:
+            self._hook = self._optimizer.register_step_pre_hook(self._before_step)
+        self._hand_over()
+        return self
+
+    def step(self) -> float:
+        """After each step of the optimiser: chooses the masks anew when it is time, holds them else. Returns the
+        density.
+
+        Raises RuntimeError after :meth:`finalize`.
+        """
+        if self._finalized:
+            raise RuntimeError("Pruner.step: the pruner is finalized; make a new one to prune further")
+        if self.criterion.needs_gradients and self._optimizer is None:
+            raise RuntimeError("Pruner.step: call prepare(optimizer) first, also after copying or unpickling")
+        self._steps += 1
+        config = self.config
+        inside = self._steps - config.begin
+        if not self._frozen and inside >= 1 and ((inside - 1) % config.every == 0 or self._steps >= config.end):
+            progress = inside / (config.end - config.begin)
+            self._choose(config.schedule.density(progress), final=self._steps >= config.end)
+        elif not isinstance(self._optimizer, AdamW):
+            self._hold()
+        return self._density
+
+    def finalize(self) -> nn.Module:
+        """Ends pruning at the final density, lets go of the optimiser, and returns the model with its hard zeros."""
+        if not self._finalized:
+            if not self._frozen:
+                self._choose(self.config.schedule.final_density, final=True)
+            self._hold()
+            self._release()
+            self._behind.clear()
+            self._finalized = True
+        return self.model
+
+    def report(self) -> PruneReport:
+        """The masks in force, per layer and in all."""
+        return make_report(self._plan, self.masks, self._skipped, self.criterion.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs besides the model's and the optimiser's own state. Tensors and plain values only."""
+        return {
+            "version": _VERSION,
+            "steps": self._steps,
+            "frozen": self._frozen,
+            "finalized": self._finalized,
+            "density": self._density,
+            "criterion_name": self.criterion.name,
+            "masks": {fqn: mask.clone() for fqn, mask in self._masks.items()},
+            "behind": {fqn: values.clone() for fqn, values in self._behind.items()},
+            "criterion": self.criterion.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from where :meth:`state_dict` was taken; load the model and the optimiser first.
+
+        ValueError on another version or criterion, and on layers that are not those of this model.
+        """
+        if state.get("version") != _VERSION:
+            raise ValueError(f"Pruner: state of version {_VERSION} expected, got {state.get('version')!r}")
+        if state["criterion_name"] != self.criterion.name:
+            raise ValueError(
+                f"Pruner: state of criterion {self.criterion.name!r} expected, got {state['criterion_name']!r}"
+            )
+        layers = self._layers()
+        for what in ("masks", "behind"):
+            for fqn, tensor in state[what].items():
+                if fqn not in layers or layers[fqn].weight.shape != tensor.shape:
+                    raise ValueError(f"Pruner: {what} of {fqn!r} {list(tensor.shape)} fit no layer of this model")
+        self.criterion.load_state_dict(state["criterion"])
+        self._steps, self._frozen, self._finalized = state["steps"], state["frozen"], state["finalized"]
+        self._density = state["density"]
+        device = {fqn: linear.weight.device for fqn, linear in layers.items()}
+        self._masks = {fqn: mask.to(device[fqn], copy=True) for fqn, mask in state["masks"].items()}
+        self._behind = {fqn: values.to(device[fqn], copy=True) for fqn, values in state["behind"].items()}
+        self._hold()
+        self._hand_over()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_optimizer": None, "_hook": None}
+
+    def _layers(self) -> dict[str, nn.Linear]:
+        modules = dict(self.model.named_modules())
+        found = {fqn: modules[fqn] for fqn in self._names if isinstance(modules.get(fqn), nn.Linear)}
+        missing = [fqn for fqn in self._names if fqn not in found]
+        if missing:
+            raise RuntimeError(
+                f"Pruner: {', '.join(missing[:5])} of the model is no Linear any more; finalize before sparsify_"
+            )
+        return found
+
+    def _mask(self, fqn: str, linear: nn.Linear) -> Tensor:
+        mask = self._masks.get(fqn)
+        return torch.ones_like(linear.weight, dtype=torch.bool) if mask is None else mask
+
+    def _dense(self, fqn: str, linear: nn.Linear) -> Tensor:
+        """The weight with the values behind its zeros."""
+        weight = linear.weight.detach()
+        return weight + self._behind[fqn] if fqn in self._behind else weight
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        layers = self._layers()
+        found = {fqn: linear.weight.grad for fqn, linear in layers.items()}
+        gradients: dict[str, Tensor] = {fqn: grad for fqn, grad in found.items() if grad is not None}
+        if self.criterion.needs_gradients and not self._frozen:
+            self.criterion.observe({fqn: self._dense(fqn, layers[fqn]) for fqn in gradients}, gradients)
+        if not isinstance(optimizer, AdamW):
+            for fqn, gradient in gradients.items():
+                if fqn in self._masks:
+                    ops.apply_mask_(gradient, self._masks[fqn])
+
+    @torch.no_grad()
+    def _choose(self, density: float, final: bool) -> None:
+        self._density = density
+        if density >= 1 and not final:
+            return
+        # What the optimiser moved behind the mask is no weight: the values there are those put aside.
+        self._hold()
+        layers = self._layers()
+        weights = {fqn: self._dense(fqn, linear) for fqn, linear in layers.items()}
+        sparsity = 1 - density
+        context = PruneContext(self.model, layers, weights, self._plan, sparsity, self.data)
+        mode = self._mode()
+        if type(self.criterion).masks is Criterion.masks:
+            scores = self.criterion.scores(context)
+            if mode == "replicated":
+                scores = self._averaged(scores)
+            selector = DistributedSelector(self._group) if mode == "sharded" else Selector()
+            self._masks = self._plan.masks(scores, sparsity, selector)
+        else:
+            self._masks = dict(self.criterion.masks(context))
+            weights = {fqn: self._dense(fqn, linear) for fqn, linear in layers.items()}
+        if mode == "replicated":
+            self._compare()
+        for fqn, linear in layers.items():
+            mask = self._masks[fqn]
+            linear.weight.copy_(weights[fqn])
+            ops.apply_mask_(linear.weight, mask)
+            if not final:
+                self._behind[fqn] = weights[fqn].masked_fill(mask, 0)
+        if final:
+            self._frozen = True
+            self._behind.clear()
+            trim_(layers, self._plan, sparsity)
+        self._hand_over()
+
+    @torch.no_grad()
+    def _hold(self) -> None:
+        for fqn, linear in self._layers().items():
+            if fqn in self._masks:
+                ops.apply_mask_(linear.weight, self._masks[fqn])
+
+    def _hand_over(self) -> None:
+        if isinstance(self._optimizer, AdamW) and self._masks:
+            own = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+            layers = self._layers()
+            self._optimizer.set_masks(
+                {layers[fqn].weight: mask for fqn, mask in self._masks.items() if id(layers[fqn].weight) in own}
+            )
+
+    def _release(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._optimizer = None
+
+    def _mode(self) -> str:
+        ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self._distributed == "auto":
+            return "replicated" if ready and torch.distributed.get_world_size(self._group) > 1 else "off"
+        return self._distributed
+
+    def _averaged(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The mean over the processes: bit-identical everywhere, so the masks are."""
+        averaged = {}
+        for fqn in self._names:
+            mean = scores[fqn].detach().float().clone()
+            torch.distributed.all_reduce(mean, group=self._group)
+            averaged[fqn] = mean / torch.distributed.get_world_size(self._group)
+        return averaged
+
+    def _compare(self) -> None:
+        digest = int(MaskSet(self._masks).mask_hash()[:12], 16)
+        device = next(iter(self._masks.values())).device
+        lowest, highest = torch.tensor([digest], device=device), torch.tensor([digest], device=device)
+        torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN, group=self._group)
+        torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, group=self._group)
+        if int(lowest) != int(highest):
+            raise RuntimeError(
+                "Pruner: the masks differ between the processes; each must prune the same model with the same "
+                "criterion and data (or use distributed='sharded' for parts of a model)"
+            )
