@@ -1,0 +1,24 @@
+"""Floor 5: layers, and what puts them into a model and takes them out again."""
+
+from .filters import Selection, prunable_linears, select_linears
+from .fusion import Fusion, fuse_, unfuse_
+from .linear import SparseLinear
+from .masked import MaskedLinear
+from .sparsify import DensifyReport, LayerChoice, SparsifyReport, densify_, explain, sparsify_
+
+__all__ = [
+    "DensifyReport",
+    "Fusion",
+    "LayerChoice",
+    "MaskedLinear",
+    "Selection",
+    "SparseLinear",
+    "SparsifyReport",
+    "densify_",
+    "explain",
+    "fuse_",
+    "prunable_linears",
+    "select_linears",
+    "sparsify_",
+    "unfuse_",
+]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-__all__ = ["HEAD_NAMES", "FilterFn", "Selection", "prunable_linears", "select_linears", "take_slow_path_"]
+__all__ = ["HEAD_NAMES", "FilterFn", "Selection", "prunable_linears", "select_linears", "take_fast_path_", "take_slow_path_"]
 
 #: ``filter_fn(module, fqn) -> bool``, asked only about Linears.
 FilterFn = Callable[[nn.Linear, str], bool]
@@ -78,15 +78,32 @@ def take_slow_path_(model: nn.Module) -> list[str]:
 
     In eval such a layer hands ``linear1.weight`` and ``linear2.weight`` to one fused dense kernel and never calls the
     modules, so a sparse layer put in their place would not run. Outputs stay the same, up to rounding.
+    :func:`take_fast_path_` undoes it.
     """
     changed = []
     for fqn, module in model.named_modules():
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
-        elif isinstance(module, nn.TransformerEncoderLayer) and module.activation_relu_or_gelu:
-            module.activation_relu_or_gelu = 0
-            changed.append(fqn)
+        name = _FAST_PATH.get(type(module))
+        if name is not None and _BEFORE not in module.__dict__ and getattr(module, name):
+            module.__dict__[_BEFORE] = getattr(module, name)
+            setattr(module, name, 0)
+            if isinstance(module, nn.TransformerEncoderLayer):
+                changed.append(fqn)
     return changed
+
+
+def take_fast_path_(model: nn.Module) -> None:
+    """Undoes :func:`take_slow_path_`."""
+    for module in model.modules():
+        if _BEFORE in module.__dict__:
+            setattr(module, _FAST_PATH[type(module)], module.__dict__.pop(_BEFORE))
+
+
+# The attribute that opens the fast path, and the one that remembers what it was.
+_FAST_PATH: dict[type[nn.Module], str] = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",
+}
+_BEFORE = "_sparseprune_fast_path"
 
 
 def _impossible(model: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, str]:

@@ -1,0 +1,238 @@
+"""sparsify_ and densify_ on whole models: what is chosen, what is fused, what comes back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import sparseprune as sp
+from sparseprune.nn.fusion import FusedActivation, FusedOutput
+
+
+def prune(model, density=0.1, layout="element"):
+    torch.manual_seed(3)
+    for linear in sp.nn.prunable_linears(model).values():
+        rows, columns = linear.weight.shape
+        keep = torch.rand(rows, columns) < density
+        if layout == "block":
+            keep = (torch.rand(rows // 16, columns) < density).repeat_interleave(16, 0)
+        with torch.no_grad():
+            linear.weight.mul_(keep)
+    return model
+
+
+def bert():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=99, num_labels=3
+    )
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+def distilbert():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DistilBertConfig(dim=64, n_layers=2, n_heads=4, hidden_dim=128, vocab_size=99)
+    return transformers.DistilBertModel(config).eval()
+
+
+def llama():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128, vocab_size=99
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def encoder():
+    from sparseprune.encoder import TextEncoder
+
+    return TextEncoder(vocab_size=99, num_labels=3, hidden=64, ffn=128, layers=2).eval()
+
+
+def torch_encoder():
+    return nn.Sequential(
+        nn.Embedding(99, 64), nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2)
+    ).eval()
+
+
+MODELS = {"bert": bert, "distilbert": distilbert, "llama": llama, "encoder": encoder, "torch encoder": torch_encoder}
+FUSED = {"bert": 6, "distilbert": 2, "llama": 2, "encoder": 2, "torch encoder": 0}
+
+
+def run(model):
+    tokens = torch.arange(18).view(2, 9) * 5 % 97 + 1
+    result = model(tokens)
+    for name in ("logits", "last_hidden_state"):
+        result = getattr(result, name, result)
+    return result
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("fuse", [True, False])
+def test_the_function_stays_and_comes_back_bit_for_bit(name, fuse):
+    model = prune(MODELS[name]())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        expected = run(model)
+        report = sp.sparsify_(model, layout="csr", fuse=fuse)
+        assert sum(isinstance(m, sp.SparseLinear) for m in model.modules()) == len(report.converted) > 0
+        assert len([f for f in report.fusions if not f.reason]) == (FUSED[name] if fuse else 0)
+        for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            torch.testing.assert_close(run(twin), expected, rtol=1e-4, atol=1e-5)
+        assert sp.densify_(model).notes == {}
+        assert not any(isinstance(m, sp.SparseLinear | FusedActivation | FusedOutput) for m in model.modules())
+        assert torch.equal(run(model), expected)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", ["bert", "encoder"])
+def test_a_sparse_model_trains_as_the_dense_one_does(name):
+    model = prune(MODELS[name]())
+    twin = copy.deepcopy(model)
+    sp.sparsify_(twin, layout="csr")
+    for each in (model, twin):
+        for module in each.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        run(each.train()).square().sum().backward()
+    dense, sparse = dict(model.named_parameters()), dict(twin.named_parameters())
+    for key, parameter in dense.items():
+        if key in sparse:
+            torch.testing.assert_close(sparse[key].grad, parameter.grad, rtol=1e-3, atol=1e-5)
+        else:
+            kept = parameter != 0
+            values = sparse[key.removesuffix("weight") + "values"]
+            torch.testing.assert_close(values.grad, parameter.grad[kept], rtol=1e-3, atol=1e-5)
+
+
+def test_auto_measures_and_says_why(monkeypatch):
+    monkeypatch.setenv("SPARSEPRUNE_CACHE", "0")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.Linear(512, 512)).eval()
+    with torch.no_grad():
+        model[0].weight.mul_(torch.rand_like(model[0].weight) < 0.02)
+        model[2].weight.mul_((torch.rand(32, 1024) < 0.02).repeat_interleave(16, 0))
+    report = sp.sparsify_(model, tokens=(8, 64))
+    assert report["3"].layout == "dense" and "no zeros" in report["3"].reason
+    assert report["0"].layout == "csr" and report["0"].ratio >= 1.1
+    assert report["2"].layout in ("csr", "bsr16x1") and "bsr16x1" in report["2"].reason
+    assert str(report).count("\n") >= 4 and report.to_dict()["layers"][0]["name"] == "0"
+
+
+def test_auto_keeps_dense_where_dense_wins(monkeypatch):
+    monkeypatch.setenv("SPARSEPRUNE_CACHE", "0")
+    from sparseprune import bench
+
+    def dense_wins(candidates, *, baseline="dense", **_):
+        return bench.Choice(baseline, 1.0, "dense wins")
+
+    monkeypatch.setattr(bench, "choose_fastest", dense_wins)
+    model = prune(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), 0.5)
+    report = sp.sparsify_(model)
+    assert [layer.layout for layer in report.layers] == ["dense", "dense"]
+    assert all(type(m) is nn.Linear for m in model)
+
+
+def test_forced_layouts_and_a_module_under_two_names():
+    shared = nn.Linear(32, 32)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.Linear(32, 32)})
+    prune(model, layout="block")
+    sp.sparsify_(model, layout="bsr", blocksize=(16, 1))
+    assert model["a"] is model["b"][0] and model["a"].blocksize == (16, 1)
+    assert isinstance(model["c"], sp.SparseLinear)
+
+
+def test_a_layout_that_does_not_fit_leaves_the_model_alone():
+    model = prune(nn.Sequential(nn.Linear(32, 32), nn.Linear(30, 32)), layout="block")
+    with pytest.raises(ValueError, match="sparsify_: 1: .*multiple of m"):
+        sp.sparsify_(model, layout="nm", nm=(4, 4))
+    assert all(type(m) is nn.Linear for m in model)
+
+
+@pytest.mark.parametrize(
+    "model, options, message",
+    [
+        (nn.Linear(4, 4), {}, "SparseLinear.from_linear"),
+        (nn.Sequential(nn.Linear(4, 4)), {"layout": "coo"}, "layout expected one of"),
+        (nn.Sequential(nn.Linear(4, 4)), {"values": "int4"}, "values expected one of"),
+        (nn.Sequential(nn.Linear(4, 4)), {"tokens": 0}, "tokens expected"),
+        (nn.Sequential(nn.Linear(4, 4)), {"tokens": ()}, "tokens expected"),
+        (nn.Sequential(nn.Linear(4, 4)), {"filter_fn": lambda m, n: False}, "nothing selected"),
+        (nn.Sequential(nn.ReLU()), {}, "no nn.Linear"),
+    ],
+)
+def test_bad_input(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        sp.sparsify_(model, **options)
+
+
+def test_a_masked_linear_is_sparsified_by_its_mask():
+    masked = sp.MaskedLinear.from_linear(nn.Linear(16, 16), torch.rand(16, 16) < 0.3)
+    model = nn.Sequential(masked).eval()
+    x = torch.randn(4, 16)
+    with torch.no_grad():
+        expected = model(x)
+        sp.sparsify_(model, layout="csr")
+        torch.testing.assert_close(model(x), expected)
+    assert model[0].nnz == int(masked.mask.sum())
+
+
+def test_a_low_rank_term_is_named_by_densify():
+    model = prune(nn.Sequential(nn.Linear(16, 16)), 0.5)
+    sp.sparsify_(model, layout="csr")
+    model[0].set_low_rank_(torch.randn(2, 16), torch.randn(16, 2))
+    x = torch.randn(3, 16)
+    expected = model(x)
+    report = sp.densify_(model)
+    assert "rank 2" in report.notes["0"] and "0:" in str(report)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+class Doubled(nn.Module):
+    """Two Linears through one activation: fusing it into either would change the result."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.act = nn.Linear(16, 16), nn.Linear(16, 16), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.left(x)) + self.act(self.right(x))
+
+
+class NotAnOutput(nn.Module):
+    """The children of BERT's output block, put together otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense, self.LayerNorm, self.dropout = nn.Linear(16, 16), nn.LayerNorm(16), nn.Dropout(0.1)
+
+    def forward(self, hidden_states, input_tensor):
+        return self.LayerNorm(self.dense(hidden_states)) + input_tensor
+
+
+def test_what_only_looks_like_a_pattern_is_left_alone():
+    holder = nn.ModuleDict({"doubled": Doubled(), "output": NotAnOutput()}).eval()
+    prune(holder, 0.5)
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        expected = holder["doubled"](x), holder["output"](x, x)
+        report = sp.sparsify_(holder, layout="csr")
+        torch.testing.assert_close(holder["doubled"](x), expected[0])
+        torch.testing.assert_close(holder["output"](x, x), expected[1])
+    assert [f.reason for f in report.fusions] == ["its forward is not LayerNorm(dropout(dense(x)) + residual)"]
+
+
+def test_a_hook_prevents_fusion():
+    model = prune(nn.Sequential(nn.Linear(16, 16), nn.GELU()), 0.5).eval()
+    seen = []
+    model[1].register_forward_hook(lambda module, args, out: seen.append(out))
+    report = sp.sparsify_(model, layout="csr")
+    assert "hook" in report.fusions[0].reason
+    model(torch.randn(2, 16))
+    assert len(seen) == 1
