@@ -50,7 +50,7 @@ class TokenLoader:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         epoch, self._epoch = self._epoch, self._epoch + 1
         for number, chosen in enumerate(self.batches(epoch)):
-            yield self._collate(chosen, epoch, number)
+            yield self._batch(chosen, epoch, number)
 
     def batches(self, epoch: int) -> list[list[int]]:
         """The example indices of each batch of one epoch."""
@@ -70,11 +70,18 @@ class TokenLoader:
     def _generator(self, epoch: int, number: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + number)
 
-    def _collate(self, chosen: list[int], epoch: int, number: int) -> dict[str, Tensor]:
+    def collate(self, chosen: Sequence[int]) -> dict[str, Tensor]:
+        """One batch of the examples with these indices, without augmentation."""
+        return self._pad([self.sequences[i] for i in chosen], chosen)
+
+    def _batch(self, chosen: list[int], epoch: int, number: int) -> dict[str, Tensor]:
         rows = [self.sequences[i] for i in chosen]
         if self.augment is not None and self.augment.active:
             generator = self._generator(epoch, number + 1)
             rows = [self.augment(ids, self.mask_id, generator, self.protect) for ids in rows]
+        return self._pad(rows, chosen)
+
+    def _pad(self, rows: Sequence[list[int]], chosen: Sequence[int]) -> dict[str, Tensor]:
         width = max(map(len, rows))
         batch = {
             "input_ids": torch.tensor([ids + [self.pad_id] * (width - len(ids)) for ids in rows]),

@@ -100,10 +100,9 @@ class Game:
                 on_real, on_fake = torch.where(swap, on_fake, on_real), torch.where(swap, on_real, on_fake)
             loss = discriminator_loss(config.loss, on_real, on_fake)
         event = None
-        if not math.isfinite(float(loss)) or (self.monitor.stuck and config.mode == "trained"):
-            event = "discriminator restarted: " + (
-                "too strong for too long" if math.isfinite(float(loss)) else "not finite"
-            )
+        finite = bool(torch.isfinite(loss.detach()))
+        if not finite or (self.monitor.stuck and config.mode == "trained"):
+            event = "discriminator restarted: " + ("too strong for too long" if finite else "its loss is not finite")
             self.resets += 1
             self._new_critic()
             self.monitor.reset()

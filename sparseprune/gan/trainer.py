@@ -79,8 +79,6 @@ class GANPruner:
         self._loader_rng: Tensor | None = None
         self._optimisers()
 
-    # what the caller sees ---------------------------------------------------------------------------------------------
-
     @property
     def density(self) -> float:
         """Kept share of the weights under the gates right now; 1 before the first step."""
@@ -108,7 +106,7 @@ class GANPruner:
         if self._finished:
             raise RuntimeError("GANPruner.fit: this run is over; make a new pruner to train again")
         compute = make_loss(loss)
-        total = self._total_steps(train_loader)
+        total = self.total_steps(train_loader)
         path = None if checkpoint is None else Path(checkpoint)
         if path is not None and path.exists():
             self._load(path)
@@ -195,9 +193,8 @@ class GANPruner:
                     )
         return sum(verdicts) / len(verdicts)
 
-    # one run ----------------------------------------------------------------------------------------------------------
-
-    def _total_steps(self, loader: Iterable[Any]) -> int:
+    def total_steps(self, loader: Iterable[Any]) -> int:
+        """Optimiser steps of a whole run on this loader. ValueError on one that is empty, or has no length to go by."""
         if self.config.steps is not None:
             return self.config.steps
         size = len(loader) if hasattr(loader, "__len__") else None  # type: ignore[arg-type]
@@ -297,8 +294,6 @@ class GANPruner:
             return min(1.0, (p + 1e-3) / max(self.config.warmup, 1e-3))
         share = (p - self._heal_from) / max(1e-9, 1 - self._heal_from)
         return max(0.02, min(1.0, 20 * share + 0.05) * (1 - share))
-
-    # one step ---------------------------------------------------------------------------------------------------------
 
     def _look(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """(logits, features, entry) of one forward pass."""
@@ -455,8 +450,6 @@ class GANPruner:
         self._bad = 0
         self.history.events.append({"step": self._step, "event": "restored a snapshot", "lr_scale": self._lr_scale})
 
-    # evaluation and the end -------------------------------------------------------------------------------------------
-
     def _evaluate(self, loader: Iterable[Any], compute: Callable[[Tensor, Tensor], Tensor]) -> bool:
         """Records the validation figures; keeps the best healed state; True: patience is over."""
         rng = torch.get_rng_state()
@@ -485,8 +478,6 @@ class GANPruner:
             self.history.events.append(
                 {"step": self._step, "event": f"best state taken from step {self._best['step']}"}
             )
-
-    # state ------------------------------------------------------------------------------------------------------------
 
     def _tensors(self) -> dict[str, Any]:
         """Everything that training moves, cloned."""
