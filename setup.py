@@ -1,8 +1,9 @@
 """Builds the compiled core ``sparseprune._C``, and ``sparseprune._cuda`` where CUDA is wanted. Never needs torch.
 
-``SPARSEPRUNE_NATIVE``  auto (default): build where a working C++ compiler is, else install without | 0: never | 1: always, or fail
-``SPARSEPRUNE_CUDA``    auto (default): build where both nvcc and a driver are | 0 | 1: always, or fail
-``SPARSEPRUNE_CUDA_ARCH``  e.g. ``80;90a;100a;120;90+PTX`` (the default builds the machine's own card where a driver is)
+``SPARSEPRUNE_NATIVE``  auto (default): build where a working C++ compiler is, else install without | 0: never | 1:
+always, or fail ``SPARSEPRUNE_CUDA``    auto (default): build where both nvcc and a driver are | 0 | 1: always, or fail
+``SPARSEPRUNE_CUDA_ARCH``  e.g. ``80;90a;100a;120;90+PTX`` (the default builds the machine's own card where a driver
+is)
 
 A compiler that works and a source that does not compile is always fatal: the core is never lost unnoticed.
 """
@@ -21,7 +22,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# The kernel text is the same in every tier; only these flags and the number of lanes differ. dispatch.cpp checks each -m flag.
+# The kernel text is the same in every tier; only these flags and the number of lanes differ. dispatch.cpp checks
+# each -m flag.
 TIER_FLAGS = {
     "csrc/cpu/tiers/generic.cpp": [],
     "csrc/cpu/tiers/avx2.cpp": ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt", "-mlzcnt"],
@@ -58,13 +60,22 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         plain = [os.environ.get("CXX", "").strip() or shutil.which("g++") or shutil.which("clang++") or "c++"]
-        reason = compiles(plain, ["-std=c++17"], "#include <vector>\nint f() { return int(std::vector<int>(3).size()); }\n")
+        reason = compiles(
+            plain, ["-std=c++17"], "#include <vector>\nint f() { return int(std::vector<int>(3).size()); }\n"
+        )
         if reason is not None:
             if setting("SPARSEPRUNE_NATIVE") == "1":
                 raise SystemExit(f"SPARSEPRUNE_NATIVE=1 but no working C++17 compiler ({plain[0]}): {reason}")
-            print(f"sparseprune: no working C++17 compiler ({plain[0]}), installing without the compiled core: {reason}", file=sys.stderr)
+            print(
+                f"sparseprune: no working C++17 compiler ({plain[0]}), installing without the compiled core: {reason}",
+                file=sys.stderr,
+            )
             return
-        openmp = ["-fopenmp"] if compiles(plain, ["-fopenmp"], "#include <omp.h>\nint f() { return omp_get_max_threads(); }\n") is None else []
+        openmp = (
+            ["-fopenmp"]
+            if compiles(plain, ["-fopenmp"], "#include <omp.h>\nint f() { return omp_get_max_threads(); }\n") is None
+            else []
+        )
         if not openmp:
             print("sparseprune: the compiler has no OpenMP, the compiled core will run on one thread", file=sys.stderr)
         folder = Path(self.build_temp, ext.name)
@@ -110,10 +121,20 @@ def run_jobs(jobs: list[tuple[Path, list[str]]], folder: Path) -> None:
     def escape(text: str) -> str:
         return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    lines = [f"builddir = {escape(str(folder))}", "rule cxx", "  command = $cmd -MMD -MF $out.d", "  depfile = $out.d", "  deps = gcc", "  description = CXX $out"]
+    lines = [
+        f"builddir = {escape(str(folder))}",
+        "rule cxx",
+        "  command = $cmd -MMD -MF $out.d",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = CXX $out",
+    ]
     for target, command in jobs:
         source = command[command.index("-c") + 1]
-        lines += [f"build {escape(str(target))}: cxx {escape(source)}", f"  cmd = {' '.join(command).replace('$', '$$')}"]
+        lines += [
+            f"build {escape(str(target))}: cxx {escape(source)}",
+            f"  cmd = {' '.join(command).replace('$', '$$')}",
+        ]
     Path(folder, "build.ninja").write_text("\n".join(lines) + "\n")
     check([ninja, "-f", str(folder / "build.ninja")])
 
@@ -123,7 +144,10 @@ def extensions() -> list[Extension]:
         return []
     import pybind11
 
-    sources = ["csrc/cpu/dispatch.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/bindings").glob("*.cpp"))]
+    sources = [
+        "csrc/cpu/dispatch.cpp",
+        *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/bindings").glob("*.cpp")),
+    ]
     sources += [s for s in TIER_FLAGS if X86 or s.endswith("generic.cpp")]
     return [Extension("sparseprune._C", sources, include_dirs=[pybind11.get_include()], language="c++")]
 

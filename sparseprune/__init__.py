@@ -7,8 +7,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public name -> module that defines it. Loaded on first use, so that `import sparseprune` stays quick and never fails for the
-# lack of an optional package.
+# Public name -> module that defines it. Loaded on first use, so that `import sparseprune` stays quick and never fails
+# for the lack of an optional package.
 _PUBLIC = {
     "GANConfig": "gan",
     "GANPruner": "gan",
@@ -37,7 +37,20 @@ _PUBLIC = {
     "save": "checkpoint",
     "sparsity_report": "report",
 }
-_SUBMODULES = ("bench", "checkpoint", "data", "gan", "integrations", "layouts", "nn", "ops", "optim", "pruning", "reference", "report")
+_SUBMODULES = (
+    "bench",
+    "checkpoint",
+    "data",
+    "gan",
+    "integrations",
+    "layouts",
+    "nn",
+    "ops",
+    "optim",
+    "pruning",
+    "reference",
+    "report",
+)
 
 __all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
 

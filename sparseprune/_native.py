@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["C", "CUDA", "require_c", "why_no_c", "why_no_cuda"]
+__all__ = ["CUDA", "C", "require_c", "why_no_c", "why_no_cuda"]
 
 
 def _load(name: str) -> tuple[ModuleType | None, str | None]:

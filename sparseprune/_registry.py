@@ -1,6 +1,7 @@
 """The table of kernels: which backend implements which op. Floor 0: imports nothing of the package.
 
-A kernel registers itself where it is defined (``native/``, ``triton/``, ``cuda/``, ``reference.py``); ``backends`` chooses.
+A kernel registers itself where it is defined (``native/``, ``triton/``, ``cuda/``, ``reference.py``); ``backends``
+chooses.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-__all__ = ["BACKENDS", "Kernel", "kernel", "kernels_of"]
+__all__ = ["BACKENDS", "Kernel", "kernel", "kernels_of", "kernels_of_backend"]
 
 #: Every backend, the one tried first leading. ``reference`` is plain torch and can run everything.
 BACKENDS = ("cuda", "triton", "native", "reference")
@@ -21,7 +22,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Kernel:
     """One backend's implementation of one op.
 
-    ``why_not`` takes the op's own arguments and returns the reasons why this kernel cannot run on them; an empty list: it can.
+    ``why_not`` takes the op's own arguments and returns the reasons why this kernel cannot run on them; an empty list:
+    it can.
     """
 
     op: str
@@ -49,3 +51,8 @@ def kernels_of(op: str) -> list[Kernel]:
     """The kernels of one op, in the order in which they are tried."""
     found = _KERNELS.get(op, {})
     return [found[name] for name in BACKENDS if name in found]
+
+
+def kernels_of_backend(backend: str) -> list[str]:
+    """The names of the ops that one backend implements, sorted."""
+    return sorted(op for op, found in _KERNELS.items() if backend in found)

@@ -1,9 +1,9 @@
 """Floor 2: who can run this op on these tensors, and why not.
 
-``SPARSEPRUNE_BACKEND=native|triton|cuda|reference`` forces one backend; where that one cannot run, the call raises with the
-reasons. Without it the first that can run does, in the order cuda, triton, native, reference. Nothing falls back unseen:
-:func:`explain_op` lists every backend with its reasons, and the reference in place of a compiled core that is not there warns
-once.
+``SPARSEPRUNE_BACKEND=native|triton|cuda|reference`` forces one backend; where that one cannot run, the call raises
+with the reasons. Without it the first that can run does, in the order cuda, triton, native, reference. Nothing falls
+back unseen: :func:`explain_op` lists every backend with its reasons, and the reference in place of a compiled core
+that is not there warns once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import warnings
 from typing import Any
 
-from . import _native, native, reference, triton  # noqa: F401  (importing them registers their kernels)
+from . import _native, cuda, native, reference, triton  # noqa: F401  (importing them registers their kernels)
 from ._registry import BACKENDS, Kernel, kernels_of
 
 __all__ = ["choose", "explain_op", "forced_backend"]

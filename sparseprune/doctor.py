@@ -59,7 +59,11 @@ def _core() -> list[Finding]:
     if core is None:
         compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
         found = f"compiler found: {compiler}" if compiler else "no C++ compiler on the path"
-        return [Finding("compiled core", f"absent ({found}); the plain-torch reference runs", False, _native.why_no_c() or "")]
+        return [
+            Finding(
+                "compiled core", f"absent ({found}); the plain-torch reference runs", False, _native.why_no_c() or ""
+            )
+        ]
     tiers = ", ".join(core.runnable_tiers())
     return [
         Finding("compiled core", f"loaded, tier {core.tier()} ({core.lanes()} lanes); this CPU can run: {tiers}"),
@@ -77,7 +81,9 @@ def examine() -> list[Finding]:
     import torch
 
     findings = [
-        Finding("sparseprune", f"{__version__} on Python {platform.python_version()}, {sys.platform} {platform.machine()}"),
+        Finding(
+            "sparseprune", f"{__version__} on Python {platform.python_version()}, {sys.platform} {platform.machine()}"
+        ),
         Finding("CPU", f"{cpu_model()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"),
         Finding("torch", torch.__version__),
         *_core(),
@@ -85,14 +91,27 @@ def examine() -> list[Finding]:
     if torch.cuda.is_available():
         findings.append(Finding("GPU", torch.cuda.get_device_name()))
     else:
-        findings.append(Finding("GPU", "no driver or no device that torch can see", False, "CPU kernels are used; nothing to do without a GPU"))
+        findings.append(
+            Finding(
+                "GPU",
+                "no driver or no device that torch can see",
+                False,
+                "CPU kernels are used; nothing to do without a GPU",
+            )
+        )
     from .cuda import kernel_status
 
     findings += [Finding(name, state, good) for name, state, good in kernel_status()]
     for name, use in _OPTIONAL.items():
         version = _package(name)
         findings.append(Finding(name, version or "absent", version is not None, "" if version else use))
-    for variable in ("SPARSEPRUNE_BACKEND", "SPARSEPRUNE_CPU", "SPARSEPRUNE_CACHE", "OMP_NUM_THREADS", "TRITON_INTERPRET"):
+    for variable in (
+        "SPARSEPRUNE_BACKEND",
+        "SPARSEPRUNE_CPU",
+        "SPARSEPRUNE_CACHE",
+        "OMP_NUM_THREADS",
+        "TRITON_INTERPRET",
+    ):
         if os.environ.get(variable):
             findings.append(Finding(variable, os.environ[variable]))
     return findings

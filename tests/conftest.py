@@ -34,12 +34,16 @@ def need(present: bool, what: str) -> None:
 
 @pytest.fixture
 def close():
-    """``close(got, expected)``: equal within the tolerance of got's dtype, same shape, no NaN where none is expected."""
+    """``close(got, expected)``: equal within the tolerance of got's dtype, same shape, no NaN where none is
+    expected.
+    """
     import torch
 
     def check(got, expected, dtype=None):
         rtol, atol = TOLERANCES[str(dtype or got.dtype).removeprefix("torch.")]
-        torch.testing.assert_close(got.to(torch.float64), expected.to(torch.float64), rtol=rtol, atol=atol, equal_nan=True)
+        torch.testing.assert_close(
+            got.to(torch.float64), expected.to(torch.float64), rtol=rtol, atol=atol, equal_nan=True
+        )
 
     return check
 
@@ -71,7 +75,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         from sparseprune import _native
 
         tiers = _native.C.runnable_tiers() if _native.C is not None else []
-        metafunc.parametrize("tier", tiers or [pytest.param(None, marks=pytest.mark.skip(reason="no compiled core"))], indirect=True)
+        metafunc.parametrize(
+            "tier", tiers or [pytest.param(None, marks=pytest.mark.skip(reason="no compiled core"))], indirect=True
+        )
 
 
 @pytest.fixture

@@ -75,7 +75,9 @@ def test_the_walk_sees_an_upward_import():
     assert imported(tree, "ops.linear", False) == {"nn", "gan", "ops"}
 
 
-@pytest.mark.skipif(os.environ.get("SPARSEPRUNE_NATIVE") == "0", reason="installed without the compiled core on purpose")
+@pytest.mark.skipif(
+    os.environ.get("SPARSEPRUNE_NATIVE") == "0", reason="installed without the compiled core on purpose"
+)
 def test_the_compiled_core_is_loaded_from_the_installed_package():
     assert _native.C is not None, _native.why_no_c()
     assert Path(_native.C.__file__).parent == PACKAGE
@@ -83,7 +85,8 @@ def test_the_compiled_core_is_loaded_from_the_installed_package():
 
 def test_import_is_light():
     code = (
-        "import sys, sparseprune; heavy = {'torch', 'transformers', 'matplotlib', 'triton', 'rich'} & set(sys.modules); "
+        "import sys, sparseprune; "
+        "heavy = {'torch', 'transformers', 'matplotlib', 'triton', 'rich'} & set(sys.modules); "
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent.anchor)

@@ -11,7 +11,9 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cp
 
 
 def why_not_cpu(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = tuple(DTYPE_CODES)) -> list[str]:
-    """Reasons against running on these tensors: no core, not on the CPU, not one of ``dtypes`` (None entries are skipped)."""
+    """Reasons against running on these tensors: no core, not on the CPU, not one of ``dtypes`` (None entries are
+    skipped).
+    """
     reasons = []
     if _native.C is None:
         reasons.append(_native.why_no_c() or "")

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-__all__ = ["HEAD_NAMES", "FilterFn", "Selection", "prunable_linears", "select_linears", "take_fast_path_", "take_slow_path_"]
+__all__ = [
+    "HEAD_NAMES",
+    "FilterFn",
+    "Selection",
+    "prunable_linears",
+    "select_linears",
+    "take_fast_path_",
+    "take_slow_path_",
+]
 
 #: ``filter_fn(module, fqn) -> bool``, asked only about Linears.
 FilterFn = Callable[[nn.Linear, str], bool]

@@ -1,9 +1,10 @@
 """Fusion in eager mode: what follows a SparseLinear moves into its epilogue, where the result is still in registers.
 
-Two patterns, found by structure and checked by running both forms on the same random input before one replaces the other:
+Two patterns, found by structure and checked by running both forms on the same random input before one replaces the
+other:
 
-- *activation*: a Linear followed by its activation module, in an ``nn.Sequential`` or in a feed-forward block that holds just
-  the two (BERT's ``intermediate``);
+- *activation*: a Linear followed by its activation module, in an ``nn.Sequential`` or in a feed-forward block that
+holds just the two (BERT's ``intermediate``);
 - *output*: Linear, dropout, residual, LayerNorm (BERT's ``output`` blocks).
 
 Names of parameters and modules stay; :func:`unfuse_` puts the original modules back, untouched.
@@ -11,6 +12,7 @@ Names of parameters and modules stay; :func:`unfuse_` puts the original modules 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +38,9 @@ _EPILOGUES = {
 
 @dataclass(frozen=True)
 class Fusion:
-    """One fusion: ``name`` of the module that changed, ``what`` was fused, and ``reason`` where it was left alone (else empty)."""
+    """One fusion: ``name`` of the module that changed, ``what`` was fused, and ``reason`` where it was left alone
+    (else empty).
+    """
 
     name: str
     what: str
@@ -57,7 +61,8 @@ class FusedActivation(nn.Module):
 class FusedOutput(nn.Module):
     """LayerNorm(dropout(dense(x)) + residual), residual and LayerNorm in one pass where there is no dropout to apply.
 
-    x: `[..., K]`; residual: `[..., N]`; returns `[..., N]`. Holds the children of the block it replaces under their own names.
+    x: `[..., K]`; residual: `[..., N]`; returns `[..., N]`. Holds the children of the block it replaces under their
+    own names.
     """
 
     def __init__(self, original: nn.Module) -> None:
@@ -96,10 +101,11 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 @torch.no_grad()
 def _fuse_activation(name: str, parent: nn.Module, linear: SparseLinear, child: str) -> Fusion | None:
-    """Fuses ``linear`` with its activation, parent's ``child``, and keeps that where the result stays what it was; None where not.
+    """Fuses ``linear`` with its activation, parent's ``child``, and keeps that where the result stays what it was;
+    None where not.
 
-    In an ``nn.Sequential`` the two are neighbours. Any other parent is run on random input `[3, K]`, before and after: the same
-    result shows that the activation follows this very Linear and that nothing else passes through it.
+    In an ``nn.Sequential`` the two are neighbours. Any other parent is run on random input `[3, K]`, before and after:
+    the same result shows that the activation follows this very Linear and that nothing else passes through it.
     """
     activation = getattr(parent, child)
     what = _epilogue_of(activation)
@@ -125,7 +131,9 @@ def _fuse_activation(name: str, parent: nn.Module, linear: SparseLinear, child: 
 
 
 def _try(module: nn.Module, *inputs: Tensor) -> Tensor | None:
-    """module(*inputs) in eval; None where it does not take these inputs or return a tensor: then it is not one of our patterns."""
+    """module(*inputs) in eval; None where it does not take these inputs or return a tensor: then it is not one of our
+    patterns.
+    """
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:
@@ -165,14 +173,20 @@ def _fuse_output(name: str, module: nn.Module) -> tuple[Fusion, FusedOutput | No
 
 
 def fuse_(model: nn.Module) -> list[Fusion]:
-    """Fuses in place what follows the SparseLinears of ``model``; returns what was done and what was left alone, with reasons."""
+    """Fuses in place what follows the SparseLinears of ``model``; returns what was done and what was left alone, with
+    reasons.
+    """
     fusions: list[Fusion | None] = []
     for name, module in list(model.named_modules()):
         if isinstance(module, FusedActivation | FusedOutput):
             continue
         for first, second in _neighbours(module):
             linear = module._modules[first]
-            if isinstance(linear, SparseLinear) and linear.activation == "none" and _epilogue_of(getattr(module, second)):
+            if (
+                isinstance(linear, SparseLinear)
+                and linear.activation == "none"
+                and _epilogue_of(getattr(module, second))
+            ):
                 fusions.append(_fuse_activation(f"{name}.{first}".lstrip("."), module, linear, second))
         for child_name, child in list(module.named_children()):
             if _is_output_block(child):
@@ -184,10 +198,12 @@ def fuse_(model: nn.Module) -> list[Fusion]:
 
 
 def _neighbours(module: nn.Module) -> list[tuple[str, str]]:
-    """(name of a Linear, name of the activation that may follow it): next to each other, or with the module's only activation."""
+    """(name of a Linear, name of the activation that may follow it): next to each other, or with the module's only
+    activation.
+    """
     names = [name for name, child in module._modules.items() if child is not None]
     if isinstance(module, nn.Sequential):
-        return list(zip(names, names[1:]))
+        return list(itertools.pairwise(names))
     activations = [name for name in names if _epilogue_of(getattr(module, name)) is not None]
     return [(name, activations[0]) for name in names] if len(activations) == 1 else []
 

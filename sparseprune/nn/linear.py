@@ -32,8 +32,8 @@ def _activate(x: Tensor, activation: str) -> Tensor:
 def why_not_direct(*tensors: Tensor | None) -> str | None:
     """None where a kernel may be called directly, past torch's dispatcher; else what is in the way.
 
-    The dispatcher is passed by only where nothing could tell the difference: plain CPU tensors, no gradient, no mode, no
-    functorch level, no autocast, no tracing, no compilation.
+    The dispatcher is passed by only where nothing could tell the difference: plain CPU tensors, no gradient, no mode,
+    no functorch level, no autocast, no tracing, no compilation.
     """
     grad = torch.is_grad_enabled()
     for tensor in tensors:
@@ -61,17 +61,18 @@ def why_not_direct(*tensors: Tensor | None) -> str | None:
 class SparseLinear(nn.Module):
     """y = activation(x W^T + bias + (x A^T) B^T) with W `[N, K]` in one of the sparse layouts.
 
-    x: `[..., K]`; returns `[..., N]` in x's dtype (under autocast in that of ``F.linear``). ``values`` is a Parameter in the
-    layout's own shape and trains; the structure is fixed: ``crow_indices, col_indices`` (csr, bsr) or ``indices`` (nm), buffers
-    in the state dict. ``bias``, ``low_rank_a`` `[r, K]` and ``low_rank_b`` `[N, r]` are optional Parameters. ``weight`` is the
-    dense `[N, K]` matrix, made on demand, read-only.
+    x: `[..., K]`; returns `[..., N]` in x's dtype (under autocast in that of ``F.linear``). ``values`` is a Parameter
+    in the layout's own shape and trains; the structure is fixed: ``crow_indices, col_indices`` (csr, bsr) or
+    ``indices`` (nm), buffers in the state dict. ``bias``, ``low_rank_a`` `[r, K]` and ``low_rank_b`` `[N, r]` are
+    optional Parameters. ``weight`` is the dense `[N, K]` matrix, made on demand, read-only.
 
-    What the kernels read is packed from ``values`` and kept until they change. An in-place write to ``values`` is noticed by its
-    version counter; after a write through ``.data``, which is not, call :meth:`repack`. A load_state_dict may bring another
-    structure of the same shape, or a dense ``weight``, which is converted to this layer's layout.
+    What the kernels read is packed from ``values`` and kept until they change. An in-place write to ``values`` is
+    noticed by its version counter; after a write through ``.data``, which is not, call :meth:`repack`. A
+    load_state_dict may bring another structure of the same shape, or a dense ``weight``, which is converted to this
+    layer's layout.
 
-    ``value_dtype`` is how the inference kernels hold the values: "float32" (exact), "bfloat16", or "int8" (one scale an output).
-    ``tokens`` is the number of rows of x the packed form is tuned for; any number works.
+    ``value_dtype`` is how the inference kernels hold the values: "float32" (exact), "bfloat16", or "int8" (one scale
+    an output). ``tokens`` is the number of rows of x the packed form is tuned for; any number works.
     """
 
     values: nn.Parameter
@@ -125,10 +126,11 @@ class SparseLinear(nn.Module):
         nm: tuple[int, int] | None = None,
         **options: Any,
     ) -> SparseLinear:
-        """The same function as ``linear``, holding its non-zero entries only. Shares ``bias``; ``options`` as for the class.
+        """The same function as ``linear``, holding its non-zero entries only. Shares ``bias``; ``options`` as for the
+        class.
 
-        layout: "csr" | "bsr" with ``blocksize=(r, c)`` dividing `[N, K]`, 16x1 by default | "nm" with ``nm=(n, m)``, 2:4 by
-        default. ValueError where the layout does not fit the weight.
+        layout: "csr" | "bsr" with ``blocksize=(r, c)`` dividing `[N, K]`, 16x1 by default | "nm" with ``nm=(n, m)``,
+        2:4 by default. ValueError where the layout does not fit the weight.
         """
         weight = linear.weight.detach()
         mask = getattr(linear, "mask", None)
@@ -143,8 +145,12 @@ class SparseLinear(nn.Module):
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
-        """An ``nn.Linear`` with the same weight, low-rank term added in. Shares ``bias``. The activation stays behind."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.values.dtype)
+        """An ``nn.Linear`` with the same weight, low-rank term added in. Shares ``bias``. The activation stays
+        behind.
+        """
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.values.dtype
+        )
         linear.weight = nn.Parameter(self.weight, requires_grad=self.values.requires_grad)
         linear.bias = self.bias
         return linear.train(self.training)
@@ -153,9 +159,13 @@ class SparseLinear(nn.Module):
         """Takes the factors of the compensation term: A `[r, K]`, B `[N, r]`; None and None removes it."""
         if low_rank_a is not None and low_rank_b is not None:
             rank = low_rank_a.shape[0]
-            if tuple(low_rank_a.shape) != (rank, self.in_features) or tuple(low_rank_b.shape) != (self.out_features, rank):
+            if tuple(low_rank_a.shape) != (rank, self.in_features) or tuple(low_rank_b.shape) != (
+                self.out_features,
+                rank,
+            ):
                 raise ValueError(
-                    f"SparseLinear: low_rank_a, low_rank_b expected [r, {self.in_features}] and [{self.out_features}, r], "
+                    f"SparseLinear: low_rank_a, low_rank_b expected "
+                    f"[r, {self.in_features}] and [{self.out_features}, r], "
                     f"got {list(low_rank_a.shape)} and {list(low_rank_b.shape)}"
                 )
         self.low_rank_a, self.low_rank_b = _parameter(low_rank_a), _parameter(low_rank_b)
@@ -173,7 +183,9 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense `[N, K]` weight, the low-rank term included. Made on every access; writing to it changes nothing."""
+        """The dense `[N, K]` weight, the low-rank term included. Made on every access; writing to it changes
+        nothing.
+        """
         dense = self.to_layout().to_dense().detach()
         if self.low_rank_a is not None and self.low_rank_b is not None:
             dense = dense + self.low_rank_b.detach() @ self.low_rank_a.detach()
@@ -233,7 +245,9 @@ class SparseLinear(nn.Module):
         return not torch.compiler.is_compiling() or all(name in self._packs for name in needed)
 
     def _packed(self, purpose: str) -> Packed:
-        """The packed form for "inference" (with fresh values) or for training "forward" and "backward" (structure only)."""
+        """The packed form for "inference" (with fresh values) or for training "forward" and "backward" (structure
+        only).
+        """
         stamp = None if purpose != "inference" else self._stamp()
         found = self._packs.get(purpose)
         if found is not None and found[0] == stamp:
@@ -262,7 +276,9 @@ class SparseLinear(nn.Module):
         return values.data_ptr(), -1 if values.is_inference() else values._version, self.tokens, self.value_dtype
 
     def repack(self) -> None:
-        """Drops what was packed: needed after a write through ``values.data``, which leaves the version counter alone."""
+        """Drops what was packed: needed after a write through ``values.data``, which leaves the version counter
+        alone.
+        """
         with _pack_lock:
             self._packs.clear()
 

@@ -1,4 +1,6 @@
-"""MaskedLinear: a dense Linear that holds its zeros under any optimiser. For training before, or without, sparse storage."""
+"""MaskedLinear: a dense Linear that holds its zeros under any optimiser. For training before, or without, sparse
+storage.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,8 @@ class MaskedLinear(nn.Linear):
     """A drop-in ``nn.Linear`` whose weight `[N, K]` stays zero wherever its bool ``mask`` `[N, K]` is False.
 
     The mask is applied in the forward pass, to the gradient, and to the stored weight after every step of any
-    ``torch.optim`` optimiser, so that momentum and weight decay cannot bring a pruned weight back. ``weight`` and ``bias`` keep
-    their names; ``mask`` is saved beside them, and a state dict without one leaves the mask as it is.
+    ``torch.optim`` optimiser, so that momentum and weight decay cannot bring a pruned weight back. ``weight`` and
+    ``bias`` keep their names; ``mask`` is saved beside them, and a state dict without one leaves the mask as it is.
 
     Raises ValueError where the mask is not bool `[N, K]`.
     """
@@ -42,7 +44,13 @@ class MaskedLinear(nn.Linear):
     mask: Tensor
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None, mask: Tensor | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        mask: Tensor | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.register_buffer("mask", torch.ones(out_features, in_features, dtype=torch.bool, device=self.weight.device))
@@ -52,8 +60,12 @@ class MaskedLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, mask: Tensor | None = None) -> MaskedLinear:
-        """The same layer with a mask, by default the weight's non-zeros. Shares the parameters: an optimiser keeps working."""
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
+        """The same layer with a mask, by default the weight's non-zeros. Shares the parameters: an optimiser keeps
+        working.
+        """
+        layer = cls(
+            linear.in_features, linear.out_features, linear.bias is not None, device="meta", dtype=linear.weight.dtype
+        )
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.mask = linear.weight.detach() != 0
         if mask is not None:

@@ -28,7 +28,9 @@ _MIN_RATIO = 1.1
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """One layer: ``layout`` it runs in now ("dense" where it was left), ``ratio`` over dense (None: not measured), ``reason``."""
+    """One layer: ``layout`` it runs in now ("dense" where it was left), ``ratio`` over dense (None: not measured),
+    ``reason``.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -40,7 +42,9 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class SparsifyReport:
-    """What :func:`sparsify_` did: ``layers`` in the model's order, ``fusions``, and ``skipped`` Linears with the reason."""
+    """What :func:`sparsify_` did: ``layers`` in the model's order, ``fusions``, and ``skipped`` Linears with the
+    reason.
+    """
 
     layers: list[LayerChoice]
     fusions: list[Fusion] = field(default_factory=list)
@@ -66,7 +70,9 @@ class SparsifyReport:
         for layer in self.layers:
             shape = f"{layer.shape[0]}x{layer.shape[1]}"
             ratio = "    -" if layer.ratio is None else f"{layer.ratio:5.2f}"
-            lines.append(f"{layer.name:<{width}}  {shape:>11}  {layer.density:7.4f}  {layer.layout:<9}  {ratio}  {layer.reason}")
+            lines.append(
+                f"{layer.name:<{width}}  {shape:>11}  {layer.density:7.4f}  {layer.layout:<9}  {ratio}  {layer.reason}"
+            )
         lines.append(f"{len(self.converted)} of {len(self.layers)} layers sparse, {len(self.skipped)} Linears left out")
         done = [f for f in self.fusions if not f.reason]
         lines += [f"fused: {f.name} + {f.what}" for f in done]
@@ -76,7 +82,9 @@ class SparsifyReport:
 
 @dataclass(frozen=True)
 class DensifyReport:
-    """What :func:`densify_` did. ``layers``: names made dense again; ``notes``: name -> why its weight is not bit-identical."""
+    """What :func:`densify_` did. ``layers``: names made dense again; ``notes``: name -> why its weight is not
+    bit-identical.
+    """
 
     layers: list[str]
     notes: dict[str, str]
@@ -97,21 +105,24 @@ def sparsify_(
     nm: tuple[int, int] | None = None,
     values: str = "float32",
 ) -> SparsifyReport:
-    """Replaces in place the model's pruned Linears by :class:`SparseLinear` where that pays, and reports why or why not.
+    """Replaces in place the model's pruned Linears by :class:`SparseLinear` where that pays, and reports why or why
+    not.
 
-    ``layout="auto"`` times dense and every layout that fits the zeros of a layer, at its shape and density, with ``tokens`` rows
-    of x (several numbers: the worst case decides), interleaved, on this machine with the threads torch is set to; a sparse one
-    is taken from a ratio of 1.1 up, else the layer stays dense. "csr" | "bsr" (``blocksize``, 16x1 by default) | "nm" (``nm``,
-    2:4 by default) forces one on every selected Linear without measuring. ``fuse``: activations, residuals and LayerNorms that
-    follow move into the kernels' epilogues where that is safe. ``values``: how inference holds the weights, "float32" (exact),
-    "bfloat16" or "int8".
+    ``layout="auto"`` times dense and every layout that fits the zeros of a layer, at its shape and density, with
+    ``tokens`` rows of x (several numbers: the worst case decides), interleaved, on this machine with the threads torch
+    is set to; a sparse one is taken from a ratio of 1.1 up, else the layer stays dense. "csr" | "bsr" (``blocksize``,
+    16x1 by default) | "nm" (``nm``, 2:4 by default) forces one on every selected Linear without measuring. ``fuse``:
+    activations, residuals and LayerNorms that follow move into the kernels' epilogues where that is safe. ``values``:
+    how inference holds the weights, "float32" (exact), "bfloat16" or "int8".
 
-    ``filter_fn(module, fqn)`` replaces the default choice of Linears. Raises ValueError on an unknown layout, a layout that does
-    not fit, a filter that selects nothing, and for a model that is itself a Linear (use ``SparseLinear.from_linear``); the
-    model is then as it was.
+    ``filter_fn(module, fqn)`` replaces the default choice of Linears. Raises ValueError on an unknown layout, a layout
+    that does not fit, a filter that selects nothing, and for a model that is itself a Linear (use
+    ``SparseLinear.from_linear``); the model is then as it was.
     """
     if isinstance(model, nn.Linear):
-        raise ValueError("sparsify_: expected a model that holds Linears, got a Linear; use SparseLinear.from_linear(linear)")
+        raise ValueError(
+            "sparsify_: expected a model that holds Linears, got a Linear; use SparseLinear.from_linear(linear)"
+        )
     if layout not in LAYOUTS:
         raise ValueError(f"sparsify_: layout expected one of {LAYOUTS}, got {layout!r}")
     if values not in VALUES:
@@ -131,7 +142,11 @@ def sparsify_(
         if layout == "auto":
             chosen, arguments, ratio, reason = _measure(linear, kept, density, counts, options, memo)
         else:
-            arguments = {"layout": layout} | ({"blocksize": blocksize} if layout == "bsr" else {}) | ({"nm": nm} if layout == "nm" else {})
+            arguments = (
+                {"layout": layout}
+                | ({"blocksize": blocksize} if layout == "bsr" else {})
+                | ({"nm": nm} if layout == "nm" else {})
+            )
             chosen, ratio, reason = layout, None, f"layout={layout!r} was asked for"
         if chosen != "dense":
             try:
@@ -150,7 +165,8 @@ def sparsify_(
 def densify_(model: nn.Module) -> DensifyReport:
     """Puts an ``nn.Linear`` back in place of every :class:`SparseLinear` and undoes the fusions.
 
-    The weights are bit-identical to those that were sparsified, except where a low-rank term was added in; the report says so.
+    The weights are bit-identical to those that were sparsified, except where a low-rank term was added in; the report
+    says so.
     """
     unfuse_(model)
     take_fast_path_(model)
@@ -161,16 +177,25 @@ def densify_(model: nn.Module) -> DensifyReport:
             replacements[id(module)] = module.to_linear()
             names.append(name)
             if module.low_rank_a is not None:
-                notes[name] = f"its low-rank term (rank {module.low_rank_a.shape[0]}) was added to the weight, which is dense now"
+                notes[name] = (
+                    f"its low-rank term (rank {module.low_rank_a.shape[0]}) was added to the weight, which is dense now"
+                )
     _replace_(model, replacements)
     return DensifyReport(names, notes)
 
 
 def explain(layer: nn.Module, input: Tensor) -> str:
-    """Which kernel runs ``layer(input)``, and why the others do not. layer: a :class:`SparseLinear`; input: `[..., K]`."""
+    """Which kernel runs ``layer(input)``, and why the others do not. layer: a :class:`SparseLinear`; input: `[...,
+    K]`.
+    """
     if not isinstance(layer, SparseLinear):
-        raise TypeError(f"explain: expected a SparseLinear, got {type(layer).__name__}; sparsify_ says per layer why it stayed dense")
-    lines = [f"SparseLinear({layer.extra_repr()}) on x {list(input.shape)} {str(input.dtype).removeprefix('torch.')} {input.device}"]
+        raise TypeError(
+            f"explain: expected a SparseLinear, got {type(layer).__name__}; "
+            "sparsify_ says per layer why it stayed dense"
+        )
+    lines = [
+        f"SparseLinear({layer.extra_repr()}) on x {list(input.shape)} {input.dtype} {input.device}"
+    ]
     reason = why_not_direct(input, layer.bias, layer.values)
     forced = backends.forced_backend()
     if reason is None and forced not in (None, "native"):
@@ -180,7 +205,9 @@ def explain(layer: nn.Module, input: Tensor) -> str:
     if not reason:
         packed = layer._packed("inference")
         lines.append(f"direct call, past torch's dispatcher: native.matmul.linear, tier {_native.require_c().tier()}")
-        lines.append(f"  packed: {packed.nbytes} bytes, plan {packed.plan}, values {str(packed.values.dtype).removeprefix('torch.')}")
+        lines.append(
+            f"  packed: {packed.nbytes} bytes, plan {packed.plan}, values {packed.values.dtype}"
+        )
     else:
         lines.append(f"through torch's dispatcher: {reason}")
         lines.append(_explain_op(layer, input))
@@ -192,8 +219,12 @@ def _explain_op(layer: SparseLinear, input: Tensor) -> str:
     op = f"{layer.layout}_linear"
     if layer.layout == "nm":
         assert layer.nm is not None
-        return backends.explain_op(op, input, layer.values, tensors.tensors()["indices"], *layer.nm, layer.bias, layer.activation)
-    return backends.explain_op(op, input, layer.crow_indices, layer.col_indices, layer.values, layer.bias, layer.activation)
+        return backends.explain_op(
+            op, input, layer.values, tensors.tensors()["indices"], *layer.nm, layer.bias, layer.activation
+        )
+    return backends.explain_op(
+        op, input, layer.crow_indices, layer.col_indices, layer.values, layer.bias, layer.activation
+    )
 
 
 def _kept(linear: nn.Linear) -> Tensor:
@@ -257,7 +288,9 @@ def _measure(
         {"dense": dense, **{label: sparse(label) for label in fitting}},
         tokens=counts,
         min_ratio=_MIN_RATIO,
-        key=lambda label, rows: bench.layer_key(shape, round(density, 2), label, rows, weight.dtype, f"values={options['value_dtype']}"),
+        key=lambda label, rows: bench.layer_key(
+            shape, round(density, 2), label, rows, weight.dtype, f"values={options['value_dtype']}"
+        ),
     )
     memo[known] = choice.name, fitting.get(choice.name, {}), choice.ratio, choice.reason
     return memo[known]

@@ -48,7 +48,9 @@ def test_no_optimiser_resurrects_a_zero(name, copier):
         optimizer.step()
     masked.set_mask_(full)
     masked = copier(masked)
-    if copier.__name__ != "<lambda>" or all(p is not masked.weight for g in optimizer.param_groups for p in g["params"]):
+    if copier.__name__ != "<lambda>" or all(
+        p is not masked.weight for g in optimizer.param_groups for p in g["params"]
+    ):
         optimizer = OPTIMIZERS[name](masked.parameters())
     for _ in range(3):
         optimizer.step()

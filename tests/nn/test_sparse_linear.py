@@ -77,7 +77,9 @@ def test_activation_and_residual(activation, training, close):
     sparse = SparseLinear.from_linear(linear, activation=activation).train(training)
     x, residual = torch.randn(9, 60), torch.randn(9, 48)
     plain = linear(x)
-    expected = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}[activation](plain)
+    expected = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}[
+        activation
+    ](plain)
     with torch.set_grad_enabled(training):
         close(sparse(x, residual=residual), expected + residual)
 

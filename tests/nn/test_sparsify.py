@@ -42,7 +42,12 @@ def distilbert():
 def llama():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128, vocab_size=99
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        vocab_size=99,
     )
     return transformers.LlamaForCausalLM(config).eval()
 
@@ -150,7 +155,7 @@ def test_forced_layouts_and_a_module_under_two_names():
 
 def test_a_layout_that_does_not_fit_leaves_the_model_alone():
     model = prune(nn.Sequential(nn.Linear(32, 32), nn.Linear(30, 32)), layout="block")
-    with pytest.raises(ValueError, match="sparsify_: 1: .*multiple of m"):
+    with pytest.raises(ValueError, match=r"sparsify_: 1: .*multiple of m"):
         sp.sparsify_(model, layout="nm", nm=(4, 4))
     assert all(type(m) is nn.Linear for m in model)
 
