@@ -11,8 +11,9 @@ import sys
 from dataclasses import dataclass
 
 from . import __version__, _native
+from .bench.machine import cpu_model
 
-__all__ = ["Finding", "cpu_model", "examine", "render"]
+__all__ = ["Finding", "examine", "render"]
 
 _OPTIONAL = {
     "rich": "progress display; pip install 'sparseprune[demo]'",
@@ -31,18 +32,6 @@ class Finding:
     state: str
     good: bool = True
     remedy: str = ""
-
-
-def cpu_model() -> str:
-    """The CPU's own name where the system tells it, else the architecture."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # not Linux: the architecture has to do
-    return platform.processor() or platform.machine()
 
 
 def _package(name: str) -> str | None:

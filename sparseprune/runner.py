@@ -14,7 +14,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from .display import Display
 from .encoder import TextEncoder
 from .gan import GANConfig, GANPruner, evaluate
 from .nn import sparsify_
-from .nn.filters import prunable_linears
+from .nn.filters import matching_filter, prunable_linears
 from .pruning.masks import MaskSet
 from .pruning.schedules import Constant, RetentionSchedule, Schedule
 
@@ -47,7 +47,8 @@ class RunConfig(Config):
 
     dense_epochs, dense_lr, batch_size: the dense fine-tuning. drop, swap, mask: token augmentation. layout: "auto",
     "csr", "bsr", "nm", or "dense" to leave the Linears alone. latency_batch: examples in the batch that is timed.
-    train_limit and other_limit cut the splits, for trials.
+    prune_layers: shell patterns of the names of the Linears to prune; none: all but the head. train_limit and
+    other_limit cut the splits, for trials.
     """
 
     gan: GANConfig = field(default_factory=GANConfig)
@@ -71,6 +72,7 @@ class RunConfig(Config):
     mask: float = 0.05
     layout: str = "auto"
     latency_batch: int = 64
+    prune_layers: tuple[str, ...] = ()
     train_limit: int | None = None
     other_limit: int | None = None
     seed: int = 0
@@ -124,8 +126,8 @@ class _Setup:
 
 def run_demo(
     *, out: str | Path = "runs", name: str = "demo", data: str = "clinc10", density: float = 0.1,
-    granularity: Any = "element", seed: int = 0, epochs: float | None = None, max_seconds: float | None = None,
-    layout: str = "auto", quiet: bool = False, config: RunConfig | None = None,
+    granularity: Any = "element", layers: Sequence[str] | None = None, seed: int = 0, epochs: float | None = None,
+    max_seconds: float | None = None, layout: str = "auto", quiet: bool = False, config: RunConfig | None = None,
 ) -> RunResult:  # fmt: skip
     """The built-in encoder on a built-in set, from nothing to the table; about five minutes on two cores.
 
@@ -134,7 +136,7 @@ def run_demo(
     if config is None:
         gan = GANConfig(schedule=_schedule(density), granularity=granularity, seed=seed, max_seconds=max_seconds,
                         epochs=_DEMO_EPOCHS if epochs is None else epochs)  # fmt: skip
-        config = RunConfig(gan=gan, data=data, layout=layout, seed=seed)
+        config = RunConfig(gan=gan, data=data, layout=layout, seed=seed, prune_layers=tuple(layers or ()))
         if data == "crosswoz_zh":
             config = replace(config, dense_epochs=8, gan=replace(gan, epochs=12.0 if epochs is None else epochs))
     return run(config, out=out, name=name, quiet=quiet)
@@ -142,8 +144,8 @@ def run_demo(
 
 def run_prune(
     model: str, train: str | Path, valid: str | Path, test: str | Path, *, out: str | Path = "runs",
-    name: str = "prune", density: float = 0.1, granularity: Any = "element", method: str = "gan",
-    teacher: str | None = None, seed: int = 0, epochs: float = 5.0, dense_epochs: int = 3, lr: float = 3e-5,
+    name: str = "prune", density: float = 0.1, granularity: Any = "element",
+    layers: Sequence[str] | None = None, method: str = "gan", teacher: str | None = None, seed: int = 0, epochs: float = 5.0, dense_epochs: int = 3, lr: float = 3e-5,
     batch_size: int = 32, max_length: int = 128, max_seconds: float | None = None, layout: str = "auto",
     quiet: bool = False, config: GANConfig | None = None,
 ) -> RunResult:  # fmt: skip
@@ -162,7 +164,7 @@ def run_prune(
     settings = RunConfig(
         gan=gan, data=None, train=str(train), valid=str(valid), test=str(test), model=None if built_in else model,
         teacher=teacher, batch_size=batch_size, dense_epochs=dense_epochs, dense_lr=1e-3 if built_in else lr,
-        max_length=max_length, layout=layout, seed=seed,
+        max_length=max_length, layout=layout, seed=seed, prune_layers=tuple(layers or ()),
     )  # fmt: skip
     return run(settings, out=out, name=name, quiet=quiet)
 
@@ -182,6 +184,9 @@ def run(config: RunConfig, *, out: str | Path = "runs", name: str = "run", quiet
     if not name or name in (".", "..") or Path(name).name != name:
         raise ValueError(f"run: name expected a plain folder name, got {name!r}")
     setup = _text_encoder(config) if config.model is None else _transformer(config)
+    _seed(config.seed)
+    model = setup.make()
+    filter_fn = matching_filter(model, config.prune_layers)
     folder = Path(out) / name
     _enter(folder, config)
     began = time.monotonic()
@@ -195,13 +200,11 @@ def run(config: RunConfig, *, out: str | Path = "runs", name: str = "run", quiet
 
     with display:
         display.say(f"{setup.data.name}: " + ", ".join(f"{len(s)} {n}" for n, s in setup.data.splits.items()))
-        _seed(config.seed)
-        model = setup.make()
         clock = time.monotonic()
         _fine_tune(model, setup, config, folder, display)
         clock = stage("dense training", clock)
         dense = copy.deepcopy(model)
-        pruner = GANPruner(model, config.gan, teacher=copy.deepcopy(model))
+        pruner = GANPruner(model, config.gan, teacher=copy.deepcopy(model), filter_fn=filter_fn)
         total = pruner.total_steps(setup.loaders["train"])
         display.begin(f"pruning ({config.gan.method})", total)
         history = pruner.fit(

@@ -1,0 +1,1 @@
+"""Floor 8: other libraries, each imported only when its functions are called."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ __all__ = [
     "HEAD_NAMES",
     "FilterFn",
     "Selection",
+    "matching_filter",
     "prunable_linears",
     "select_linears",
     "take_fast_path_",
@@ -79,6 +81,22 @@ def select_linears(model: nn.Module, filter_fn: FilterFn | None = None) -> Selec
     if not selected:
         raise ValueError(_nothing(model, skipped))
     return Selection(selected, skipped)
+
+
+def matching_filter(model: nn.Module, patterns: Sequence[str] | None) -> FilterFn | None:
+    """A filter_fn that narrows the default choice to names that match one of ``patterns`` (as in a shell: ``*.ffn.*``).
+
+    None or no patterns: None, the default choice. ValueError, listing the names, where a pattern matches none.
+    """
+    if not patterns:
+        return None
+    names = list(select_linears(model).selected)
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+            raise ValueError(f"layers: the pattern {pattern!r} matches no prunable Linear; there are {shown}")
+    chosen = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+    return lambda module, fqn: fqn in chosen
 
 
 def take_slow_path_(model: nn.Module) -> list[str]:
