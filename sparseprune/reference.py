@@ -281,6 +281,20 @@ def masked_linear(x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None) -> Te
     return _dense_linear(x, w.masked_fill(~mask, 0), bias, "none")
 
 
+@kernel("masked_linear_dx", "reference", _always)
+def masked_linear_dx(dy: Tensor, w: Tensor, mask: Tensor) -> Tensor:
+    """dy: `[..., N_out]`; w, mask (bool) `[N_out, K]`; returns dy times the kept weights, `[..., K]`, in dy's dtype."""
+    return _dense_linear(dy, w.masked_fill(~mask, 0).t(), None, "none")
+
+
+@kernel("masked_linear_dw", "reference", _always)
+def masked_linear_dw(dy: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """dy: `[..., N_out]`, x: `[..., K]`; returns `[N_out, K]` float32 or wider: dy x summed over tokens where kept."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, dy.dtype), torch.float32)
+    flat_dy, flat_x = dy.reshape(-1, mask.shape[0]).to(wide), x.reshape(-1, mask.shape[1]).to(wide)
+    return (flat_dy.t() @ flat_x).masked_fill(~mask, 0)
+
+
 @kernel("sddmm", "reference", _always)
 def sddmm(x: Tensor, dy: Tensor, crow_indices: Tensor, col_indices: Tensor, r: int, c: int) -> Tensor:
     """x: `[..., K]`, dy: `[..., N_out]`; returns `[nblocks, r, c]`: sum over tokens of dy[n, o] x[n, k] at the kept

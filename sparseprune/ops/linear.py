@@ -290,6 +290,16 @@ define(
     "masked_linear",
     lambda x, w, mask, bias: _out(x, w.shape[0]),
 )
+define(
+    "masked_linear_dx(Tensor dy, Tensor w, Tensor mask) -> Tensor",
+    "masked_linear_dx",
+    lambda dy, w, mask: _out(dy, w.shape[1]),
+)
+define(
+    "masked_linear_dw(Tensor dy, Tensor x, Tensor mask) -> Tensor",
+    "masked_linear_dw",
+    lambda dy, x, mask: x.new_empty(mask.shape, dtype=_wide(x, dy)),
+)
 
 
 def _save_masked(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -299,12 +309,8 @@ def _save_masked(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _masked_backward(ctx: Any, dy: Tensor) -> tuple:
     x, w, mask, bias = ctx.saved_tensors
     wants_x, wants_w, _, wants_bias = ctx.needs_input_grad
-    wide = torch.promote_types(_wide(x, dy), w.dtype)
-    dx = (dy.to(wide) @ w.masked_fill(~mask, 0).to(wide)).to(x.dtype) if wants_x else None
-    dw = None
-    if wants_w:
-        flat_dy, flat_x = dy.reshape(-1, w.shape[0]).to(wide), x.reshape(-1, w.shape[1]).to(wide)
-        dw = (flat_dy.t() @ flat_x).masked_fill(~mask, 0).to(w.dtype)
+    dx = _OPS.masked_linear_dx(dy, w, mask).to(x.dtype) if wants_x else None
+    dw = _OPS.masked_linear_dw(dy, x, mask).to(w.dtype) if wants_w else None
     dbias = _bias_grad(dy, bias.dtype) if wants_bias and bias is not None else None
     return dx, dw, None, dbias
 

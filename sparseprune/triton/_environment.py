@@ -40,14 +40,14 @@ def _why_no_triton() -> str | None:
 
 
 def kernels(name: str) -> Any:
-    """The module ``sparseprune.triton.kernels.NAME``: device code, which imports Triton. Called when a kernel is launched."""
+    """The module ``sparseprune.triton.kernels.NAME``: device code, which imports Triton. Called to launch a kernel."""
     return importlib.import_module(f".kernels.{name}", __package__)
 
 
 def why_not_triton(
     *tensors: Tensor | Sequence[Tensor] | None, dtypes: tuple[torch.dtype, ...] = DTYPES, check_dtype: bool = True
 ) -> list[str]:
-    """Reasons against running on these tensors (None is skipped, lists are opened): device, dtype, Triton missing or too old.
+    """Reasons against these tensors (None is skipped, lists are opened): device, dtype, Triton missing or too old.
 
     CPU tensors are taken only where TRITON_INTERPRET=1 and SPARSEPRUNE_BACKEND=triton both ask for it.
     """
@@ -63,7 +63,8 @@ def why_not_triton(
     device = flat[0].device
     asked = interpreting() and os.environ.get("SPARSEPRUNE_BACKEND") == "triton"
     if device.type != "cuda" and not (device.type == "cpu" and asked):
-        reasons.append(f"needs CUDA or ROCm tensors, got {device}; TRITON_INTERPRET=1 with SPARSEPRUNE_BACKEND=triton interprets")
+        remedy = "TRITON_INTERPRET=1 with SPARSEPRUNE_BACKEND=triton interprets"
+        reasons.append(f"needs CUDA or ROCm tensors, got {device}; {remedy}")
     elif device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         reasons.append(f"needs compute capability 8.0 or newer, got {major}.{minor}")

@@ -1,4 +1,5 @@
-"""Selection as Triton kernels: exact, over many tensors without concatenating them, without a copy to the host but for NaN.
+"""Selection as Triton kernels: exact, over many tensors without concatenating them; only the count of NaN goes to the
+host.
 
 A selection reads the values once a digit (twice in half precision, three times in float32) and twice more for a mask.
 """
@@ -42,7 +43,8 @@ def _count(tensors: list[Tensor], counts: Tensor, prefix: Tensor, level: int, ma
 
 
 def _kth(op: str, tensors: list[Tensor], k: int, magnitude: bool) -> tuple[Tensor, Tensor]:
-    """tensors: contiguous, not empty; returns the k-th largest (0-dim) and how many equal to it rank within k (int64 `[1]`)."""
+    """tensors: contiguous, not empty; returns the k-th largest (0-dim) and how many equal to it are within k (`[1]`).
+    """
     device, dtype = tensors[0].device, tensors[0].dtype
     levels = _levels(dtype)
     counts = torch.zeros(levels, BINS + 1, dtype=torch.int64, device=device)
@@ -50,7 +52,8 @@ def _kth(op: str, tensors: list[Tensor], k: int, magnitude: bool) -> tuple[Tenso
     state[1].fill_(k)
     for level in range(levels):
         _count(tensors, counts[level], state, level, magnitude)
-        kernels("selection").radix_select_kernel[(1,)](counts[level], state, WIDTH=DIGITS[level][1], BINS=BINS, num_warps=4)
+        width = DIGITS[level][1]
+        kernels("selection").radix_select_kernel[(1,)](counts[level], state, WIDTH=width, BINS=BINS, num_warps=4)
     value = torch.empty(1, dtype=dtype, device=device)
     kernels("selection").key_value_kernel[(1,)](
         state, value, SHIFT=DIGITS[levels - 1][0], MAGNITUDE=magnitude, num_warps=1
@@ -111,7 +114,10 @@ def kth_magnitude(tensors: list[Tensor], k: int) -> Tensor:
 
 @kernel("topk_mask", "triton", _why_not_select)
 def topk_mask(scores: list[Tensor], k: int) -> list[Tensor]:
-    """scores: any shapes, one dtype; returns bool masks of those shapes, k True in all, ties to the lower index. Waits as above."""
+    """scores: any shapes, one dtype; returns bool masks of those shapes, k True in all, ties to the lower index.
+
+    Waits as :func:`kth_magnitude` does.
+    """
     return _largest("topk_mask", scores, k, magnitude=False)
 
 
@@ -142,7 +148,8 @@ def _why_not_radix_histogram(tensors: list[Tensor], prefix: int, level: int, mag
 
 @kernel("radix_histogram", "triton", _why_not_radix_histogram)
 def radix_histogram(tensors: list[Tensor], prefix: int, level: int, magnitude: bool) -> Tensor:
-    """int64 [2049]: how many sortable keys that begin with ``prefix`` have each next digit; the last entry counts NaN."""
+    """int64 `[2049]`: how many sortable keys that begin with ``prefix`` have each next digit; last, the count of NaN.
+    """
     device = tensors[0].device
     counts = torch.zeros(BINS + 1, dtype=torch.int64, device=device)
     with guard(tensors[0]):

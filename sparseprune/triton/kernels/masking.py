@@ -12,7 +12,7 @@ def apply_mask_kernel(w, mask, n, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     keep = tl.load(mask + i, mask=inside, other=0)
-    # A whole vector is read, chosen from and written: a store under a mask known only at run time would be split into elements.
+    # A whole vector is read, chosen from and written: a store under a mask of data would fall apart into elements.
     value = tl.load(w + i, mask=inside, other=0)
     tl.store(w + i, tl.where(keep != 0, value, 0), mask=inside)
 
@@ -46,7 +46,7 @@ def threshold_mask_kernel(w, threshold, mask, out, counts, n, BLOCK: tl.constexp
 
 @triton.jit
 def mask_gradient_kernel(grad, w, mask, score_grad, n, SCORES: tl.constexpr, BLOCK: tl.constexpr):
-    """All `[n]`. SCORES: score_grad += grad * w with the dense gradient; then grad is zeroed where mask (uint8) is 0."""
+    """All `[n]`. SCORES: score_grad += grad * w, grad still dense; then grad is zeroed where mask (uint8) is 0."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     keep = tl.load(mask + i, mask=inside, other=0)
@@ -67,7 +67,8 @@ def masked_adamw_kernel(
 ):  # fmt: skip
     """One AdamW step over `[n]`, in float32; p and both moments become 0 where mask (uint8) is 0.
 
-    decay = 1 - lr * weight_decay; rest = 1 - beta; step_size = lr / (1 - beta1^t); root_correction = 1 / sqrt(1 - beta2^t).
+    decay = 1 - lr * weight_decay; rest = 1 - beta; step_size = lr / (1 - beta1^step);
+    root_correction = 1 / sqrt(1 - beta2^step).
     """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
@@ -77,7 +78,7 @@ def masked_adamw_kernel(
     v = tl.load(exp_avg_sq + i, mask=inside, other=0).to(tl.float32)
     m = m + (g - m) * rest1
     v = v * beta2 + g * g * rest2
-    value = value - m / (tl.sqrt_rn(v) * root_correction + eps) * step_size
+    value = value - m / (tl.sqrt(v) * root_correction + eps) * step_size
     if MASKED:
         keep = tl.load(mask + i, mask=inside, other=0) != 0
         value = tl.where(keep, value, 0.0)

@@ -1,7 +1,7 @@
 """Exact selection by radix histograms, and the masks it gives. All tensors are contiguous.
 
-A value's sortable key is a 32-bit integer that orders as the value does: the bits of |x| in float32, or, signed, the bits of x
-with the sign turned (-0 counts as 0). Digits of 11, 11 and 10 bits; a float16 or bfloat16 is settled after two.
+A value's sortable key is a 32-bit integer that orders as the value does: the bits of |x| in float32, or, signed, the
+bits of x with the sign turned (-0 counts as 0). Digits of 11, 11 and 10 bits; two settle a float16 or bfloat16.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def radix_histogram_kernel(
     x, counts, prefix, n, chunks,
     SHIFT: tl.constexpr, WIDTH: tl.constexpr, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """counts: int64 `[BINS + 1]` += how many keys that begin with prefix[0] (int64) have each digit; the last entry: NaN.
+    """counts: int64 `[BINS + 1]` += how many keys that begin with prefix[0] (int64) have each digit; last, the NaN.
 
     Each program takes ``chunks`` runs of BLOCK elements, so that BINS global atomics are paid once for all of them.
     """
@@ -53,7 +53,7 @@ def radix_histogram_kernel(
 
 @triton.jit
 def radix_select_kernel(counts, state, WIDTH: tl.constexpr, BINS: tl.constexpr):
-    """state: int64 `[2]` = (prefix, rank): the digit that holds the rank-th largest is appended, the rank becomes that within it."""
+    """state: int64 `[2]` = (prefix, rank): appends the digit of the rank-th largest; rank becomes that within it."""
     reverse = BINS - 1 - tl.arange(0, BINS)
     here = tl.load(counts + reverse)
     upto = tl.cumsum(here, 0)
@@ -109,7 +109,7 @@ def cut_mask_kernel(x, threshold, upto, allowed, mask, n, MAGNITUDE: tl.constexp
 
 @triton.jit
 def nm_mask_kernel(scores, mask, bad, groups, KEPT: tl.constexpr, OF: tl.constexpr, BLOCK: tl.constexpr):
-    """scores, mask (uint8): `[groups, OF]`; keeps the KEPT largest of each group, ties to the lower index; bad[0] += NaN."""
+    """scores, mask (uint8): `[groups, OF]`; keeps the KEPT largest of each, ties to the lower index; bad[0] += NaN."""
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     lane = tl.arange(0, OF)
     at = group[:, None] * OF + lane[None, :]
@@ -128,7 +128,9 @@ def nm_mask_kernel(scores, mask, bad, groups, KEPT: tl.constexpr, OF: tl.constex
 
 @triton.jit
 def block_scores_kernel(scores, out, width, blocks, rows, cols, COLS: tl.constexpr, BLOCK: tl.constexpr):
-    """scores: `[R * rows, width]`; out: float32 `[R, blocks]`, the sum of each rows x cols block. COLS: cols, rounded up."""
+    """scores: `[R * rows, width]`; out: float32 `[R, blocks]`, the sum of each rows x cols block; COLS: cols rounded
+    up.
+    """
     band = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     col = tl.arange(0, COLS)
