@@ -1,0 +1,245 @@
+"""The command line as a user meets it: good input ends in files and a table, bad input in one line and a non-zero
+exit.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import sparseprune as sp
+from sparseprune.cli import main, parser
+
+TINY = ["--epochs", "0.1", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    monkeypatch.setenv("SPARSEPRUNE_CACHE", "0")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Three small TSV files with two labels."""
+    words = {"up": ["good", "fine", "great"], "down": ["bad", "poor", "awful"]}
+    paths = {}
+    for split, count in (("train", 64), ("valid", 32), ("test", 32)):
+        rows = [f"{words[label][i % 3]} thing {i}\t{label}" for i in range(count // 2) for label in words]
+        paths[split] = tmp_path / f"{split}.tsv"
+        paths[split].write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return paths
+
+
+def prune_arguments(files, out, *more):
+    given = [item for split, path in files.items() for item in (f"--{split}", str(path))]
+    return ["prune", "--model", "encoder", *given, "--out", str(out), "--dense-epochs", "1", *TINY, *more]
+
+
+def fails(capsys, argv, *words):
+    """The command exits with 2 and one line on stderr that holds all the words."""
+    assert main([str(a) for a in argv]) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1, error
+    for word in words:
+        assert word in error, error
+
+
+@pytest.mark.parametrize("command", ["demo", "prune", "convert", "report", "bench", "eval", "sensitivity", "doctor"])
+def test_help_shows_a_working_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    example = next(line.strip() for line in text.splitlines() if line.strip().startswith(f"sparseprune {command}"))
+    if command != "bench":
+        parser().parse_args(example.split()[1:])
+
+
+def test_prune_writes_a_run_that_report_reads(files, tmp_path, capsys):
+    assert main(prune_arguments(files, tmp_path / "runs", "--density", "0.25", "--name", "one")) == 0
+    folder = tmp_path / "runs" / "one"
+    record = json.loads((folder / "run.json").read_text())
+    assert abs(record["density"] - 0.25) < 1e-3
+    for which in ("dense", "pruned"):
+        assert {"train", "valid", "test", "latency_ms", "bytes", "parameters"} <= set(record[which])
+    assert record["seed"] == 0 and record["mask_hash"] and record["speedup"] > 0
+    assert {"curves.png", "layers.png", "tradeoff.png"} <= {p.name for p in folder.iterdir()}
+    assert main(["report", str(folder)]) == 0
+    assert "test" in capsys.readouterr().out
+    assert main(["report", str(folder / "pruned.safetensors")]) == 0
+    assert "layers.0" in capsys.readouterr().out
+    before = record["mask_hash"]
+    assert main(prune_arguments(files, tmp_path / "runs", "--density", "0.25", "--name", "two")) == 0
+    assert json.loads((tmp_path / "runs" / "two" / "run.json").read_text())["mask_hash"] == before
+
+
+def test_only_the_layers_that_match_are_pruned(files, tmp_path):
+    argv = prune_arguments(files, tmp_path, "--name", "ffn", "--layers", "*.ffn.*", "--granularity", "16x1")
+    assert main([*argv, "--density", "0.5"]) == 0
+    record = json.loads((tmp_path / "ffn" / "run.json").read_text())
+    assert record["layers"] and all(".ffn." in name for name in record["layers"])
+
+
+def test_convert_there_and_back(tmp_path, capsys):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    sp.prune_(model, sparsity=0.9)
+    source, small, back = tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "c.safetensors"
+    sp.save(model, source)
+    assert main(["convert", str(source), str(small), "--values", "bfloat16"]) == 0
+    assert small.stat().st_size < source.stat().st_size
+    assert main(["convert", str(source), str(back), "--dense"]) == 0
+    from safetensors.torch import load_file
+
+    dense = load_file(back)
+    assert all(torch.equal(dense[name], tensor) for name, tensor in model.state_dict().items())
+    assert main(["report", str(small), "--json"]) == 0
+    text = capsys.readouterr().out
+    assert json.loads(text[text.index("{") :])
+
+
+def test_doctor_says_what_is_there(capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "compiled core" in text and "CUDA kernels" in text and "Triton kernels" in text
+
+
+def test_the_installed_command_exists():
+    run = subprocess.run([sys.executable, "-m", "sparseprune.cli", "--version"], capture_output=True, text=True)
+    assert run.returncode == 0 and sp.__version__ in run.stdout
+
+
+def test_missing_and_empty_files(files, tmp_path, capsys):
+    fails(capsys, prune_arguments({**files, "valid": tmp_path / "none.tsv"}, tmp_path / "out"), "none.tsv")
+    empty = tmp_path / "empty.tsv"
+    empty.write_text("")
+    fails(capsys, prune_arguments({**files, "test": empty}, tmp_path / "out"), "empty.tsv")
+    fails(capsys, ["report", tmp_path / "nothing"], "nothing")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_label_that_training_never_saw(files, tmp_path, capsys):
+    files["valid"].write_text("good thing\tsideways\n")
+    fails(capsys, prune_arguments(files, tmp_path / "out"), "sideways", "valid.tsv")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("density", ["0", "1.5", "-0.1", "nan"])
+def test_density_out_of_range(density, tmp_path, capsys):
+    fails(capsys, ["demo", "--density", density, "--out", tmp_path / "out"], "density", "(0, 1]")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--layers", "nothing.*"], ["nothing.*", "layers.0.query"]),
+        (["--granularity", "sixteen"], ["granularity", "sixteen"]),
+        (["--granularity", "7x1"], ["7"]),
+        (["--name", "a/b"], ["name"]),
+    ],
+)
+def test_bad_choices_write_nothing(more, words, files, tmp_path, capsys):
+    fails(capsys, [*prune_arguments(files, tmp_path / "out"), *more], *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_data_set(tmp_path, capsys):
+    fails(capsys, ["demo", "--data", "imdb", "--out", tmp_path / "out"], "imdb", "clinc10")
+
+
+def test_unknown_configuration_key(tmp_path, capsys):
+    from sparseprune.runner import RunConfig
+
+    settings = json.loads(RunConfig().to_json())
+    settings["colour"] = "red"
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(settings))
+    fails(capsys, ["demo", "--config", path, "--out", tmp_path / "out"], "colour")
+    assert not (tmp_path / "out").exists()
+
+
+def test_corrupted_checkpoints(tmp_path, capsys):
+    model = nn.Sequential(nn.Linear(32, 32))
+    sp.prune_(model, sparsity=0.5)
+    path = tmp_path / "a.safetensors"
+    sp.save(model, path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-7])
+    fails(capsys, ["report", path], "a.safetensors")
+    altered = bytearray(content)
+    altered[-1] ^= 1
+    path.write_bytes(altered)
+    fails(capsys, ["convert", path, tmp_path / "b.safetensors"], "a.safetensors")
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_no_space_left(tmp_path):
+    """A limit on the size of files stands in for a full disk: the write fails half-way."""
+    pytest.importorskip("resource")
+    model = nn.Sequential(nn.Linear(256, 256))
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    sp.save(model, source)
+    code = (
+        "import resource, sys; from sparseprune.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
+        f"sys.exit(main(['convert', {str(source)!r}, {str(target)!r}, '--dense']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1, run.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.fixture
+def language_model(tmp_path):
+    """A folder with a tiny Llama and a word tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["[UNK]", *["the", "a", "cat", "dog", "sat", "ran", "on", "mat", "hill", "and", "then"]]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    folder = tmp_path / "model"
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on a mat and then the dog ran on the hill " * 40)
+    return folder, model, text
+
+
+def test_eval_shows_dense_beside_sparse(language_model, tmp_path, capsys):
+    folder, model, text = language_model
+    sp.prune_(model, sparsity=0.5)
+    sp.save(model, tmp_path / "pruned.safetensors")
+    argv = ["eval", "--model", folder, "--text", text, "--context", "64", "--new-tokens", "4"]
+    assert main([str(a) for a in [*argv, "--checkpoint", tmp_path / "pruned.safetensors"]]) == 0
+    text = capsys.readouterr().out
+    assert text.count("perplexity") == 3 and "sparse" in text
+
+
+def test_a_checkpoint_of_another_model(language_model, tmp_path, capsys):
+    folder, _, text = language_model
+    sp.save(nn.Sequential(nn.Linear(8, 8)), tmp_path / "other.safetensors")
+    argv = ["eval", "--model", folder, "--text", text, "--context", "64"]
+    fails(capsys, [*argv, "--checkpoint", tmp_path / "other.safetensors"], "other.safetensors")
+
+
+def test_sensitivity_suggests_densities(language_model, tmp_path, capsys):
+    folder, _, text = language_model
+    out = tmp_path / "densities.json"
+    argv = ["sensitivity", "--model", folder, "--text", text, "--context", "32", "--windows", "4", "--out", out]
+    assert main([str(a) for a in argv]) == 0
+    assert json.loads(out.read_text())
+
+
+def test_a_model_that_is_not_there(tmp_path, capsys):
+    fails(capsys, ["eval", "--model", tmp_path / "none", "--text", tmp_path / "x"], "none")
