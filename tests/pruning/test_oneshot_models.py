@@ -1,0 +1,348 @@
+"""One-shot pruning of whole small models: structure, exact counts, the order of the walk, errors, resume, memory."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparseprune as sp
+from sparseprune.pruning.oneshot import criteria, driver
+from sparseprune.pruning.oneshot.calibration import calibration_batches
+from sparseprune.pruning.oneshot.store import ChunkStore
+from sparseprune.pruning.oneshot.structure import calibrating, capture, find_stacks, run_block
+
+CRITERIA = ("wanda", "sparsegpt")
+VOCABULARY = 97
+
+
+def llama(layers: int = 3, **more: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    options = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, **more,
+    }  # fmt: skip
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**options)).eval()
+
+
+def bert() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+def tokens(rows: int = 8, length: int = 24, seed: int = 1) -> Tensor:
+    return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    return all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize(
+    ("granularity", "sparsity"), [("element", 0.37), (sp.NM(2, 4), None), (sp.Block(4, 2), 0.6)], ids=str
+)
+def test_counts_are_exact_and_only_what_was_chosen_changes(criterion: str, granularity: Any, sparsity: Any) -> None:
+    model = llama()
+    before = snapshot(model)
+    report = sp.prune_(model, sparsity, criterion=criterion, granularity=granularity, data=tokens())
+    unit = 8 if isinstance(granularity, sp.Block) else 1
+    units = report.total // unit
+    assert report.kept == unit * (units - round((0.5 if sparsity is None else sparsity) * units))
+    pruned = {f"{row.fqn}.weight" for row in report.layers}
+    assert len(pruned) == 21 and not any("lm_head" in name or "embed" in name for name in pruned)
+    for name, value in model.state_dict().items():
+        if name in pruned:
+            mask = report.masks[name.removesuffix(".weight")]
+            assert bool((value[~mask] == 0).all())
+        else:
+            assert torch.equal(value, before[name]), name
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_wanda_keeps_the_same_count_in_every_row() -> None:
+    model = llama()
+    report = sp.prune_(model, 0.5, criterion="wanda", data=tokens())
+    for mask in report.masks.values():
+        assert set(mask.sum(1).tolist()) == {mask.shape[1] // 2}
+    report = sp.prune_(llama(), 0.5, criterion="wanda", data=tokens(), criterion_options={"per_row": False})
+    assert any(len(set(mask.sum(1).tolist())) > 1 for mask in report.masks.values())
+
+
+def test_the_walk_follows_the_pruned_model() -> None:
+    """Wanda on the second block must see what the pruned first block puts out, as a plain loop over the model does."""
+    model, other = llama(2), llama(2)
+    data = tokens()
+    report = sp.prune_(model, 0.5, criterion="wanda", data=data)
+    for block in other.model.layers:
+        squares: dict[nn.Module, Tensor] = {}
+
+        def see(module: nn.Module, args: tuple[Tensor], squares: dict[nn.Module, Tensor] = squares) -> None:
+            squares[module] = args[0].flatten(0, -2).square().sum(0)
+
+        linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
+        hooks = [m.register_forward_pre_hook(see) for m in linears]
+        with torch.no_grad():
+            other(data)
+            for hook in hooks:
+                hook.remove()
+            for m in linears:
+                scores = m.weight.abs() * squares[m].sqrt()
+                order = scores.argsort(dim=1, descending=True, stable=True)
+                m.weight.scatter_(1, order[:, m.in_features // 2 :], 0.0)
+    for fqn, mask in report.masks.items():
+        assert torch.equal(mask, other.get_submodule(fqn).weight != 0), fqn
+
+
+@pytest.mark.parametrize("spill", [False, True])
+def test_chunks_and_spilling_change_nothing(tmp_path: Any, spill: bool) -> None:
+    expected = sp.prune_(llama(), 0.5, criterion="wanda", data=tokens(), criterion_options={"chunk_tokens": 10_000})
+    options: dict[str, Any] = {"chunk_tokens": 48, "spill": tmp_path if spill else None}
+    got = sp.prune_(llama(), 0.5, criterion="wanda", data=tokens(), criterion_options=options)
+    agree = sum(int((got.masks[f] == expected.masks[f]).sum()) for f in expected.masks)
+    assert agree >= 0.999 * expected.total
+    assert not list(tmp_path.iterdir())
+
+
+def test_encoder_pads_do_not_count() -> None:
+    ids = tokens(4, 20)
+    mask = torch.ones_like(ids)
+    mask[:, 12:] = 0
+    other = ids.clone()
+    other[:, 12:] = 5
+    reports = []
+    for inputs in (ids, other):
+        model = bert()
+        batches = [{"input_ids": inputs, "attention_mask": mask, "labels": torch.zeros(4, dtype=torch.long)}]
+        reports.append(sp.prune_(model, 0.5, criterion="sparsegpt", data=batches))
+    assert reports[0].masks.mask_hash() == reports[1].masks.mask_hash()
+    assert "classifier" in reports[0].skipped
+    assert any("pooler" in row.fqn for row in reports[0].layers)
+
+
+def test_sequential_and_a_model_without_blocks() -> None:
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(12, 8), nn.Linear(12, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.left(x) * self.right(x)
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 12)
+    for model in (nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 8)), Fork()):
+        for criterion in CRITERIA:
+            report = sp.prune_(copy.deepcopy(model), 0.5, criterion=criterion, data=x)
+            assert report.kept == report.total - round(0.5 * report.total)
+
+
+def test_encoder_decoder_is_walked_stack_by_stack() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    data = [{"input_ids": tokens(4, 10, s), "decoder_input_ids": tokens(4, 7, s + 9)} for s in range(3)]
+    seen: list[str] = []
+    options = {"progress": lambda p: seen.append(p.block)}
+    report = sp.prune_(model, 0.5, criterion="sparsegpt", data=data, criterion_options=options)
+    assert seen == ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"]
+    assert report.kept == report.total - round(0.5 * report.total)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "mixed"])
+def test_blocks_rerun_alone_give_the_models_own_outputs(kind: str, tmp_path: Any) -> None:
+    """The captured arguments (masks, rotary embeddings, a layer's own kind of attention) suffice to rerun every
+    block.
+    """
+    transformers = pytest.importorskip("transformers")
+    if kind == "mixed":
+        torch.manual_seed(0)
+        config = transformers.Gemma3TextConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2,
+        )  # fmt: skip
+        model: nn.Module = transformers.Gemma3ForCausalLM(config).eval()
+    else:
+        model = llama() if kind == "llama" else bert()
+    ids = tokens(6, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    data = [{"input_ids": part, "attention_mask": m} for part, m in zip(ids.split(2), mask.split(2))]
+    linears = sp.nn.filters.prunable_linears(model)
+    (stack,) = find_stacks(model, linears)
+    outputs: list[Tensor] = []
+    handle = stack.blocks[-1].register_forward_hook(
+        lambda _m, _a, out: outputs.append(out if isinstance(out, Tensor) else out[0])
+    )
+    with torch.no_grad():
+        for batch in data:
+            model(**batch)
+        handle.remove()
+        with calibrating(model):
+            captured = capture(model, stack, calibration_batches(data, model, 1), tmp_path)
+            assert captured is not None
+            for i, expected in enumerate(outputs):
+                hidden = captured.hidden[i]
+                for b, block in enumerate(stack.blocks):
+                    hidden = run_block(block, hidden, captured.calls[i], b)
+                torch.testing.assert_close(hidden, expected)
+    captured.close()
+    assert "forward" not in vars(stack.blocks[0])
+
+
+def test_blocks_that_do_not_feed_each_other_are_taken_as_one_piece() -> None:
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(layer(x) for layer in self.layers)  # type: ignore[return-value]
+
+    seen: list[str] = []
+    options = {"progress": lambda p: seen.append(p.block)}
+    report = sp.prune_(Skip(), 0.5, criterion="sparsegpt", data=torch.randn(32, 8), criterion_options=options)
+    assert seen == [""] and report.kept == 96
+
+
+BAD = {
+    "missing": (None, "needs data"),
+    "empty": (torch.zeros(0, 8, dtype=torch.long), "empty"),
+    "no batches": ([], "empty"),
+    "short": (tokens(1, 5), "too few"),
+    "vocabulary": (tokens() + VOCABULARY, "vocabulary"),
+    "negative": (tokens() - 5, "vocabulary"),
+    "text": ("some text", "tokenise"),
+}
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("case", BAD)
+def test_wrong_calibration_is_refused_and_nothing_changes(criterion: str, case: str) -> None:
+    data, words = BAD[case]
+    model = llama(2)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=words):
+        sp.prune_(model, 0.5, criterion=criterion, data=data)
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_nan_in_a_late_block_puts_the_early_blocks_back(criterion: str, tmp_path: Any) -> None:
+    model = llama(3)
+    with torch.no_grad():
+        model.model.layers[2].input_layernorm.weight[3] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"layers\.2\..*NaN"):
+        sp.prune_(model, 0.5, criterion=criterion, data=tokens(), criterion_options={"spill": tmp_path})
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="NaN"):
+        sp.prune_(nn.Linear(4, 4), 0.5, criterion=criterion, data=torch.full((8, 4), float("nan")))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_killed_run_resumes_to_the_same_masks(criterion: str, tmp_path: Any) -> None:
+    whole = llama(3)
+    expected = sp.prune_(whole, 0.6, criterion=criterion, data=tokens())
+    for last in range(3):
+        state = tmp_path / str(last)
+
+        def kill(progress: driver.Progress, last: int = last) -> None:
+            if progress.index == last:
+                raise Killed
+
+        model = llama(3)
+        before = snapshot(model)
+        with pytest.raises(Killed):
+            sp.prune_(model, 0.6, criterion=criterion, data=tokens(), criterion_options={"state": state, "progress": kill})
+        assert unchanged(model, before)
+        resumed: list[bool] = []
+        options = {"state": state, "progress": lambda p: resumed.append(p.resumed)}
+        report = sp.prune_(model, 0.6, criterion=criterion, data=tokens(), criterion_options=options)
+        assert resumed == [i <= last for i in range(3)]
+        assert report.masks.mask_hash() == expected.masks.mask_hash()
+        assert unchanged(model, snapshot(whole))
+        assert not [p for p in state.iterdir() if p.suffix not in (".pt", ".json")]
+    with pytest.raises(ValueError, match="another run"):
+        sp.prune_(llama(3), 0.6, criterion=criterion, data=tokens(seed=5), criterion_options={"state": state})
+
+
+def test_scopes_allocations_and_densities_are_exact() -> None:
+    total = None
+    for options in ({}, {"allocation": "owl"}, {"allocation": "score"}):
+        report = sp.prune_(llama(), 0.63, criterion="wanda", data=tokens(), criterion_options=options)
+        total = report.total
+        assert report.kept == total - round(0.63 * total)
+    report = sp.prune_(llama(), 0.63, criterion="sparsegpt", data=tokens(), densities={"*layers.0.*": 2.0, "*": 1.0})
+    assert report.kept == total - round(0.63 * report.total)
+    first = [row.density for row in report.layers if ".0." in row.fqn]
+    rest = [row.density for row in report.layers if ".0." not in row.fqn]
+    assert min(first) > 1.9 * max(rest)
+    report = sp.prune_(llama(), 0.63, criterion="sparsegpt", scope="layer", data=tokens())
+    assert all(row.kept == row.total - round(0.63 * row.total) for row in report.layers)
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(ValueError, match="allocation"):
+        criteria.Wanda(allocation="best")
+    with pytest.raises(ValueError, match="damping"):
+        criteria.SparseGPT(damping=0.0)
+    with pytest.raises(ValueError, match="Heads"):
+        sp.prune_(llama(), 0.5, criterion="sparsegpt", granularity=sp.Heads(), data=tokens())
+
+
+def test_hidden_states_are_spilled(tmp_path: Any) -> None:
+    store = ChunkStore(tmp_path)
+    store.append(torch.arange(6.0).view(2, 3))
+    store[0] = store[0] + 1
+    assert store.nbytes() == 0
+    assert torch.equal(store[0], torch.arange(1.0, 7.0).view(2, 3))
+    store.close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_memory_is_a_blocks_statistics_and_a_chunk(criterion: str, tmp_path: Any) -> None:
+    """Live tensors at every block's end, against the model plus the largest block's Hessians: no list of hidden states
+    grows.
+    """
+    import gc
+
+    model = llama(6)
+    data = tokens(64, 24)
+
+    def live() -> int:
+        gc.collect()
+        storages = [o.untyped_storage() for o in gc.get_objects() if issubclass(type(o), Tensor)]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+    base = live()
+    peaks: list[int] = []
+    options = {"spill": tmp_path, "chunk_tokens": 48, "progress": lambda p: peaks.append(live() - base)}
+    sp.prune_(model, 0.5, criterion=criterion, data=data, criterion_options=options)
+    block = sum(p.numel() for p in model.model.layers[0].parameters()) * 4
+    masks = sum(p.numel() for p in model.model.layers[0].parameters())
+    assert max(peaks) <= block + masks + data.numel() * 8
+    assert max(peaks[3:]) <= max(peaks[:3]) + 4096

@@ -1,0 +1,123 @@
+"""The layer solvers against brute force and least squares on small matrices."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparseprune.pruning.oneshot.methods import wanda_scores
+from sparseprune.pruning.oneshot.patterns import Pattern, choose, select_rows, spread
+from sparseprune.pruning.oneshot.sparsegpt import damped, inverse_factor, sparsegpt
+
+
+def problem(rows: int, columns: int, samples: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator)
+    x = torch.randn(samples, columns, generator=generator) @ mix
+    return torch.randn(rows, columns, generator=generator), x.T @ x / samples
+
+
+def loss(pruned: Tensor, weight: Tensor, hessian: Tensor) -> float:
+    d = (pruned - weight).double()
+    return float(((d @ hessian.double()) * d).sum())
+
+
+def least_squares(weight: Tensor, hessian: Tensor, mask: Tensor) -> Tensor:
+    """Row by row, the best values on the mask: H_ss v = (H w)_s in float64."""
+    h, out = hessian.double(), torch.zeros_like(weight, dtype=torch.float64)
+    for i, (row, kept) in enumerate(zip(weight.double(), mask)):
+        if kept.any():
+            out[i, kept] = torch.linalg.solve(h[kept][:, kept], (h @ row)[kept])
+    return out
+
+
+def test_spread_is_exact_and_even() -> None:
+    assert spread(7, 3) == [3, 2, 2]
+    assert sum(spread(11, 4)) == 11
+
+
+def test_rows_keep_their_largest_and_ties_go_to_the_lower_index() -> None:
+    scores = torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]])
+    assert select_rows(scores, 3).tolist() == [[False, True, True], [True, False, False]]
+
+
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern("block", r=2, c=3), Pattern("nm", n=1, m=3)])
+@pytest.mark.parametrize("scope", ["row", "layer"])
+def test_choose_counts_whole_units(pattern: Pattern, scope: str) -> None:
+    scores = torch.rand(8, 9)
+    keep = 5 if pattern.kind == "block" else 24
+    mask = choose(scores, pattern, keep, scope)
+    assert int(mask.sum()) == keep * pattern.r * pattern.c
+    if pattern.kind == "block":
+        whole = mask.view(4, 2, 3, 3).permute(0, 2, 1, 3).flatten(2)
+        assert bool((whole.all(-1) | ~whole.any(-1)).all())
+    if pattern.kind == "nm":
+        assert bool((mask.view(8, 3, 3).sum(-1) == 1).all())
+
+
+def test_wanda_scores_are_the_change_of_each_output() -> None:
+    weight, x = torch.randn(3, 5), torch.randn(40, 5)
+    scores = wanda_scores(weight, x.square().mean(0))
+    for i, j in itertools.product(range(3), range(5)):
+        without = weight.clone()
+        without[i, j] = 0
+        change = ((x @ weight.T - x @ without.T)[:, i]).square().mean().sqrt()
+        torch.testing.assert_close(scores[i, j], change)
+
+
+def test_one_column_sweep_is_least_squares_given_the_mask() -> None:
+    """Removing the columns of a prefix leaves all kept ones free: there the sweep must be exact."""
+    weight, hessian = problem(4, 6)
+    order = torch.tensor([1e-4, 2e-4, 3e-4, 50.0, 60.0, 70.0])
+    weight = weight.sign() * order  # the first three columns go in every row
+    ((pruned, mask),) = sparsegpt([weight], hessian, [12], Pattern(), damping=1e-7, blocksize=6)
+    assert mask.tolist() == [[False] * 3 + [True] * 3] * 4
+    exact = least_squares(weight, hessian, mask)
+    torch.testing.assert_close(pruned.double(), exact, rtol=1e-3, atol=1e-4)
+
+
+def test_sweep_matches_the_textbook_loop() -> None:
+    """Element pruning against removing one column at a time with a freshly inverted Hessian of the columns to the
+    right.
+    """
+    weight, hessian = problem(5, 12, seed=3)
+    damp = damped(hessian, 0.01)
+    ((pruned, mask),) = sparsegpt([weight], hessian, [30], Pattern(), damping=0.01, blocksize=4)
+    expected = weight.double().clone()
+    for j in range(12):
+        inverse = torch.linalg.inv(damp[j:, j:].double())
+        gone = torch.where(mask[:, j], 0.0, expected[:, j]) / inverse[0, 0]
+        expected[:, j:] -= gone[:, None] * inverse[0]
+    torch.testing.assert_close(pruned.double(), expected.masked_fill(~mask, 0), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern("block", r=2, c=2), Pattern("nm", n=2, m=4)])
+def test_sweep_counts_are_exact_and_it_beats_zeroing(pattern: Pattern) -> None:
+    weight, hessian = problem(8, 24)
+    keep = 24 if pattern.kind == "block" else 96
+    ((pruned, mask),) = sparsegpt([weight], hessian, [keep], pattern, blocksize=10)
+    assert int(mask.sum()) == 96
+    assert bool((pruned[~mask] == 0).all())
+    assert loss(pruned, weight, hessian) < loss(weight * mask, weight, hessian)
+
+
+def test_layers_of_one_input_are_solved_as_if_alone() -> None:
+    first, hessian = problem(4, 16)
+    second = torch.randn(6, 16)
+    together = sparsegpt([first, second], hessian, [20, 60], Pattern())
+    for weight, keep, (pruned, mask) in zip((first, second), (20, 60), together):
+        ((alone, alone_mask),) = sparsegpt([weight], hessian, [keep], Pattern())
+        assert torch.equal(mask, alone_mask)
+        torch.testing.assert_close(pruned, alone)
+
+
+def test_dead_inputs_and_rank_deficient_hessians() -> None:
+    weight, hessian = problem(4, 8, samples=3)
+    hessian[2] = hessian[:, 2] = 0
+    ((pruned, mask),) = sparsegpt([weight], hessian, [16], Pattern())
+    assert bool(torch.isfinite(pruned).all()) and int(mask.sum()) == 16
+    upper = inverse_factor(hessian, 0.01)
+    torch.testing.assert_close(upper.T @ upper @ damped(hessian, 0.01), torch.eye(8), rtol=1e-3, atol=1e-3)
