@@ -175,7 +175,8 @@ def test_blocks_rerun_alone_give_the_models_own_outputs(kind: str, tmp_path: Any
         torch.manual_seed(0)
         config = transformers.Gemma3TextConfig(
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2,
+            num_key_value_heads=2, head_dim=8, sliding_window=4,
+            layer_types=["sliding_attention", "full_attention"] * 2,
         )  # fmt: skip
         model: nn.Module = transformers.Gemma3ForCausalLM(config).eval()
     else:
@@ -276,12 +277,13 @@ def test_a_killed_run_resumes_to_the_same_masks(criterion: str, tmp_path: Any) -
         model = llama(3)
         before = snapshot(model)
         with pytest.raises(Killed):
-            sp.prune_(model, 0.6, criterion=criterion, data=tokens(), criterion_options={"state": state, "progress": kill})
+            options = {"state": state, "progress": kill}
+            sp.prune_(model, 0.6, criterion=criterion, data=tokens(), criterion_options=options)
         assert unchanged(model, before)
-        resumed: list[bool] = []
-        options = {"state": state, "progress": lambda p: resumed.append(p.resumed)}
+        seen: list[driver.Progress] = []
+        options = {"state": state, "progress": seen.append}
         report = sp.prune_(model, 0.6, criterion=criterion, data=tokens(), criterion_options=options)
-        assert resumed == [i <= last for i in range(3)]
+        assert [p.resumed for p in seen] == [i <= last for i in range(3)]
         assert report.masks.mask_hash() == expected.masks.mask_hash()
         assert unchanged(model, snapshot(whole))
         assert not [p for p in state.iterdir() if p.suffix not in (".pt", ".json")]
