@@ -5,6 +5,7 @@ Serves ``sparsify_(layout="auto")``, ``sparseprune bench`` and ``benchmarks/``.
 
 from .cache import TimingCache, cache_path, default_cache, layer_key
 from .choose import Choice, choose_fastest
+from .command import main
 from .machine import describe, one_line
 from .timing import Comparison, Spread, interleave
 
@@ -19,5 +20,6 @@ __all__ = [
     "describe",
     "interleave",
     "layer_key",
+    "main",
     "one_line",
 ]

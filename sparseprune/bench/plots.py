@@ -1,0 +1,146 @@
+"""Plots of benchmark records. matplotlib is imported only when one is drawn."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .tables import Record, case_of
+
+__all__ = ["break_even", "roofline", "speedup"]
+
+_COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#edae49", "#8d6a9f", "#7a7a7a", "#2e4057", "#b5651d")
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RuntimeError(f"plots need matplotlib ({error}); pip install 'sparseprune[plot]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".partial")
+    figure.savefig(unfinished, dpi=110, format=path.suffix.lstrip("."))
+    unfinished.replace(path)
+
+
+def break_even(sparsities: Sequence[float], ratios: Sequence[float]) -> float | None:
+    """The sparsity at which the ratio first rises through 1, log-linear between the points; None where it never does.
+
+    Already above 1 at the lowest sparsity measured: that sparsity.
+    """
+    points = sorted(zip(sparsities, ratios))
+    if not points:
+        return None
+    if points[0][1] >= 1:
+        return points[0][0]
+    for (s0, r0), (s1, r1) in itertools.pairwise(points):
+        if r0 < 1 <= r1:
+            return s0 + (s1 - s0) * -math.log(r0) / (math.log(r1) - math.log(r0))
+    return None
+
+
+def speedup(records: Sequence[Record], path: Path, title: str = "", per_row: int = 3) -> None:
+    """One panel a shape and token count: ratio to the baseline over sparsity, quartiles shaded, break-even marked."""
+    plt = _pyplot()
+    panels: dict[tuple, dict[str, list[tuple[float, dict[str, float]]]]] = {}
+    for record in records:
+        case = case_of(record)
+        lines = panels.setdefault((case.shape, case.tokens), {})
+        for name, result in record["results"].items():
+            if name != record["baseline"] and not name.endswith(("bfloat16", "int8")):
+                lines.setdefault(name, []).append((case.sparsity, result["ratio"]))
+    if not panels:
+        raise ValueError("speedup: no record to plot")
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    columns = min(per_row, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.9 * rows + 0.5), squeeze=False, sharex=True)
+    for axis, ((shape, tokens), lines) in zip(axes.flat, panels.items()):
+        axis.axhline(1, color="black", linewidth=0.8)
+        for name, points in lines.items():
+            points = sorted(points, key=lambda point: point[0])
+            colour = _COLOURS[names.index(name) % len(_COLOURS)]
+            x = [sparsity for sparsity, _ in points]
+            median = [ratio["median"] for _, ratio in points]
+            ours = name.startswith("ours")
+            axis.plot(x, median, color=colour, label=name, linewidth=1.8 if ours else 1.0, marker="o", markersize=2.5)
+            axis.fill_between(
+                x, [r["low"] for _, r in points], [r["high"] for _, r in points], color=colour, alpha=0.2, linewidth=0
+            )
+            crossing = break_even(x, median)
+            if ours and crossing is not None and crossing > x[0]:
+                axis.plot([crossing], [1], marker="v", color=colour, markersize=7)
+                axis.annotate(f"{crossing:.0%}", (crossing, 1), textcoords="offset points", xytext=(0, 6), fontsize=7)
+        axis.set_yscale("log")
+        axis.set_title(f"{shape[0]}x{shape[1]}, {tokens} token{'s' if tokens != 1 else ''}", fontsize=9)
+        axis.grid(alpha=0.3)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.tick_params(labelsize=8)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    figure.supxlabel("sparsity", fontsize=9)
+    figure.supylabel("speed-up over torch dense", fontsize=9)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    if title:
+        figure.suptitle(title, fontsize=10)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncol=min(len(labels), 5), fontsize=8, frameon=False)
+    _save(figure, path)
+    plt.close(figure)
+
+
+def roofline(records: Sequence[Record], peaks: dict[str, Any], path: Path, title: str = "") -> None:
+    """Every contestant of ours as a point: GFLOP/s over flops a byte, under the machine's measured roofs.
+
+    ``peaks``: :meth:`Peaks.to_dict`.
+    """
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(6, 4.2))
+    low, high = 0.05, 300.0
+    xs = [low * (high / low) ** (i / 200) for i in range(201)]
+    bandwidths = peaks["read_gbs"]
+    for size, style in zip(bandwidths, ("-", "--", "-.", ":", *["-"] * len(bandwidths))):
+        if size in ("16 KiB", "512 KiB", "4096 KiB", "262144 KiB"):
+            rate = bandwidths[size]
+            axis.plot(
+                xs, [min(rate * x, peaks["fma_gflops"]) for x in xs], style, color="#999999", linewidth=0.9,
+                label=f"{rate:.0f} GB/s ({int(size.split()[0]) / 1024:g} MiB read)",
+            )  # fmt: skip
+    axis.axhline(peaks["l1_fma_gflops"], color="#d1495b", linewidth=0.9)
+    axis.annotate("one L1 load a multiply-add", (low, peaks["l1_fma_gflops"]), fontsize=7, va="bottom", color="#d1495b")
+    axis.annotate("multiply-adds", (low, peaks["fma_gflops"]), fontsize=7, va="bottom", color="#666666")
+    drawn: dict[str, str] = {}
+    for record in records:
+        case = case_of(record)
+        for name, result in record["results"].items():
+            if not result["ours"] or "gflops" not in result or "bytes" not in result:
+                continue
+            key = f"{name}, N={case.tokens}"
+            colour = drawn.setdefault(key, _COLOURS[len(drawn) % len(_COLOURS)])
+            first = sum(1 for line in axis.get_lines() if line.get_label() == key) == 0
+            axis.plot(
+                [result["flops"] / result["bytes"]], [result["gflops"]], "o", color=colour, markersize=4,
+                label=key if first else f"_{key}",
+            )  # fmt: skip
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_ylim(1, peaks["fma_gflops"] * 1.6)
+    axis.set_xlabel("floating point operations on kept weights a byte")
+    axis.set_ylabel("GFLOP/s on kept weights")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=6, loc="lower right", ncol=2)
+    if title:
+        axis.set_title(title, fontsize=9)
+    figure.tight_layout()
+    _save(figure, path)
+    plt.close(figure)
