@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from ._files import write_text
 
 __all__ = ["main", "parser"]
 
@@ -309,14 +310,29 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _sensitivity(arguments: argparse.Namespace) -> int:
+    from .evaluate import perplexity
+    from .nn import prunable_linears
     from .pruning.oneshot import sensitivity
 
+    if not 0 <= arguments.sparsity < 1:
+        raise ValueError(f"--sparsity expected in [0, 1), got {arguments.sparsity}")
     model, tokenizer = _language_model(arguments)
-    found = sensitivity(model, _text_windows(arguments, tokenizer), sparsity=arguments.sparsity)
-    print(found)
+    windows = _text_windows(arguments, tokenizer)
+    found = sensitivity(
+        model,
+        prunable_linears(model),
+        list(windows.split(1)),
+        lambda m: perplexity(m, windows).loss,
+        progress=lambda group, density, loss: print(f"{group} at density {density:.2f}: loss {loss:.4f}", flush=True),
+    )
+    print(found.table())
+    densities = found.suggest(1 - arguments.sparsity)
+    for name, density in densities.items():
+        print(f"{name}: {density:.4f}")
     if arguments.out is not None:
-        found.save(arguments.out)
-        print(f"written to {arguments.out}")
+        write_text(arguments.out, json.dumps(densities, indent=2) + "\n")
+        found.plot(arguments.out.with_suffix(".png"))
+        print(f"written to {arguments.out} and {arguments.out.with_suffix('.png')}")
     return 0
 
 

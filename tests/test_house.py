@@ -17,7 +17,7 @@ PACKAGE = Path(sparseprune.__file__).parent
 
 # The first entry that is a prefix of a module's dotted name gives its floor.
 FLOORS = {
-    "_native": 0, "_registry": 0, "_config": 0,
+    "_native": 0, "_registry": 0, "_config": 0, "_files": 0,
     "reference": 1, "native": 1, "triton": 1, "cuda": 1,
     "backends": 2, "layouts": 2,
     "ops": 3,

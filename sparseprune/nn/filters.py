@@ -154,7 +154,8 @@ def _impossible(model: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, st
 
 def _default_reasons(model: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, str]:
     holders = _holders(model)
-    output = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
     reasons = {}
     for fqn, linear in linears.items():
         weight = linear._parameters.get("weight")

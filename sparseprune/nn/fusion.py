@@ -50,6 +50,8 @@ class Fusion:
 class FusedActivation(nn.Module):
     """Stands where an activation stood that the SparseLinear before it took into its epilogue; hands its input on."""
 
+    original: nn.Module
+
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self.original = original
@@ -64,6 +66,11 @@ class FusedOutput(nn.Module):
     x: `[..., K]`; residual: `[..., N]`; returns `[..., N]`. Holds the children of the block it replaces under their
     own names.
     """
+
+    dense: SparseLinear
+    LayerNorm: nn.LayerNorm
+    dropout: nn.Dropout
+    original: nn.Module
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -162,10 +169,11 @@ def _fuse_output(name: str, module: nn.Module) -> tuple[Fusion, FusedOutput | No
     what = "residual + LayerNorm"
     if _hooked(module, *module.children()):
         return Fusion(name, what, "a hook observes the modules"), None
-    if module.LayerNorm.weight is None or module.LayerNorm.bias is None:
-        return Fusion(name, what, "its LayerNorm has no weight or bias"), None
-    x, residual = _probe(module.dense, module.dense.in_features), _probe(module.dense, module.dense.out_features)
     fused = FusedOutput(module)
+    dense = fused.dense
+    if fused.LayerNorm.weight is None or fused.LayerNorm.bias is None:
+        return Fusion(name, what, "its LayerNorm has no weight or bias"), None
+    x, residual = _probe(dense, dense.in_features), _probe(dense, dense.out_features)
     expected, result = _try(module, x, residual), _try(fused, x, residual)
     if expected is None or result is None or not _same(result, expected):
         return Fusion(name, what, "its forward is not LayerNorm(dropout(dense(x)) + residual)"), None

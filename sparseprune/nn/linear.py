@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ def _activate(x: Tensor, activation: str) -> Tensor:
         return x
     if activation == "gelu_tanh":
         return F.gelu(x, approximate="tanh")
-    return {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[activation](x)
+    functions: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+    return functions[activation](x)
 
 
 def why_not_direct(*tensors: Tensor | None) -> str | None:
@@ -76,6 +78,9 @@ class SparseLinear(nn.Module):
     """
 
     values: nn.Parameter
+    crow_indices: Tensor
+    col_indices: Tensor
+    indices: Tensor
     bias: nn.Parameter | None
     low_rank_a: nn.Parameter | None
     low_rank_b: nn.Parameter | None
@@ -152,7 +157,7 @@ class SparseLinear(nn.Module):
             self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.values.dtype
         )
         linear.weight = nn.Parameter(self.weight, requires_grad=self.values.requires_grad)
-        linear.bias = self.bias
+        linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
     def set_low_rank_(self, low_rank_a: Tensor | None, low_rank_b: Tensor | None) -> None:

@@ -131,7 +131,7 @@ def sparsify_(
     if not counts or min(counts) < 1:
         raise ValueError(f"sparsify_: tokens expected one or more numbers >= 1, got {tokens!r}")
     selection = select_linears(model, filter_fn)
-    options = {"tokens": max(counts), "value_dtype": values}
+    options: dict[str, Any] = {"tokens": max(counts), "value_dtype": values}
     choices: list[LayerChoice] = []
     replacements: dict[int, nn.Module] = {}
     memo: dict[Any, tuple[str, dict[str, Any], float | None, str]] = {}
