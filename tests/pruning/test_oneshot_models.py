@@ -15,7 +15,7 @@ from sparseprune.pruning.oneshot.calibration import calibration_batches
 from sparseprune.pruning.oneshot.store import ChunkStore
 from sparseprune.pruning.oneshot.structure import calibrating, capture, find_stacks, run_block
 
-CRITERIA = ("wanda", "sparsegpt")
+CRITERIA = ("wanda", "sparsegpt", "best")
 VOCABULARY = 97
 
 

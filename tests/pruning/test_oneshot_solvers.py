@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparseprune.pruning.oneshot.admm import admm, layer_loss, on_the_mask
 from sparseprune.pruning.oneshot.methods import wanda_scores
 from sparseprune.pruning.oneshot.patterns import Pattern, choose, select_rows, spread
 from sparseprune.pruning.oneshot.sparsegpt import damped, inverse_factor, sparsegpt
@@ -121,3 +122,46 @@ def test_dead_inputs_and_rank_deficient_hessians() -> None:
     assert bool(torch.isfinite(pruned).all()) and int(mask.sum()) == 16
     upper = inverse_factor(hessian, 0.01)
     torch.testing.assert_close(upper.T @ upper @ damped(hessian, 0.01), torch.eye(8), rtol=1e-3, atol=1e-3)
+
+
+def test_conjugate_gradients_reach_least_squares_on_the_mask() -> None:
+    weight, hessian = problem(5, 10, seed=2)
+    mask = torch.rand(5, 10) < 0.5
+    mask[3] = False
+    got = on_the_mask(weight * mask, weight, hessian, mask, iterations=40)
+    torch.testing.assert_close(got.double(), least_squares(weight, hessian, mask), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(layer_loss(got, weight, hessian).sum().item(), loss(got, weight, hessian), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern("block", r=2, c=2), Pattern("nm", n=2, m=4)])
+@pytest.mark.parametrize("scope", ["row", "layer"])
+def test_admm_counts_are_exact_and_it_beats_the_sweep(pattern: Pattern, scope: str) -> None:
+    weight, hessian = problem(8, 24)
+    second = torch.randn(4, 24)
+    keeps = [24, 9] if pattern.kind == "block" else [96, 36]
+    arguments = ([weight, second], hessian, keeps, pattern)
+    swept = sparsegpt(*arguments, scope=scope)
+    solved = admm(*arguments, scope=scope)
+    damp = damped(hessian, 0.01)
+    for original, (old, _), (new, mask), keep in zip((weight, second), swept, solved, keeps):
+        expected = original.numel() // 2 if pattern.kind == "nm" else keep * pattern.r * pattern.c
+        assert int(mask.sum()) == expected
+        assert bool((new[~mask] == 0).all())
+        assert loss(new, original, damp) <= loss(old, original, damp) * (1 + 1e-5)
+    assert loss(solved[0][0], weight, damp) < 0.95 * loss(swept[0][0], weight, damp)
+
+
+def test_admm_comes_close_to_the_best_of_all_masks() -> None:
+    ratios = []
+    for seed in range(6):
+        weight, hessian = problem(1, 8, seed=seed)
+        damp = damped(hessian, 0.01)
+        ((got, _),) = admm([weight], hessian, [4], Pattern(), polish=20)
+        best = min(
+            loss(least_squares(weight, damp, mask), weight, damp)
+            for kept in itertools.combinations(range(8), 4)
+            for mask in [torch.zeros(1, 8, dtype=torch.bool).index_fill_(1, torch.tensor(kept), True)]
+        )
+        ratios.append(loss(got, weight, damp) / best)
+    assert min(ratios) > 0.999
+    assert sorted(ratios)[3] < 1.3

@@ -2,11 +2,12 @@
 
 from .allocation import Sensitivity, owl_densities, score_densities, sensitivity
 from .calibration import Batch, calibration_batches
-from .criteria import OneShotCriterion, SparseGPT, Wanda
+from .criteria import Best, OneShotCriterion, SparseGPT, Wanda
 from .driver import Progress
 
 __all__ = [
     "Batch",
+    "Best",
     "OneShotCriterion",
     "Progress",
     "Sensitivity",

@@ -16,10 +16,10 @@ from ..granularity import NM, Block, Element
 from .allocation import owl_densities, score_densities
 from .calibration import Batch, calibration_batches
 from .driver import Method, Progress, walk
-from .methods import SparseGPTMethod, WandaMethod
+from .methods import ADMMMethod, SparseGPTMethod, WandaMethod
 from .patterns import Pattern
 
-__all__ = ["OneShotCriterion", "SparseGPT", "Wanda"]
+__all__ = ["Best", "OneShotCriterion", "SparseGPT", "Wanda"]
 
 ALLOCATIONS = ("uniform", "owl", "score")
 
@@ -181,9 +181,9 @@ class SparseGPT(OneShotCriterion):
     def __init__(self, *, damping: float = 0.01, blocksize: int = 128, **common: Any) -> None:
         super().__init__(**common)
         if not damping > 0:
-            raise ValueError(f"sparsegpt: damping expected above 0, got {damping}")
+            raise ValueError(f"{self.name}: damping expected above 0, got {damping}")
         if blocksize < 1:
-            raise ValueError(f"sparsegpt: blocksize expected at least 1, got {blocksize}")
+            raise ValueError(f"{self.name}: blocksize expected at least 1, got {blocksize}")
         self.damping = damping
         self.blocksize = blocksize
 
@@ -194,5 +194,28 @@ class SparseGPT(OneShotCriterion):
         return SparseGPTMethod(self.damping, self.blocksize)
 
 
+class Best(SparseGPT):
+    """What kept most of a language model within minutes (docs/oneshot.md): ADMM on each layer's loss, mask and weights
+    together, started from SparseGPT, and conjugate gradients on the final mask.
+
+    damping and blocksize as for SparseGPT; polish: conjugate-gradient iterations at the end.
+    """
+
+    name = "best"
+
+    def __init__(self, *, polish: int = 8, **options: Any) -> None:
+        super().__init__(**options)
+        if polish < 0:
+            raise ValueError(f"best: polish expected at least 0, got {polish}")
+        self.polish = polish
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "polish": self.polish}
+
+    def method(self) -> Method:
+        return ADMMMethod(self.damping, self.blocksize, polish=self.polish)
+
+
 register_criterion("wanda", Wanda)
 register_criterion("sparsegpt", SparseGPT)
+register_criterion("best", Best)

