@@ -159,6 +159,9 @@ def ours_linear(x: Tensor, packed: matmul.Packed, bias: Tensor, allow_reference:
     dispatcher picks.
     """
     reasons = matmul.why_not_linear(x, packed)
+    forced = backends.forced_backend()
+    if forced not in (None, "native"):
+        reasons = [*reasons, f"SPARSEPRUNE_BACKEND={forced} asks for another"]
     if not reasons:
         return lambda: matmul.linear(x, packed, bias)
     if not allow_reference:

@@ -170,6 +170,8 @@ def _replaced(case: Case, arguments: argparse.Namespace) -> Iterator[Case]:
                             continue
                     elif structure != "element":
                         r, c = _pair(structure, "x")
+                        if (shape[0] % r or shape[1] % c) and not arguments.structures:
+                            continue
                         if shape[0] % r or shape[1] % c:
                             raise ValueError(f"--structures {structure} must divide the shape {shape[0]}x{shape[1]}")
                     yield Case(case.suite, tuple(shape), sparsity, structure, tokens)

@@ -45,9 +45,10 @@ def measure(
 ) -> dict[str, Any]:
     """Checks, then times one contest; returns its record, ready for JSON.
 
-    record: ``case``, ``baseline``, ``absent`` and ``wrong`` {name: reason} (no time is reported for either) and ``results``
-    {name: {``ms`` and ``ratio`` (median, low, high, count), ``ours``, ``gflops`` on kept weights, ``share`` of the limit
-    and ``limit``, what it is}}. ``peaks`` None leaves the share out. WrongResult where the baseline is wrong.
+    record: ``case``, ``baseline``, ``absent`` and ``wrong`` {name: reason} (no time is reported for either) and
+    ``results`` {name: {``ms`` and ``ratio`` (median, low, high, count), ``ours``, ``gflops`` on kept weights, ``share``
+    of the limit and ``limit``, what it is}}. ``peaks`` None leaves the share out. WrongResult where the baseline is
+    wrong.
     """
     entries, bad = {}, {}
     for name, entry in contest.entries.items():
