@@ -26,6 +26,7 @@ import torch
 
 import sparseprune as sp
 from sparseprune import evaluate
+from sparseprune._files import write_text
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -168,9 +169,7 @@ def main() -> None:
             }  # fmt: skip
             content["rows"].append(row)
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            temporary = arguments.out.with_suffix(".tmp")
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(temporary, arguments.out)
+            write_text(arguments.out, json.dumps(content, indent=1) + "\n")
             print(
                 f"{setting:>5} {criterion:<10} {found.value:9.2f}  {row['ratio']:7.3f} x  {seconds:6.0f} s  "
                 f"+{row['extra_mib']:.0f} MiB",

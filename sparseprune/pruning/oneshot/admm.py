@@ -17,8 +17,8 @@ from .sparsegpt import damped, sparsegpt
 
 __all__ = ["admm", "layer_loss", "on_the_mask"]
 
-# (rho, iterations) for inputs scaled to unit second moment. On layers of a language model a constant rho leaves 10 to 15 %
-# more loss, twice the iterations gain 2 %.
+# (rho, iterations) for inputs scaled to unit second moment. On layers of a language model a constant rho leaves 10 to
+# 15 % more loss, twice the iterations gain 2 %.
 STAGES = ((0.1, 4), (0.2, 4), (0.4, 3), (0.8, 2), (1.6, 2))
 
 

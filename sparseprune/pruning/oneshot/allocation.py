@@ -12,12 +12,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .calibration import Batch
+from ..._files import replacing
+from .calibration import Batch, calibration_batches
 from .methods import wanda_scores
 from .patterns import select
 from .statistics import collect
@@ -35,8 +36,10 @@ def block_of(model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, st
     return found
 
 
-def _dense_squares(model: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[Batch]) -> dict[str, Tensor]:
+def _dense_squares(model: nn.Module, linears: Mapping[str, nn.Linear], data: Any) -> dict[str, Tensor]:
     """fqn -> mean x^2 `[K]` of the dense model's inputs: one forward pass over the data, K numbers a layer."""
+    made = isinstance(data, list) and bool(data) and isinstance(data[0], Batch)
+    batches = data if made else calibration_batches(data, model, 1)
     with calibrating(model), torch.no_grad():
         runs = ((partial(model, *b.args, **b.kwargs), b.positions) for b in batches)
         groups = collect(runs, linears, hessian=False)
@@ -46,7 +49,7 @@ def _dense_squares(model: nn.Module, linears: Mapping[str, nn.Linear], batches: 
 def owl_densities(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
-    batches: Sequence[Batch],
+    data: Any,
     density: float,
     *,
     threshold: float = 5.0,
@@ -57,7 +60,7 @@ def owl_densities(
     After Yin et al. 2023 (OWL): outlier shares are scaled linearly into [-spread, +spread] around their mean and added
     to the density, spread narrowed where it would pass 0 or 1.
     """
-    squares = _dense_squares(model, linears, batches)
+    squares = _dense_squares(model, linears, data)
     blocks = block_of(model, linears)
     outliers: dict[str, float] = {}
     sizes: dict[str, int] = {}
@@ -77,14 +80,14 @@ def owl_densities(
 
 
 def score_densities(
-    model: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[Batch], density: float
+    model: nn.Module, linears: Mapping[str, nn.Linear], data: Any, density: float
 ) -> dict[str, float]:
     """fqn -> the share each layer keeps when all Wanda scores of the dense model compete for the places.
 
     The threshold is found by bisection on its bits, the scores of one layer at a time, so that no more than a layer's
     worth of scores is ever held.
     """
-    squares = _dense_squares(model, linears, batches)
+    squares = _dense_squares(model, linears, data)
 
     def scores(fqn: str) -> Tensor:
         weight = linears[fqn].weight
@@ -177,11 +180,9 @@ class Sensitivity:
         axes.set_xlabel("density of this group alone")
         figure.colorbar(image, label="rise of the loss")
         figure.tight_layout()
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.tmp{target.suffix}")
-        figure.savefig(temporary)
+        with replacing(path) as temporary:
+            figure.savefig(temporary)
         pyplot.close(figure)
-        os.replace(temporary, target)
 
 
 def _convex(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -206,7 +207,7 @@ def _convex(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def sensitivity(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
-    batches: Sequence[Batch],
+    data: Any,
     loss: Callable[[nn.Module], float],
     *,
     densities: Sequence[float] = (0.7, 0.5, 0.3),
@@ -215,16 +216,16 @@ def sensitivity(
 ) -> Sensitivity:
     """Prunes one group at a time by Wanda scores of the dense model, measures loss(model), and puts the weights back.
 
-    linears: fqn -> Linear; by: "block" (the repeated blocks) or "layer"; loss: e.g. the log of `perplexity`. Costs
-    groups x densities evaluations. progress(group, density, loss) after each. The model is left as it was, on errors
-    too.
+    linears: fqn -> Linear; data: as `calibration_batches` takes it; by: "block" (the repeated blocks) or "layer";
+    loss: e.g. the log of `perplexity`. Costs groups x densities evaluations. progress(group, density, loss) after
+    each. The model is left as it was, on errors too.
     """
     if by not in ("block", "layer"):
         raise ValueError(f"sensitivity: by expected 'block' or 'layer', got {by!r}")
     for density in densities:
         if not 0 <= density <= 1:
             raise ValueError(f"sensitivity: densities expected in [0, 1], got {density}")
-    squares = _dense_squares(model, linears, batches)
+    squares = _dense_squares(model, linears, data)
     names = block_of(model, linears) if by == "block" else {fqn: fqn for fqn in linears}
     members: dict[str, list[str]] = {}
     for fqn in linears:

@@ -21,9 +21,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..._files import replacing, write_text
 from .calibration import Batch, digest
 from .patterns import Pattern
-from .store import ChunkStore, save_atomically
+from .store import ChunkStore
 from .structure import Stack, calibrating, capture, find_stacks
 from .task import BlockTask, PieceTask, Task
 
@@ -70,7 +71,7 @@ class _Undo:
 
     def remember(self, tensors: dict[str, Tensor]) -> None:
         path = self.folder / f"{len(self.saved)}.pt"
-        save_atomically({k: v.detach().cpu() for k, v in tensors.items()}, path)
+        torch.save({k: v.detach().cpu() for k, v in tensors.items()}, path)
         self.saved.append((path, tensors))
 
     def restore(self) -> None:
@@ -103,9 +104,7 @@ class _State:
                     "with the same model, data and options, or name an empty folder"
                 )
         else:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(text)
-            os.replace(temporary, path)
+            write_text(path, text)
 
     def path(self, index: int) -> Path:
         return self.folder / f"block_{index:05d}.pt"
@@ -115,7 +114,8 @@ class _State:
 
     def save(self, index: int, tensors: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
         cpu = {k: v.detach().cpu() for k, v in tensors.items()}
-        save_atomically({"tensors": cpu, "masks": {k: v.cpu() for k, v in masks.items()}}, self.path(index))
+        with replacing(self.path(index)) as temporary:
+            torch.save({"tensors": cpu, "masks": {k: v.cpu() for k, v in masks.items()}}, temporary)
 
 
 def _weights_digest(linears: Mapping[str, nn.Linear]) -> str:

@@ -11,23 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ChunkStore", "save_atomically"]
-
-
-def save_atomically(value: Any, path: str | os.PathLike[str]) -> None:
-    """Writes value with torch.save under a temporary name beside path, then renames it: a reader sees all of it or
-    nothing.
-    """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(value, file)
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+__all__ = ["ChunkStore"]
 
 
 class ChunkStore:
@@ -54,7 +38,7 @@ class ChunkStore:
         if self._folder is None:
             self._items[index] = value
         else:
-            save_atomically(value, self._folder / f"{index}.pt")
+            torch.save(value, self._folder / f"{index}.pt")
 
     def __getitem__(self, index: int) -> Any:
         if not 0 <= index < len(self._items):
