@@ -8,6 +8,7 @@ is)
 A compiler that works and a source that does not compile is always fatal: the core is never lost unnoticed.
 """
 
+import ctypes
 import os
 import platform
 import shutil
@@ -55,6 +56,50 @@ def compiles(compiler: list[str], flags: list[str], text: str) -> str | None:
         return None if run.returncode == 0 else (run.stderr.strip() or f"{command[0]} exited {run.returncode}")
 
 
+ARCHITECTURES = "80;90a;100a;120;90+PTX"
+
+
+class CudaExtension(Extension):
+    """An extension whose .cu sources are compiled by the nvcc below ``home``."""
+
+    home: Path
+
+
+def cuda_home() -> Path | None:
+    """Where CUDA is installed, by CUDA_HOME or at the usual place: an nvcc on the path may be a mere wrapper."""
+    for home in (os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"):
+        if home and Path(home, "bin", "nvcc").exists():
+            return Path(home)
+    return None
+
+
+def card() -> str | None:
+    """The compute capability of the first card, e.g. ``80``, asked of the driver; None without a driver or a card."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    for value, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
+            return None
+    return f"{major.value}{minor.value}"
+
+
+def code_for(architectures: str) -> list[str]:
+    """nvcc's flags for e.g. ``80;90a;90+PTX``: machine code each, and PTX, which later cards translate at load."""
+    flags = []
+    for arch in architectures.split(";"):
+        number = arch.removesuffix("+PTX")
+        if not number.rstrip("a").isdigit():
+            raise SystemExit(f"SPARSEPRUNE_CUDA_ARCH: expected e.g. {ARCHITECTURES}, got {architectures!r}")
+        kind = "compute" if arch.endswith("+PTX") else "sm"
+        flags.append(f"-gencode=arch=compute_{number},code={kind}_{number}")
+    return flags
+
+
 class BuildExt(build_ext):
     """Compiles each source with its own flags, in parallel through ninja where it is installed, serially where not."""
 
@@ -64,10 +109,11 @@ class BuildExt(build_ext):
             plain, ["-std=c++17"], "#include <vector>\nint f() { return int(std::vector<int>(3).size()); }\n"
         )
         if reason is not None:
-            if setting("SPARSEPRUNE_NATIVE") == "1":
-                raise SystemExit(f"SPARSEPRUNE_NATIVE=1 but no working C++17 compiler ({plain[0]}): {reason}")
+            wish = "SPARSEPRUNE_CUDA" if isinstance(ext, CudaExtension) else "SPARSEPRUNE_NATIVE"
+            if setting(wish) == "1":
+                raise SystemExit(f"{wish}=1 but no working C++17 compiler ({plain[0]}): {reason}")
             print(
-                f"sparseprune: no working C++17 compiler ({plain[0]}), installing without the compiled core: {reason}",
+                f"sparseprune: no working C++17 compiler ({plain[0]}), installing without {ext.name}: {reason}",
                 file=sys.stderr,
             )
             return
@@ -84,6 +130,9 @@ class BuildExt(build_ext):
         jobs = []
         for source in ext.sources:
             target = folder / (source.replace("/", "_") + ".o")
+            if source.endswith(".cu"):
+                jobs.append((target, nvcc_command(ext, plain[0], source, target)))
+                continue
             flags = [*BASE_FLAGS, *openmp, "-fPIC", *include, *TIER_FLAGS.get(source, []), *ext.extra_compile_args]
             jobs.append((target, [*plain, *flags, "-c", str(ROOT / source), "-o", str(target)]))
         output = Path(self.get_ext_fullpath(ext.name))
@@ -95,6 +144,13 @@ class BuildExt(build_ext):
         strip = ["-Wl,-s"] if sys.platform.startswith("linux") else []
         check([*plain, *shared, *objects, *openmp, *strip, *ext.extra_link_args, "-o", str(unfinished)])
         os.replace(unfinished, output)  # a process that has the old module mapped keeps its own copy
+
+
+def nvcc_command(ext: CudaExtension, host: str, source: str, target: Path) -> list[str]:
+    architectures = os.environ.get("SPARSEPRUNE_CUDA_ARCH") or card() or ARCHITECTURES
+    flags = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-ccbin={host}", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    flags += code_for(architectures)
+    return [str(ext.home / "bin" / "nvcc"), *flags, "-c", str(ROOT / source), "-o", str(target)]
 
 
 def python_includes() -> list[str]:
@@ -139,17 +195,41 @@ def run_jobs(jobs: list[tuple[Path, list[str]]], folder: Path) -> None:
     check([ninja, "-f", str(folder / "build.ninja")])
 
 
-def extensions() -> list[Extension]:
+def core_extension() -> list[Extension]:
     if setting("SPARSEPRUNE_NATIVE") == "0":
         return []
     import pybind11
 
-    sources = [
-        "csrc/cpu/dispatch.cpp",
-        *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/bindings").glob("*.cpp")),
-    ]
+    sources = ["csrc/cpu/dispatch.cpp", *sources_in("csrc/bindings", "*.cpp")]
     sources += [s for s in TIER_FLAGS if X86 or s.endswith("generic.cpp")]
     return [Extension("sparseprune._C", sources, include_dirs=[pybind11.get_include()], language="c++")]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})
+def cuda_extension() -> list[Extension]:
+    wish, home = setting("SPARSEPRUNE_CUDA"), cuda_home()
+    if wish == "0" or (wish == "auto" and (home is None or card() is None)):
+        return []
+    if home is None:
+        raise SystemExit("SPARSEPRUNE_CUDA=1 but no nvcc found; set CUDA_HOME to where CUDA is installed")
+    import pybind11
+
+    library = next((p for p in (home / "lib64", home / "lib") if (p / "libcudart_static.a").exists()), None)
+    if library is None:
+        raise SystemExit(f"SPARSEPRUNE_CUDA: no libcudart_static.a below {home}; install CUDA's development files")
+    extension = CudaExtension(
+        "sparseprune._cuda",
+        [*sources_in("csrc/cuda", "*.cu"), "csrc/cuda/bindings.cpp"],
+        include_dirs=[pybind11.get_include(), str(home / "include")],
+        extra_compile_args=["-DSPARSEPRUNE_CUDART"],
+        extra_link_args=[f"-L{library}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"],
+        language="c++",
+    )
+    extension.home = home
+    return [extension]
+
+
+def sources_in(folder: str, pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern))
+
+
+setup(ext_modules=[*core_extension(), *cuda_extension()], cmdclass={"build_ext": BuildExt})

@@ -1,0 +1,110 @@
+"""The CUDA kernels as tests see them: the .cu text under the emulator, or the built module on a card."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+
+
+def _run(command: list[str]) -> None:
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, f"{shlex.join(command)}\n{run.stderr}"
+
+
+def build_emulator(folder: Path, replaced: dict[str, str] | None = None, ready: Path | None = None, jobs: int = 2):
+    """Compiles csrc/cuda against the emulator and loads it. replaced: file name -> text compiled in that file's place;
+    ready: a folder whose objects serve for all other files. SPARSEPRUNE_EMUL_FLAGS adds compiler flags.
+    """
+    import pybind11
+
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    extra = shlex.split(os.environ.get("SPARSEPRUNE_EMUL_FLAGS", ""))
+    includes = [CSRC / "cuda", CSRC, pybind11.get_include(), sysconfig.get_path("include")]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", *extra]
+    flags += [f"-I{path}" for path in includes]
+    objects, commands = [], []
+    for source in [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda" / "bindings.cpp"]:
+        text = (replaced or {}).get(source.name)
+        if text is None and ready is not None:
+            objects.append(ready / (source.name + ".o"))
+            continue
+        if text is not None:
+            source = folder / source.name
+            source.write_text(text, encoding="utf-8")
+        objects.append(folder / (source.name + ".o"))
+        commands.append([compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(objects[-1])])
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(_run, commands))
+    library = folder / "_cuda_emul.so"
+    _run([compiler, "-shared", *extra, *map(str, objects), "-o", str(library)])
+    loader = importlib.machinery.ExtensionFileLoader("_cuda_emul", str(library))
+    spec = importlib.util.spec_from_file_location("_cuda_emul", library, loader=loader)
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def emulator_folder(tmp_path_factory, request):
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("CI is expected to have a C++ compiler")
+        pytest.skip("needs a C++20 compiler")
+    return tmp_path_factory.mktemp("emulator")
+
+
+@pytest.fixture(scope="session")
+def emulator(emulator_folder):
+    """The kernels under the emulator; its objects stay in emulator_folder."""
+    return build_emulator(emulator_folder)
+
+
+def _why_no_gpu() -> str | None:
+    import torch
+
+    from sparseprune import _native
+
+    if not torch.cuda.is_available():
+        return "no CUDA device that torch can see"
+    if _native.CUDA is None:
+        return _native.why_no_cuda()
+    return None
+
+
+@pytest.fixture(
+    params=[
+        *(pytest.param(seed, id=f"emul-{seed}", marks=pytest.mark.emul) for seed in range(3)),
+        pytest.param("gpu", id="gpu", marks=pytest.mark.gpu),
+    ]
+)
+def device(request, monkeypatch):
+    """Where the kernels run: "cpu" under one of the emulator's schedules, or "cuda"."""
+    from sparseprune import _native
+
+    if request.param == "gpu":
+        reason = _why_no_gpu()
+        if reason is not None:
+            pytest.skip(reason)
+        return "cuda"
+    emulator = request.getfixturevalue("emulator")
+    emulator.use_schedule(request.param)
+    monkeypatch.setattr(_native, "CUDA", emulator)
+    return "cpu"
+
+
+@pytest.fixture
+def build():
+    """:func:`build_emulator`, for tests that compile changed text."""
+    return build_emulator
