@@ -290,10 +290,10 @@ class Pruner:
             self._compare()
         for fqn, linear in layers.items():
             mask = self._masks[fqn]
+            if not final:  # before the weight is written, for the first time the two are one tensor
+                self._behind[fqn] = weights[fqn].masked_fill(mask, 0)
             linear.weight.copy_(weights[fqn])
             ops.apply_mask_(linear.weight, mask)
-            if not final:
-                self._behind[fqn] = weights[fqn].masked_fill(mask, 0)
         if final:
             self._frozen = True
             self._behind.clear()

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import sparseprune as sp
+from sparseprune.encoder import TextEncoder
+from sparseprune.pruning import Criterion, MaskSet, criterion_names, make_criterion, prune_, register_criterion
+
+
+def two():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(13, 7), nn.ReLU(), nn.Linear(7, 11))
+
+
+def zeros(model):
+    return {f: int((m.weight == 0).sum()) for f, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9, 1.0])
+def test_the_count_is_exact_and_the_report_agrees(sparsity):
+    model = two()
+    report = sp.prune_(model, sparsity)
+    total = 13 * 7 + 7 * 11
+    assert report.total == total and report.kept == total - round(sparsity * total)
+    assert sum(zeros(model).values()) == total - report.kept
+    assert {r.fqn: r.total - r.kept for r in report.layers} == zeros(model)
+    assert report.density == report.masks.density() == pytest.approx(report.kept / total)
+    assert report.sparsity == 1 - report.density
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["kept"] == report.kept and data["mask_hash"] == report.masks.mask_hash()
+    text = str(report)
+    assert f"{report.kept:,} of {report.total:,}" in text and ("nothing left" in text) == any(
+        r.kept == 0 for r in report.layers
+    )
+
+
+def test_survivors_biases_modules_and_names_are_untouched():
+    model = two()
+    before, modules = copy.deepcopy(model), list(model.modules())
+    report = prune_(model, 0.6, granularity=sp.Block(1, 1), scope="layer")
+    assert list(model.modules()) == modules and list(model.state_dict()) == list(before.state_dict())
+    for fqn, mask in report.masks.items():
+        assert torch.equal(model.get_submodule(fqn).weight, before.get_submodule(fqn).weight * mask)
+        assert torch.equal(model.get_submodule(fqn).bias, before.get_submodule(fqn).bias)
+    twin = pickle.loads(pickle.dumps(model))
+    assert zeros(twin) == zeros(copy.deepcopy(model)) == zeros(model)
+
+
+def test_dtypes_and_mixtures_of_them():
+    for dtypes in ((torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.float64,) * 2, (torch.float32, torch.bfloat16)):
+        model = two()
+        model[0].to(dtypes[0])
+        model[2].to(dtypes[1])
+        report = prune_(model, 0.75)
+        assert report.kept == report.total - round(0.75 * report.total)
+
+
+def test_a_linear_is_its_own_model():
+    linear = nn.Linear(128, 10)
+    report = prune_(linear, 0.9)
+    assert int((linear.weight != 0).sum()) == 128 and report.layers[0].fqn == ""
+    assert "(the model)" in str(report)
+
+
+def test_the_default_leaves_the_head_and_says_so():
+    model = TextEncoder(30, 3, hidden=8, ffn=16, layers=1, heads=2)
+    report = prune_(model, 0.5)
+    assert report.skipped == {"classifier": "a head"} and "left dense: classifier: a head" in str(report)
+    assert "classifier" not in report.masks
+    report = prune_(model, 0.5, filter_fn=lambda module, fqn: fqn == "classifier")
+    assert list(report.masks) == ["classifier"]
+
+
+def test_tied_embeddings_are_not_touched():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.body = nn.Embedding(11, 6), nn.Linear(6, 6)
+            self.out = nn.Linear(6, 11, bias=False)
+            self.out.weight = self.tokens.weight
+
+    model = Tied()
+    prune_(model, 0.9)
+    assert zeros(model) == {"body": 32, "out": 0} and model.out.weight is model.tokens.weight
+
+
+def test_nm_needs_no_sparsity():
+    model = nn.Sequential(nn.Linear(8, 4))
+    assert prune_(model, granularity=sp.NM(2, 4)).density == 0.5
+    assert prune_(model, 0.75, granularity=sp.NM(1, 4)).density == 0.25
+
+
+def test_random_is_a_control_of_its_own():
+    a, b, c = two(), two(), two()
+    first = prune_(a, 0.5, "random").masks
+    assert first.mask_hash() == prune_(b, 0.5, "random").masks.mask_hash()
+    assert first.mask_hash() != prune_(c, 0.5, "random", criterion_options={"seed": 1}).masks.mask_hash()
+
+
+def test_a_function_is_a_criterion():
+    model = two()
+    smallest = copy.deepcopy(model)
+    prune_(model, 0.5, lambda linear, fqn: -linear.weight.abs(), scope="layer")
+    kept, gone = smallest[0].weight[model[0].weight != 0], smallest[0].weight[model[0].weight == 0]
+    assert kept.abs().max() <= gone.abs().min()
+
+
+def test_gradient_criteria_take_the_gradients_that_are_there():
+    model = two()
+    with pytest.raises(ValueError, match="movement: no gradient seen for 0, 2; run backward"):
+        prune_(model, 0.5, "movement")
+    assert sum(zeros(model).values()) == 0
+    model(torch.randn(5, 13)).square().sum().backward()
+    expected = {f: -(m.weight.grad * m.weight).detach() for f, m in (("0", model[0]), ("2", model[2]))}
+    report = prune_(model, 0.5, "movement", scope="layer")
+    for fqn, scores in expected.items():
+        assert scores[report.masks[fqn]].min() >= scores[~report.masks[fqn]].max()
+
+
+def test_criteria_by_name():
+    assert {"magnitude", "movement", "random", "soft_movement", "uncertainty"} <= set(criterion_names())
+    with pytest.raises(ValueError, match=r"expected one of .*magnitude.*, got 'magnitud'; did you mean 'magnitude'\?"):
+        prune_(two(), 0.5, "magnitud")
+    with pytest.raises(ValueError, match=r"unknown option 'sead'; known: seed"):
+        make_criterion("random", {"sead": 1})
+    with pytest.raises(ValueError, match="options go with a name"):
+        make_criterion(lambda linear, fqn: linear.weight, {"seed": 1})
+    with pytest.raises(ValueError, match="expected a name"):
+        make_criterion(3)
+    with pytest.raises(ValueError, match="is taken"):
+        register_criterion("magnitude", dict)
+    for options in ({"learning_rate": 0}, {"pull": -1}):
+        with pytest.raises(ValueError, match="soft_movement"):
+            make_criterion("soft_movement", options)
+    with pytest.raises(ValueError, match="beta1"):
+        make_criterion("uncertainty", {"beta1": 1})
+
+
+def test_a_criterion_that_needs_data_says_so_and_may_update_survivors():
+    class Doubling(Criterion):
+        name, needs_data = "doubling", True
+
+        def masks(self, context):
+            chosen = context.plan.masks({f: w.abs() for f, w in context.weights.items()}, context.sparsity)
+            for linear in context.layers.values():
+                linear.weight.mul_(context.data)
+            return chosen
+
+    with pytest.raises(ValueError, match="criterion 'doubling' needs data"):
+        prune_(two(), 0.5, Doubling())
+    model, plain = two(), two()
+    prune_(model, 0.5, Doubling(), data=2.0)
+    prune_(plain, 0.5)
+    assert torch.equal(model[0].weight, 2 * plain[0].weight)
+
+    class Wrong(Criterion):
+        def masks(self, context):
+            return {}
+
+    with pytest.raises(ValueError, match=r"mask of '0' expected shape \[7, 13\], got none"):
+        prune_(two(), 0.5, Wrong())
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.1, float("nan"), None, "half"])
+def test_a_bad_sparsity_changes_nothing(sparsity):
+    model = two()
+    with pytest.raises(ValueError, match="sparsity expected in"):
+        prune_(model, sparsity)
+    assert sum(zeros(model).values()) == 0
+
+
+def test_weights_that_are_nan_name_their_layer():
+    model = two()
+    model[2].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="scores of 2 hold NaN"):
+        prune_(model, 0.5)
+
+
+def test_mask_sets(tmp_path):
+    model = two()
+    masks = prune_(model, 0.7).masks
+    assert masks.mask_hash() == MaskSet(dict(reversed(list(masks.items())))).mask_hash()
+    assert masks.mask_hash() == MaskSet.from_model(model).mask_hash()
+    assert masks.mask_hash() != MaskSet({**masks, "0": ~masks["0"]}).mask_hash()
+    masks.save(tmp_path / "masks.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["masks.safetensors"]
+    loaded = MaskSet.load(tmp_path / "masks.safetensors")
+    assert loaded.mask_hash() == masks.mask_hash() and list(loaded) == list(masks)
+    fresh = two()
+    loaded.apply_(fresh)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters()))
+    assert (tmp_path / "masks.safetensors").stat().st_size < 168 / 8 + 400
+    with pytest.raises(ValueError, match="expected shape"):
+        loaded.apply_(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match="expected to be a Linear"):
+        loaded.apply_(nn.Sequential(nn.Linear(13, 7)))
+    with pytest.raises(ValueError, match=r"expected bool \[N, K\]"):
+        MaskSet({"a": torch.ones(2, 2)})
+    from safetensors.torch import save_file
+
+    save_file({"0": torch.zeros(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="no mask file of version 1"):
+        MaskSet.load(tmp_path / "other.safetensors")
+    header = {"format": "sparseprune-masks", "version": "1", "shapes": json.dumps({"0": [7, 13]})}
+    save_file({"0": torch.zeros(3, dtype=torch.uint8)}, tmp_path / "short.safetensors", metadata=header)
+    with pytest.raises(ValueError, match="'0' expected 12 bytes"):
+        MaskSet.load(tmp_path / "short.safetensors")
