@@ -100,7 +100,7 @@ def _fastest(
         timings: dict[Config, float] = {}
         for config in configs:
             try:
-                timings[config] = do_bench(lambda config=config: run(config), device)
+                timings[config] = do_bench(functools.partial(run, config), device)
             except OutOfResources as error:  # a larger tile than this card has room for: the next one is tried
                 reason = error
         if not timings:

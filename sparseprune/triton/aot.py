@@ -13,7 +13,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -38,6 +37,12 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 }
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+NUMBERS = (  # (dtype, precision)
+    (torch.float16, "ieee"),
+    (torch.bfloat16, "ieee"),
+    (torch.float32, "ieee"),
+    (torch.float32, "tf32"),
+)
 MATRIX = {
     "cuda": r"\b((?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*)",
     "hip": r"\b(v_mfma_\w+)",
@@ -138,29 +143,21 @@ def _selecting(everything: bool) -> Iterator[Spec]:
     yield Spec("key_value_kernel", "selection", "", {"state": "*i64", "value": "*fp16"}, constants, 1, 3)
 
 
-def _numbers(everything: bool) -> Iterator[tuple[torch.dtype, str]]:
-    """(dtype, precision) pairs."""
-    yield torch.float16, "ieee"
-    yield torch.bfloat16, "ieee"
-    yield torch.float32, "ieee"
-    yield torch.float32, "tf32"
-
-
 def _products(everything: bool) -> Iterator[Spec]:
-    for dtype, precision in _numbers(everything):
+    for dtype, precision in NUMBERS:
         name = NAMES[dtype]
         number = f"{name} {precision}" if dtype == torch.float32 else name
         pointer, matrix = f"*{name}", dtype != torch.float32 or precision == "tf32"
-        common = {"PRECISION": precision, "UPCAST": False}
-        several = {c: None for tokens in (16, 512) for c in configs.masked_linear_configs(dtype, tokens)}
+        common: dict[str, Any] = {"PRECISION": precision, "UPCAST": False}
+        several = dict.fromkeys(c for tokens in (16, 512) for c in configs.masked_linear_configs(dtype, tokens))
         for config in several:
             for transposed, bits in ((False, False), (True, False), (False, True), (True, True)):
                 if not everything and (transposed or bits) and config != configs.masked_linear_configs(dtype, 512)[-1]:
                     continue
                 types = {"x": pointer, "w": pointer, "mask": "*u8", "bias": pointer, "out": pointer}
                 types |= dict.fromkeys(("M", "OUT", "RED", "stride_xm", "stride_wn", "stride_mn"), "i32")
-                variant = {"TRANSPOSED": transposed, "BITS": bits, "BIAS": not transposed, "stride_xr": 1}
-                variant["ACTIVATION"] = "none" if transposed else "gelu"
+                variant: dict[str, Any] = {"TRANSPOSED": transposed, "BITS": bits, "BIAS": not transposed}
+                variant |= {"ACTIVATION": "none" if transposed else "gelu", "stride_xr": 1}
                 constants, warps, stages = _configured(config, {**common, **variant})
                 label = _label(number, "dx" if transposed else "", "bits" if bits else "", config=config)
                 yield Spec("masked_linear_kernel", "matmul", label, types, constants, warps, stages, matrix)
@@ -173,7 +170,7 @@ def _products(everything: bool) -> Iterator[Spec]:
                 label = _label(number, "bits" if bits else "", config=config)
                 yield Spec("masked_weight_gradient_kernel", "matmul", label, types, constants, warps, stages, matrix)
         for side in (16, 32, 64, 128) if everything or dtype == torch.float16 else (32, 128):
-            several = {c: None for tokens in (16, 512) for c in configs.bsr_configs(dtype, side, tokens)}
+            several = dict.fromkeys(c for tokens in (16, 512) for c in configs.bsr_configs(dtype, side, tokens))
             for config in several if everything else configs.bsr_configs(dtype, side, 512)[:1]:
                 for transposed in (False, True):
                     types = {"x": pointer, "crow": "*i32", "index": "*i32", "order": "*i32", "values": pointer}
@@ -275,4 +272,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

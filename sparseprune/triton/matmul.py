@@ -165,11 +165,14 @@ def bsr_sddmm(
     rows, columns = blocksize
     out = torch.empty(index.numel(), rows, columns, dtype=dtype, device=x.device)
     if out.numel():
+        options = configs.sddmm_config(x.dtype, rows, columns).options()
         with guard(x):
             kernels("matmul").bsr_sddmm_kernel[(index.numel(),)](
-                dy, x, crow, index, out, dy.shape[0], crow.numel() - 1, dy.stride(0), dy.stride(1), x.stride(0),
-                x.stride(1), ROWS=rows, COLS=columns, PRECISION=precision(x.dtype), UPCAST=interpreting(),
-                **configs.sddmm_config(x.dtype, rows, columns).options(), )  # fmt: skip return out
+                dy, x, crow, index, out, dy.shape[0], crow.numel() - 1,
+                dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), ROWS=rows, COLS=columns,
+                PRECISION=precision(x.dtype), UPCAST=interpreting(), **options,
+            )  # fmt: skip
+    return out
 
 
 def _why_not_bsr(values: Tensor, *others: Tensor | None) -> list[str]:
