@@ -29,7 +29,7 @@ SHAPES = ((1, 16), (1, 128), (16, 64))
 #: The Linears of one encoder layer: (out, in) -> how many.
 LAYER = {(384, 384): 4, (1536, 384): 1, (384, 1536): 1}
 LAYERS = 6
-PARTS = ("Linears", "attention", "GELU", "LayerNorm", "rest")
+PARTS = ("Linears", "attention", "GELU", "add + norm", "rest")
 
 
 class Missing(RuntimeError):
@@ -86,8 +86,8 @@ def part_of(module: nn.Module) -> str | None:
         return "attention"
     if "GELU" in kind:
         return "GELU"
-    if isinstance(module, nn.LayerNorm):
-        return "LayerNorm"
+    if isinstance(module, nn.LayerNorm) or kind.endswith("Output"):
+        return "add + norm"
     return None
 
 

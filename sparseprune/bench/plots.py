@@ -53,11 +53,14 @@ def speedup(records: Sequence[Record], path: Path, title: str = "", per_row: int
     """One panel a shape and token count: ratio to the baseline over sparsity, quartiles shaded, break-even marked."""
     plt = _pyplot()
     panels: dict[tuple, dict[str, list[tuple[float, dict[str, float]]]]] = {}
+    structures = list(dict.fromkeys(record["case"]["structure"] for record in records))
     for record in records:
         case = case_of(record)
         lines = panels.setdefault((case.shape, case.tokens), {})
         for name, result in record["results"].items():
-            if name != record["baseline"] and not name.endswith(("bfloat16", "int8")):
+            if name == record["baseline"] or name.endswith("bfloat16") or name.startswith("ours") and "int8" in name:
+                continue
+            if result["ours"] or case.structure == structures[0]:  # a peer is drawn once, on the first structure
                 lines.setdefault(name, []).append((case.sparsity, result["ratio"]))
     if not panels:
         raise ValueError("speedup: no record to plot")
@@ -85,16 +88,20 @@ def speedup(records: Sequence[Record], path: Path, title: str = "", per_row: int
         axis.set_title(f"{shape[0]}x{shape[1]}, {tokens} token{'s' if tokens != 1 else ''}", fontsize=9)
         axis.grid(alpha=0.3)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
+        axis.tick_params(which="minor", labelsize=7)
         axis.tick_params(labelsize=8)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    figure.supxlabel("sparsity", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("sparsity", fontsize=9)
     figure.supylabel("speed-up over torch dense", fontsize=9)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     if title:
         figure.suptitle(title, fontsize=10)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    figure.legend(handles, labels, loc="lower center", ncol=min(len(labels), 5), fontsize=8, frameon=False)
+    height = 0.25 * math.ceil(len(labels) / 4) / figure.get_figheight()
+    figure.tight_layout(rect=(0, height, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncol=min(len(labels), 4), fontsize=8, frameon=False)
     _save(figure, path)
     plt.close(figure)
 
@@ -109,12 +116,12 @@ def roofline(records: Sequence[Record], peaks: dict[str, Any], path: Path, title
     low, high = 0.05, 300.0
     xs = [low * (high / low) ** (i / 200) for i in range(201)]
     bandwidths = peaks["read_gbs"]
-    for size, style in zip(bandwidths, ("-", "--", "-.", ":", *["-"] * len(bandwidths))):
-        if size in ("16 KiB", "512 KiB", "4096 KiB", "262144 KiB"):
+    for size, style in (("16 KiB", ":"), ("512 KiB", "-."), ("4096 KiB", "--"), ("262144 KiB", "-")):
+        if size in bandwidths:
             rate = bandwidths[size]
             axis.plot(
                 xs, [min(rate * x, peaks["fma_gflops"]) for x in xs], style, color="#999999", linewidth=0.9,
-                label=f"{rate:.0f} GB/s ({int(size.split()[0]) / 1024:g} MiB read)",
+                label=f"{rate:.0f} GB/s, {size} read",
             )  # fmt: skip
     axis.axhline(peaks["l1_fma_gflops"], color="#d1495b", linewidth=0.9)
     axis.annotate("one L1 load a multiply-add", (low, peaks["l1_fma_gflops"]), fontsize=7, va="bottom", color="#d1495b")
@@ -123,7 +130,7 @@ def roofline(records: Sequence[Record], peaks: dict[str, Any], path: Path, title
     for record in records:
         case = case_of(record)
         for name, result in record["results"].items():
-            if not result["ours"] or "gflops" not in result or "bytes" not in result:
+            if not result["ours"] or "gflops" not in result or "bytes" not in result or not result["flops"]:
                 continue
             key = f"{name}, N={case.tokens}"
             colour = drawn.setdefault(key, _COLOURS[len(drawn) % len(_COLOURS)])
