@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--spill", type=Path, help="folder for hidden states")
     parser.add_argument("--chunk", type=int, default=2048, help="calibration tokens in one forward pass")
     parser.add_argument("--save", type=Path, help="folder: write every pruned model there as safetensors")
-    parser.add_argument("--speed", type=Path, nargs="+", help="only time generation of these pruned models (see --save)")
+    parser.add_argument("--speed", type=Path, nargs="+", help="only time generation of these saved models")
     parser.add_argument("--peers", action="store_true", help="with --speed: torch in bfloat16 and int8 too")
     parser.add_argument("--repeats", type=int, default=5, help="with --speed: rounds")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/oneshot.json"))
@@ -227,7 +227,8 @@ def main() -> None:
             row = {
                 "criterion": criterion, "setting": setting, "perplexity": found.value,
                 "ratio": found.value / content["dense"]["perplexity"], "seconds": seconds,
-                "walk_mib": max(peaks, default=0) / 2**20, "extra_mib": total / 2**20, "kept": report.kept, "total": report.total, "load": os.getloadavg()[0],
+                "walk_mib": max(peaks, default=0) / 2**20, "extra_mib": total / 2**20,
+                "kept": report.kept, "total": report.total, "load": os.getloadavg()[0],
                 "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
             }  # fmt: skip
             content["rows"].append(row)
