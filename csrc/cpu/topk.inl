@@ -124,8 +124,23 @@ struct alignas(64) Scan {
 
 constexpr int64_t kScanChunk = 4096;
 
+// How a scan makes keys. `positive`: signed values, but lo >= 0, so that every negative one lies below lo however it is read and
+// the raw bits serve as keys.
+enum class Keys { signed_values, magnitudes, positive };
+
+template <Keys K>
+static inline vi scan_key(vi raw) {
+  if constexpr (K == Keys::positive) return raw;
+  return sort_key<K == Keys::magnitudes>(raw);
+}
+template <Keys K>
+static inline int32_t scan_key(int32_t raw) {
+  if constexpr (K == Keys::positive) return raw;
+  return sort_key<K == Keys::magnitudes>(raw);
+}
+
 // Collects lo < key < hi into out, which has room for `capacity` and kScanChunk + kLanes more.
-template <class T, bool M>
+template <class T, Keys K>
 static void scan(const T* data, int64_t n, int32_t lo, int32_t hi, int32_t* out, int64_t capacity, Scan* s) {
   const vi low = vi{} + lo, high = vi{} + hi;
   vi worst = {};
@@ -137,16 +152,15 @@ static void scan(const T* data, int64_t n, int32_t lo, int32_t hi, int32_t* out,
     for (; i + 4 * kLanes <= stop; i += 4 * kLanes) {
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        const vi raw = raw_bits(data + i + j * kLanes), key = sort_key<M>(raw);
-        if constexpr (!M) worst = larger(worst, raw & 0x7fffffff);
-        if constexpr (M) worst = larger(worst, key);
+        const vi raw = raw_bits(data + i + j * kLanes), key = scan_key<K>(raw);
+        worst = larger(worst, K == Keys::magnitudes ? key : raw & 0x7fffffff);
         const vi at = key >= high;
         many -= at;
         stored += compact(out + stored, key, (key > low) & ~at);
       }
     }
     for (; i + kLanes <= stop; i += kLanes) {
-      const vi raw = raw_bits(data + i), key = sort_key<M>(raw), at = key >= high;
+      const vi raw = raw_bits(data + i), key = scan_key<K>(raw), at = key >= high;
       worst = larger(worst, raw & 0x7fffffff);
       many -= at;
       stored += compact(out + stored, key, (key > low) & ~at);
@@ -157,7 +171,7 @@ static void scan(const T* data, int64_t n, int32_t lo, int32_t hi, int32_t* out,
   if (s->overflow) return;
   int32_t most = largest_lane(worst);
   for (; i < n; ++i) {
-    const int32_t raw = raw_one(data + i), key = sort_key<M>(raw), size = raw & 0x7fffffff;
+    const int32_t raw = raw_one(data + i), key = scan_key<K>(raw), size = raw & 0x7fffffff;
     most = size > most ? size : most;
     reached += key >= hi;
     out[stored] = key;
@@ -475,7 +489,14 @@ static bool kth(const Pieces& pieces, int64_t k, bool force_radix, Selected* out
     int32_t* own = found + room * thread_id();
     visit(pieces, share(total, 64, thread_id(), team_size()), [&](int64_t i, int64_t offset, int64_t n) {
       if (mine.overflow) return;
-      SP_FOR_KEYS(pieces, (scan<T, M>(static_cast<const T*>(pieces.data[i]) + offset, n, b.lo, b.hi, own, capacity, &mine)));
+      SP_FOR_KEYS(pieces, {
+        const T* data = static_cast<const T*>(pieces.data[i]) + offset;
+        if (M || b.lo < 0) {
+          scan<T, M ? Keys::magnitudes : Keys::signed_values>(data, n, b.lo, b.hi, own, capacity, &mine);
+        } else {
+          scan<T, Keys::positive>(data, n, b.lo, b.hi, own, capacity, &mine);
+        }
+      });
     });
     scans[thread_id()] = mine;
   }
