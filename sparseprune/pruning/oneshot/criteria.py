@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -90,7 +91,9 @@ class OneShotCriterion(Criterion):
             elif isinstance(kind, Block):
                 pattern = Pattern("block", r=kind.r, c=kind.c)
             elif isinstance(kind, NM):
-                pattern = Pattern("nm", n=kind.n, m=kind.m)
+                # On the way of a gradual run: the smallest n that holds the density asked for.
+                n = min(kind.m, max(kind.n, math.ceil((1 - context.sparsity) * kind.m - 1e-9)))
+                pattern = Pattern("nm", n=n, m=kind.m)
             else:
                 raise ValueError(
                     f"{self.name}: works on Element(), Block(r, c) and NM(n, m), got {kind!r}; "
@@ -116,7 +119,7 @@ class OneShotCriterion(Criterion):
             names = list(part.layers)
             units = [patterns[f].units(context.layers[f].weight.shape) for f in names]
             if isinstance(part.granularity, NM):
-                counts = [u * part.granularity.n // part.granularity.m for u in units]
+                counts = [u * patterns[f].n // patterns[f].m for u, f in zip(units, names)]
             elif shares is not None:
                 counts = weighted_counts(units, context.sparsity, [shares[f] for f in names])
             elif context.plan.scope == "layer":
