@@ -3,6 +3,7 @@ of each.
 """
 
 from .allocation import erk_densities, kept_count, weighted_counts
+from .compensation import Compensation, collect_inputs, compensate, refit_survivors
 from .criteria import Criterion, PruneContext, criterion_names, make_criterion, register_criterion
 from .factors import Factors
 from .granularity import NM, Block, Element, Granularity, Heads, Mixture, Neurons, Plan, UnitMap, make_granularity
@@ -17,6 +18,7 @@ from . import oneshot  # isort: skip  # registers its criteria, needs the module
 __all__ = [
     "NM",
     "Block",
+    "Compensation",
     "Constant",
     "Criterion",
     "Cubic",
@@ -38,6 +40,8 @@ __all__ = [
     "Schedule",
     "UnitMap",
     "attention_blocks",
+    "collect_inputs",
+    "compensate",
     "criterion_names",
     "erk_densities",
     "feed_forwards",
@@ -46,6 +50,7 @@ __all__ = [
     "make_granularity",
     "oneshot",
     "prune_",
+    "refit_survivors",
     "register_criterion",
     "restore_shapes",
     "shrink_",

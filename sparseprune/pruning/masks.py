@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import ops
+from .._files import replacing
 from ..nn.filters import FilterFn, prunable_linears
 
 __all__ = ["MaskSet"]
@@ -102,16 +102,9 @@ class MaskSet(Mapping[str, Tensor]):
         """Writes a safetensors file, one bit a weight, in one step (a reader sees all of it or nothing)."""
         tensors = {fqn: torch.from_numpy(_packed(mask)) for fqn, mask in self._masks.items()}
         shapes = {fqn: list(mask.shape) for fqn, mask in self._masks.items()}
-        folder = os.path.dirname(os.path.abspath(path))
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        os.close(handle)
-        try:
-            header = {"format": "sparseprune-masks", "version": str(_VERSION), "shapes": json.dumps(shapes)}
+        header = {"format": "sparseprune-masks", "version": str(_VERSION), "shapes": json.dumps(shapes)}
+        with replacing(path) as temporary:
             save_file({fqn: t for fqn, t in tensors.items() if t.numel()}, temporary, metadata=header)
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MaskSet:

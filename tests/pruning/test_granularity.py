@@ -88,7 +88,7 @@ def test_blocks_are_whole_and_exact(r, c):
     plan, scores = planned(small(hidden=16, ffn=32), Block(r, c))
     masks = plan.masks(scores, 0.7)
     blocks = 0
-    for fqn, mask in masks.items():
+    for mask in masks.values():
         rows, cols = mask.shape
         kept = mask.reshape(rows // r, r, cols // c, c).sum((1, 3))
         assert set(kept.flatten().tolist()) <= {0, r * c}

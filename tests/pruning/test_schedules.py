@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_every_schedule_falls_from_one_to_its_final_density(schedule):
     densities = [schedule.density(p) for p in progress]
     assert densities[0] == schedule.density(-3) == 1
     assert densities[-1] == schedule.density(7) == schedule.final_density
-    assert all(a >= b > 0 for a, b in zip(densities, densities[1:]))
+    assert all(a >= b > 0 for a, b in pairwise(densities))
     assert type(schedule).from_json(schedule.to_json()) == schedule
     with pytest.raises(ValueError, match="NaN"):
         schedule.density(math.nan)

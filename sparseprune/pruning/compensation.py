@@ -1,0 +1,350 @@
+"""Compensation: what pruning removed, given back in part, inside the same budget of parameters.
+
+After pruning a Linear computes ``x S^T + b`` with sparse S instead of ``x W^T + b``. Three remedies, each fitted to the
+layer's own inputs and judged on held-out ones:
+
+- *bias shift*: the mean of what is missing goes into the bias;
+- *survivors*: the kept weights are refitted by least squares, so that they stand in for the removed ones (the
+  optimal brain surgeon's update of all survivors at once);
+- *low rank*: ``y += (x A^T) B^T`` with A `[r, K]` and B `[N, r]`, the truncated SVD of the removed part, weighted by
+  the inputs. Its ``r (N + K)`` parameters come off the kept weights, so that it must beat spending them there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .granularity import Block, Element, make_granularity
+
+__all__ = ["Compensation", "collect_inputs", "compensate", "refit_survivors"]
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """One layer after compensation: use ``weight`` `[N, K]` (zero where ``mask`` is False), ``low_rank_a`` `[r, K]` and
+    ``low_rank_b`` `[N, r]` (None at rank 0), and add ``bias_shift`` `[N]` (or None) to the bias.
+
+    ``parameters`` <= ``budget``, in weights of this layer. ``errors``: candidate -> mean squared error of the
+    outputs on held-out inputs, as a fraction of the dense outputs' mean square; ``chosen`` is the smallest.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    low_rank_a: Tensor | None
+    low_rank_b: Tensor | None
+    bias_shift: Tensor | None
+    rank: int
+    parameters: int
+    budget: int
+    chosen: str
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def effective_weight(self) -> Tensor:
+        """S + B A, dense `[N, K]`."""
+        if self.low_rank_a is None or self.low_rank_b is None:
+            return self.weight
+        return self.weight + self.low_rank_b @ self.low_rank_a
+
+    def __str__(self) -> str:
+        listed = ", ".join(f"{name} {error:.4f}" for name, error in self.errors.items())
+        return f"{self.chosen}: {self.parameters:,} of {self.budget:,} parameters; held-out error: {listed}"
+
+
+@dataclass
+class _Moments:
+    """Of inputs x `[T, K]`, in float64 sums: mean `[K]`, second moment `[K, K]` about zero."""
+
+    mean: Tensor
+    second: Tensor
+
+    @classmethod
+    def of(cls, inputs: Tensor) -> _Moments:
+        x = inputs.reshape(-1, inputs.shape[-1]).float()
+        return cls(x.mean(0), x.T @ x / len(x))
+
+    def fitted(self, centred: bool, damping: float) -> Tensor:
+        """The matrix H of the least-squares problem, symmetric and positive definite."""
+        h = self.second - torch.outer(self.mean, self.mean) if centred else self.second
+        level = h.diagonal().mean().clamp_min(torch.finfo(h.dtype).tiny)
+        return h + damping * level * torch.eye(len(h), dtype=h.dtype, device=h.device)
+
+    def error(self, missing: Tensor, shift: Tensor | None) -> float:
+        """Mean over the inputs of ||missing x - shift||^2."""
+        total = ((missing @ self.second) * missing).sum()
+        if shift is not None:
+            total = total - 2 * shift @ (missing @ self.mean) + shift @ shift
+        return float(total)
+
+
+def compensate(
+    weight: Tensor,
+    inputs: Tensor,
+    density: float | None = None,
+    *,
+    mask: Tensor | None = None,
+    scores: Tensor | None = None,
+    has_bias: bool = True,
+    granularity: str | Element | Block = "element",
+    valid_inputs: Tensor | None = None,
+    ranks: Sequence[int] | None = None,
+    survivors: bool = True,
+    rounds: int = 3,
+    damping: float = 0.01,
+) -> Compensation:
+    """weight: `[N, K]` dense; inputs: `[..., K]`, what the layer reads; returns the best :class:`Compensation`.
+
+    The budget is ``density`` times N K, or the number of weights that ``mask`` keeps (give one of the two). Candidates:
+    plain masking, a bias shift, refitted ``survivors``, and every rank of ``ranks`` (default: up to half the budget in
+    powers of two) with the kept weights reduced to pay for it. ``scores`` `[N, K]` order the weights, by default
+    |w| sqrt(E x^2); with ``mask`` only kept ones are eligible. Without scores and mask the sparse part is chosen anew
+    beside the low-rank part in ``rounds`` alternations. ``has_bias``: False makes a bias shift cost N parameters.
+    ``valid_inputs``: held-out inputs for the choice, by default the last quarter of ``inputs``. Rank 0, and no
+    compensation at all, are valid answers. granularity: elements or blocks.
+
+    Raises ValueError on shapes that do not fit, on inputs that are not finite, and on fewer than 8 of them.
+    """
+    kind = make_granularity(granularity)
+    if not isinstance(kind, (Element, Block)):
+        raise ValueError(
+            f"compensate: granularity expected 'element' or Block(r, c), got {kind}: its count is not free"
+        )
+    if weight.dim() != 2 or inputs.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"compensate: expected weight [N, K] and inputs [..., K], got {list(weight.shape)} and {list(inputs.shape)}"
+        )
+    if (density is None) == (mask is None):
+        raise ValueError("compensate: give density or mask, one of the two")
+    train, valid = _split(inputs, valid_inputs)
+    dense = weight.detach().float()
+    if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool):
+        raise ValueError(f"compensate: mask expected bool {list(weight.shape)}, got {mask.dtype} {list(mask.shape)}")
+    problem = _Problem(dense, train, valid, kind, mask, scores, survivors, rounds, damping)
+    budget = int(mask.sum()) if mask is not None else problem.affordable(_share(density) * dense.numel())
+    best: Compensation | None = None
+    errors: dict[str, float] = {}
+    for name, rank, shift, refit in _candidates(dense, budget, ranks, survivors):
+        cost = rank * sum(dense.shape) + (0 if has_bias or not shift else dense.shape[0])
+        if cost > budget:
+            continue
+        fitted = problem.fit(problem.affordable(budget - cost), rank, shift, refit)
+        missing = dense - fitted.effective_weight()
+        errors[name] = valid.error(missing, fitted.bias_shift) / max(valid.error(dense, None), 1e-30)
+        nonzero = int(fitted.mask.sum())
+        if best is None or errors[name] < errors[best.chosen]:
+            best = Compensation(
+                fitted.weight.to(weight.dtype),
+                fitted.mask,
+                None if fitted.low_rank_a is None else fitted.low_rank_a.to(weight.dtype),
+                None if fitted.low_rank_b is None else fitted.low_rank_b.to(weight.dtype),
+                None if fitted.bias_shift is None else fitted.bias_shift.to(weight.dtype),
+                rank,
+                nonzero + cost,
+                budget,
+                name,
+                errors,
+            )
+    assert best is not None  # plain masking costs nothing
+    return best
+
+
+def refit_survivors(weight: Tensor, mask: Tensor, second_moment: Tensor, iterations: int = 30) -> Tensor:
+    """weight: `[N, K]`; mask: bool `[N, K]`; second_moment H: `[K, K]`, E x x^T, positive definite; returns S `[N, K]`.
+
+    S is zero where the mask is False and minimises tr((W - S) H (W - S)^T): every row by itself is the least-squares
+    fit of the dense row's outputs by its survivors. Conjugate gradients on all rows at once, scaled by H's diagonal,
+    starting from the masked weights, so that it never ends worse than them.
+    """
+    scale = second_moment.diagonal().clamp_min(torch.finfo(second_moment.dtype).tiny)
+    kept = mask.to(weight.dtype)
+    fit = weight * kept
+    residual = ((weight - fit) @ second_moment) * kept
+    direction = scaled = residual / scale
+    product = (residual * scaled).sum(1, keepdim=True)
+    start = product.clone()
+    for _ in range(iterations):
+        image = (direction @ second_moment) * kept
+        curvature = (direction * image).sum(1, keepdim=True)
+        # A row that has converged (or is empty) stays where it is.
+        active = (product > 1e-12 * start) & (curvature > 0)
+        if not bool(active.any()):
+            break
+        length = torch.where(active, product / curvature.clamp_min(1e-38), torch.zeros_like(product))
+        fit = fit + length * direction
+        residual = residual - length * image
+        scaled = residual / scale
+        after = (residual * scaled).sum(1, keepdim=True)
+        direction = (
+            scaled + torch.where(active, after / product.clamp_min(1e-38), torch.zeros_like(product)) * direction
+        )
+        product = torch.where(active, after, product)
+    return fit * kept
+
+
+@torch.no_grad()
+def collect_inputs(
+    model: nn.Module, names: Iterable[str], batches: Iterable[Any], rows: int = 4096, seed: int = 0
+) -> dict[str, Tensor]:
+    """fqn -> `[T, K]`, T <= rows: what each named Linear reads while the model runs over the batches in eval mode.
+
+    batches: what the model is called with: a dict (keywords, ``labels`` left out), a tuple (its first entry) or a
+    tensor. Positions with ``attention_mask`` 0 are left out. At most ``rows`` positions are kept, drawn evenly from
+    all batches. ValueError on a Linear that the batches never reach.
+    """
+    modules = dict(model.named_modules())
+    listed = list(batches)
+    if not listed:
+        raise ValueError("collect_inputs: expected at least one batch, got none")
+    share = max(1, math.ceil(rows / len(listed)))
+    found: dict[str, list[Tensor]] = {fqn: [] for fqn in names}
+    state: dict[str, Tensor | None] = {"keep": None}
+    generator = torch.Generator().manual_seed(seed)
+
+    def hook(fqn: str) -> Any:
+        def read(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            x = arguments[0].detach()
+            keep = state["keep"]
+            flat = x.reshape(-1, x.shape[-1])
+            if keep is not None and x.dim() > 2 and x.shape[:-1] == keep.shape:
+                flat = flat[keep.reshape(-1)]
+            if len(flat) > share:
+                flat = flat[torch.randperm(len(flat), generator=generator)[:share].to(flat.device)]
+            found[fqn].append(flat.clone())
+
+        return read
+
+    hooks = [modules[fqn].register_forward_pre_hook(hook(fqn)) for fqn in found]
+    training = model.training
+    try:
+        model.eval()
+        for batch in listed:
+            if isinstance(batch, Mapping):
+                mask = batch.get("attention_mask")
+                state["keep"] = None if mask is None else mask.bool()
+                model(**{key: value for key, value in batch.items() if key != "labels"})
+            else:
+                state["keep"] = None
+                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+        model.train(training)
+    missing = [fqn for fqn, parts in found.items() if not parts]
+    if missing:
+        raise ValueError(f"collect_inputs: the batches never reach {', '.join(missing[:10])}; leave them out")
+    return {fqn: torch.cat(parts)[:rows] for fqn, parts in found.items()}
+
+
+@dataclass
+class _Problem:
+    """One layer's fits, each for a number of kept weights, a rank, and with or without shift and refitted survivors."""
+
+    dense: Tensor
+    train: _Moments
+    valid: _Moments
+    kind: Element | Block
+    mask: Tensor | None
+    scores: Tensor | None
+    survivors: bool
+    rounds: int
+    damping: float
+
+    def affordable(self, weights: float) -> int:
+        """The largest number of weights in whole units that is at most ``weights``."""
+        size = self.kind.r * self.kind.c if isinstance(self.kind, Block) else 1
+        return math.floor(weights / size + 1e-9) * size
+
+    def fit(self, kept: int, rank: int, shift: bool, refit: bool) -> Compensation:
+        h = self.train.fitted(shift, self.damping)
+        weights = self.train.second.diagonal().clamp_min(0).sqrt()
+        mask = self._select(self.dense, weights, kept)
+        sparse = self._sparse(self.dense, mask, h, refit)
+        a = b = None
+        if rank:
+            root = torch.linalg.cholesky(h)
+            free = self.mask is None and self.scores is None
+            for _ in range(self.rounds):
+                a, b = _low_rank(self.dense - sparse, root, rank)
+                rest = self.dense - b @ a
+                if free:
+                    mask = self._select(rest, weights, kept)
+                sparse = self._sparse(rest, mask, h, refit)
+        effective = sparse if a is None or b is None else sparse + b @ a
+        move = (self.dense - effective) @ self.train.mean if shift else None
+        return Compensation(sparse, mask, a, b, move, rank, 0, 0, "")
+
+    def _select(self, target: Tensor, weights: Tensor, kept: int) -> Tensor:
+        scores = target.abs() * weights if self.scores is None else self.scores.float()
+        if self.mask is not None:
+            scores = scores.masked_fill(~self.mask, -math.inf)
+        size = self.kind.r * self.kind.c if isinstance(self.kind, Block) else 1
+        return self.kind.mask(scores, kept // size)
+
+    def _sparse(self, target: Tensor, mask: Tensor, h: Tensor, refit: bool) -> Tensor:
+        return refit_survivors(target, mask, h) if refit else target * mask
+
+
+def _candidates(
+    dense: Tensor, budget: int, ranks: Sequence[int] | None, survivors: bool
+) -> list[tuple[str, int, bool, bool]]:
+    """(name, rank, bias shift, refitted survivors), the plain ones first: ties go to them."""
+    if ranks is None:
+        most = min(budget // (2 * sum(dense.shape)), min(dense.shape))
+        ranks = [2**i for i in range(max(0, most).bit_length())]
+    candidates = [("mask", 0, False, False), ("bias", 0, True, False)]
+    if survivors:
+        candidates += [("survivors", 0, False, True), ("survivors and bias", 0, True, True)]
+    for rank in ranks:
+        if not 0 <= rank <= min(dense.shape):
+            raise ValueError(f"compensate: ranks expected in [0, {min(dense.shape)}], got {rank}")
+        if rank:
+            candidates.append((f"rank {rank}", rank, True, survivors))
+    return candidates
+
+
+def _low_rank(missing: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A `[r, K]`, B `[N, r]` that minimise tr((M - B A) H (M - B A)^T) for H = root root^T: the SVD of M root, cut
+    at r.
+    """
+    weighted = missing @ root
+    width = min(rank + 8, *weighted.shape)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(weighted.shape[1], width, generator=generator).to(weighted)
+    basis = torch.linalg.qr(weighted @ start).Q
+    for _ in range(4):
+        basis = torch.linalg.qr(weighted @ (weighted.T @ basis)).Q
+    left, values, right = torch.linalg.svd(basis.T @ weighted, full_matrices=False)
+    scale = values[:rank].sqrt()
+    b = (basis @ left[:, :rank]) * scale
+    a = torch.linalg.solve_triangular(root, right[:rank] * scale[:, None], upper=False, left=False)
+    return a, b
+
+
+def _split(inputs: Tensor, valid_inputs: Tensor | None) -> tuple[_Moments, _Moments]:
+    flat = inputs.detach().reshape(-1, inputs.shape[-1])
+    if valid_inputs is None:
+        cut = len(flat) - len(flat) // 4
+        flat, held = flat[:cut], flat[cut:]
+    else:
+        held = valid_inputs.detach().reshape(-1, valid_inputs.shape[-1])
+        if held.shape[1] != flat.shape[1]:
+            raise ValueError(
+                f"compensate: valid_inputs expected [..., {flat.shape[1]}], got {list(valid_inputs.shape)}"
+            )
+    if len(flat) < 6 or len(held) < 2:
+        raise ValueError(f"compensate: expected at least 8 inputs, 2 of them held out, got {len(flat)} and {len(held)}")
+    for name, part in (("inputs", flat), ("valid_inputs", held)):
+        if not bool(part.isfinite().all()):
+            raise ValueError(f"compensate: {name} expected finite values; check the data and the model's dtype")
+    return _Moments.of(flat), _Moments.of(held)
+
+
+def _share(density: float | None) -> float:
+    if density is None or not 0 < density <= 1:
+        raise ValueError(f"compensate: density expected in (0, 1], got {density!r}")
+    return density
