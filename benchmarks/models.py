@@ -7,10 +7,14 @@ nothing. The pruned weights are not retrained: a time does not depend on what th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import importlib.util
+import io
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,8 +148,70 @@ def runner(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Any]:
     return run
 
 
+def peer_runners(model: nn.Module, batch: dict[str, Tensor]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The dense model in ONNX Runtime and OpenVINO, through torch's ONNX export; and why one of them is absent."""
+    wanted = ("onnx", "onnxscript", "onnxruntime", "openvino")
+    lacking = [name for name in wanted if importlib.util.find_spec(name) is None]
+    absent = {}
+    if set(lacking) & {"onnx", "onnxscript"}:
+        return {}, dict.fromkeys(("onnxruntime", "openvino"), f"{', '.join(lacking)} not installed")
+
+    class Positional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=False)[0]
+
+    names = ("input_ids", "attention_mask")
+    arrays = {name: batch[name].numpy() for name in names}
+    runs: dict[str, Callable[[], Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            torch.onnx.export(Positional(), tuple(batch[n] for n in names), path, input_names=names, dynamo=True)
+            expected = model(**batch).last_hidden_state.numpy()
+        threads = torch.get_num_threads()
+        if "onnxruntime" in lacking:
+            absent["onnxruntime"] = "onnxruntime not installed"
+        else:
+            import onnxruntime
+
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            runs["onnxruntime"] = lambda: session.run(None, arrays)[0]
+        if "openvino" in lacking:
+            absent["openvino"] = "openvino not installed"
+        else:
+            import openvino
+
+            settings = {
+                "INFERENCE_NUM_THREADS": threads,
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_PRECISION_HINT": "f32",
+            }
+            core = openvino.Core()
+            request = core.compile_model(core.read_model(path), "CPU", settings).create_infer_request()
+            runs["openvino"] = lambda: request.infer(arrays)[0]
+    for name, run in list(runs.items()):
+        error = abs(run() - expected).max()
+        if not error < 1e-3:
+            absent[name] = f"its output differs by {error:.3g}"
+            del runs[name]
+    return runs, absent
+
+
 def measure_models(
-    shapes: Sequence[tuple[int, int]], threads: Sequence[int], sparsity: float, rounds: int, fuse: bool = True
+    shapes: Sequence[tuple[int, int]],
+    threads: Sequence[int],
+    sparsity: float,
+    rounds: int,
+    fuse: bool = True,
+    peers: bool = True,
 ) -> list[dict[str, Any]]:
     """One record a (batch, length) and thread count: ms, ratio and parts of every variant."""
     model = load_minilm()
@@ -159,6 +225,8 @@ def measure_models(
             for name, (dense, sparse) in made.items():
                 check_same(name, dense, sparse, batch)
                 runs[name] = runner(sparse, batch)
+            others, absent = peer_runners(model, batch) if peers else ({}, {})
+            runs |= others
             found = bench.interleave(runs, rounds, min_time=0.05)
             parts = {"torch dense": part_times(runs["torch dense"], model, rounds)}
             parts |= {name: part_times(runs[name], sparse, rounds) for name, (_, sparse) in made.items()}
@@ -174,6 +242,7 @@ def measure_models(
                     "ms": {name: 1e3 * found.time(name).median for name in runs},
                     "ratio": {name: found.ratio(name, "torch dense").to_dict() for name in runs},
                     "parts": parts,
+                    "absent": absent,
                 }
             )
     return records
@@ -183,7 +252,7 @@ def models_table(records: Sequence[dict[str, Any]], markdown: bool = False) -> s
     rows = []
     for record in records:
         for name, ms in record["ms"].items():
-            ratio, parts = record["ratio"][name], record["parts"][name]
+            ratio, parts = record["ratio"][name], record["parts"].get(name, {})
             rows.append(
                 [
                     f"{record['batch']}x{record['length']}, {record['threads']} thr, {record['tier']}",
@@ -191,7 +260,7 @@ def models_table(records: Sequence[dict[str, Any]], markdown: bool = False) -> s
                     f"{ms:.2f}",
                     f"{ratio['median']:.2f}",
                     f"{ratio['low']:.2f}..{ratio['high']:.2f}",
-                    *(f"{parts[part]:.2f}" for part in PARTS),
+                    *(f"{parts[part]:.2f}" if parts else "" for part in PARTS),
                 ]
             )
     head = ["batch x tokens", "model", "ms", "ratio", "quartiles", *PARTS]
@@ -268,6 +337,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--sparsity", type=float, default=0.9)
     result.add_argument("--rounds", type=int, default=7)
     result.add_argument("--no-fuse", action="store_true", help="sparsify_(fuse=False)")
+    result.add_argument("--no-peers", action="store_true", help="leave out ONNX Runtime and OpenVINO")
     result.add_argument("--no-gap", action="store_true", help="leave out the layers timed alone")
     result.add_argument("--json", type=Path)
     return result
@@ -279,7 +349,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     shapes = [tuple(int(side) for side in part.split("x")) for part in arguments.shapes.split(",")]
     print(machine.one_line())
     try:
-        records = measure_models(shapes, threads, arguments.sparsity, arguments.rounds, not arguments.no_fuse)
+        records = measure_models(
+            shapes, threads, arguments.sparsity, arguments.rounds, not arguments.no_fuse, not arguments.no_peers
+        )
     except Missing as error:
         print(f"skipped: {error}")
         return 0
@@ -291,6 +363,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             same = [r for r in records if r["threads"] == count and r["batch"] * r["length"] == 1024]
             print(f"{count} threads, 1024 tokens\n{gap_table(rows, same[0] if same else None)}\n")
             gaps += rows
+    for name, reason in {n: r for record in records for n, r in record["absent"].items()}.items():
+        print(f"not run: {name}: {reason}")
     print(f"load at the end: {machine.load()}")
     if arguments.json is not None:
         torch.set_num_threads(threads[0])

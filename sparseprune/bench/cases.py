@@ -169,6 +169,15 @@ def ours_linear(x: Tensor, packed: matmul.Packed, bias: Tensor, allow_reference:
     return lambda: ops.packed_linear(x, packed, bias)
 
 
+def _meets(peer: str, case: Case) -> bool:
+    """Whether a peer is worth its time in this case: what knows no blocks meets unstructured weights only, once."""
+    if peer == "torch bsr 4x4":
+        return case.structure == "4x4"
+    if case.suite in ("curve", "tokens") and peer in ("scipy csr", "onnxruntime", "openvino"):
+        return False
+    return case.structure == "element" or peer in (BASELINE, "torch int8")
+
+
 def build_linear(case: Case, peers: Sequence[str], allow_reference: bool) -> Contest:
     """y = x W^T + b, W pruned: ours with each value type, and the peers named."""
     n, k = case.shape
@@ -189,7 +198,7 @@ def build_linear(case: Case, peers: Sequence[str], allow_reference: bool) -> Con
     dense_work = Work(2.0 * n * k * case.tokens, 4.0 * n * k + through)
     csr_work = Work(flops, 8.0 * kept + through, "l1_fma")
     for name in [BASELINE, *(peer for peer in peers if peer != BASELINE)]:
-        if name == "torch bsr 4x4" and case.structure != "4x4":
+        if not _meets(name, case):
             continue
         work = csr_work if any(word in name for word in ("csr", "bsr", "mkl")) else dense_work
         if name == "torch int8":

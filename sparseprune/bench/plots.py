@@ -58,7 +58,7 @@ def speedup(records: Sequence[Record], path: Path, title: str = "", per_row: int
         case = case_of(record)
         lines = panels.setdefault((case.shape, case.tokens), {})
         for name, result in record["results"].items():
-            if name == record["baseline"] or name.endswith("bfloat16") or name.startswith("ours") and "int8" in name:
+            if name == record["baseline"] or name.endswith("bfloat16") or (result["ours"] and "int8" in name):
                 continue
             if result["ours"] or case.structure == structures[0]:  # a peer is drawn once, on the first structure
                 lines.setdefault(name, []).append((case.sparsity, result["ratio"]))

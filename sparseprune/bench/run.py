@@ -124,13 +124,24 @@ def save_results(path: Path, records: Sequence[dict[str, Any]], peaks: Peaks | N
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
     try:
         with os.fdopen(handle, "w") as file:
-            json.dump(_rounded(data), file, indent=1)
-            file.write("\n")
+            file.write(_one_line_each(_rounded(data)))
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _one_line_each(data: dict[str, Any]) -> str:
+    """JSON with one line an entry of each list, so that two result files can be read side by side."""
+    lines = []
+    for key, value in data.items():
+        if isinstance(value, list) and value:
+            inner = ",\n".join(f"  {json.dumps(item)}" for item in value)
+            lines.append(f" {json.dumps(key)}: [\n{inner}\n ]")
+        else:
+            lines.append(f" {json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _rounded(value: Any) -> Any:
