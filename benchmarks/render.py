@@ -1,0 +1,135 @@
+"""``python -m benchmarks.render``: puts the tables of ``benchmarks/results/*.json`` into docs/performance.md.
+
+A table stands between ``<!-- table: RESULT WHAT -->`` and ``<!-- end -->``; RESULT is the name of a result file, WHAT
+one of ``machine``, ``limits``, ``linear STRUCTURE``, ``means``, ``goals``, ``tokens``, ``minilm``, ``training``,
+``other``, ``models``, ``gap``. ``--picture RESULT`` draws docs/speedup.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sparseprune.bench import plots, tables
+from sparseprune.bench.run import load_results
+
+from .goals import compare_with_goals
+from .models import gap_table, models_table
+from .run import RESULTS
+
+DOCS = RESULTS.parents[1] / "docs"
+_BLOCK = re.compile(r"(<!-- table: (\S+) ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_FLAT = ("kth", "topk", "mask", "threshold", "adamw")
+
+
+def table(results: dict[str, Any], what: str) -> str:
+    """One block of the document; ValueError on an unknown kind, or where the results hold nothing for it."""
+    kind, _, rest = what.partition(" ")
+    records = results["records"]
+    own = [record for record in records if record["case"]["suite"] == kind]
+    if kind == "machine":
+        about = results["machine"]
+        names = ("cpu", "cores", "threads", "tier", "torch", "torch_cpu_capability", "omp_wait_policy")
+        loads = sorted(record["load"] for record in records if record["load"] is not None)
+        rows = [[name.replace("_", " "), str(about[name])] for name in names]
+        if loads:
+            rows.append(["load average over the run", f"{loads[0]} to {loads[-1]}, median {loads[len(loads) // 2]}"])
+        return tables.text_table(["", ""], rows, markdown=True)
+    if kind == "limits":
+        peaks = results["peaks"]
+        rows = [
+            ["multiply-adds, operands in registers", f"{peaks['fma_gflops']:.0f} GFLOP/s"],
+            ["multiply-adds, one L1 load each", f"{peaks['l1_fma_gflops']:.0f} GFLOP/s"],
+            *([f"read, working set {size}", f"{rate:.0f} GB/s"] for size, rate in peaks["read_gbs"].items()),
+            ["read and written in place, 256 MiB", f"{peaks['update_gbs']:.0f} GB/s"],
+        ]
+        return tables.text_table(["limit", "measured"], rows, markdown=True)
+    if kind == "models":
+        return models_table(results["models"], markdown=True)
+    if kind == "gap":
+        same = [record for record in results["models"] if record["batch"] * record["length"] == 1024]
+        return gap_table(results["layers"], same[0] if same else None, markdown=True)
+    if kind == "goals":
+        return compare_with_goals(records, markdown=True)
+    if kind == "means":
+        linear = [record for record in records if record["case"]["suite"] == "linear"]
+        return tables.summary(linear, markdown=True).split("\n\n")[-1]
+    if kind == "linear" and rest:
+        structure, _, tokens = rest.partition(" ")
+        chosen = [r for r in own if not tokens or str(r["case"]["tokens"]) in tokens.split(",")]
+        head, rows = tables.grid(chosen, structure)
+        return tables.text_table(head, rows, markdown=True)
+    if kind in ("training", "minilm"):
+        parts = [tables.grid(own, structure) for structure in dict.fromkeys(r["case"]["structure"] for r in own)]
+        return "\n\n".join(tables.text_table(head, rows, markdown=True) for head, rows in parts)
+    if kind == "tokens":
+        return _tokens(own)
+    if kind == "other":
+        return _other([record for record in records if record["case"]["suite"] in _FLAT])
+    raise ValueError(f"benchmarks.render: unknown table {what!r}")
+
+
+def _tokens(records: Sequence[dict[str, Any]]) -> str:
+    """Microseconds a token of ours, over the number of tokens."""
+    counts = sorted({record["case"]["tokens"] for record in records})
+    rows: dict[str, dict[int, str]] = {}
+    for record in records:
+        tokens = record["case"]["tokens"]
+        for name, result in record["results"].items():
+            if name == "torch dense" or result["ours"]:
+                rows.setdefault(name, {})[tokens] = f"{1e3 * result['ms']['median'] / tokens:.2f}"
+    head = ["us a token, N =", *map(str, counts)]
+    cells = [[name, *(row.get(count, "-") for count in counts)] for name, row in rows.items()]
+    return tables.text_table(head, cells, markdown=True)
+
+
+def _other(records: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for record in records:
+        case = tables.case_of(record)
+        for name, result in record["results"].items():
+            share = f"{result['share']:.0%}" if "share" in result else ""
+            ratio = f"{result['ratio']['median']:.3g}"
+            rows.append([f"{case.suite}, {case.shape[0]:.0e}", name, f"{result['ms']['median']:.3g}", ratio, share])
+    return tables.text_table(["kernel, elements", "", "ms", "ratio", "of the bandwidth"], rows, markdown=True)
+
+
+def render(text: str) -> str:
+    """The document with every table made anew from its result file."""
+
+    def block(match: re.Match[str]) -> str:
+        results = load_results(RESULTS / f"{match[2]}.json")
+        return f"{match[1]}{table(results, match[3])}\n{match[4]}"
+
+    return _BLOCK.sub(block, text)
+
+
+def picture(results: dict[str, Any], path: Path) -> None:
+    """The README's picture: one shape at 1, 8 and 128 tokens, our two structures beside the peers."""
+    curve = [record for record in results["records"] if record["case"]["suite"] == "curve"]
+    chosen = [record for record in curve if tuple(record["case"]["shape"]) == (3072, 768)]
+    about = results["machine"]
+    plots.speedup(chosen, path, f"{about['cpu']}, {about['threads']} threads, {about['tier']}, torch {about['torch']}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.render", description=__doc__)
+    parser.add_argument("--picture", metavar="RESULT", help="draw docs/speedup.png from this result file")
+    arguments = parser.parse_args(argv)
+    path = DOCS / "performance.md"
+    try:
+        path.write_text(render(path.read_text()))
+        if arguments.picture:
+            picture(load_results(RESULTS / f"{arguments.picture}.json"), DOCS / "speedup.png")
+    except (OSError, ValueError) as error:
+        print(f"benchmarks.render: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
