@@ -317,8 +317,8 @@ def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Ten
 
 
 def packed_places(index: Tensor, offsets: Tensor, plan: Sequence[int]) -> Tensor:
-    """int64 `[packed]`: where in the flat `[N_out * K]` weight each packed value lies (``native.matmul.Packed`` has
-    the order).
+    """int64 `[packed]`: where in the flat `[N_out * K]` weight each packed value lies; ``native.matmul.Packed`` has
+    the order.
     """
     kind, rows, columns, height, k_block, row_block = plan[:6]
     device = index.device
@@ -326,17 +326,17 @@ def packed_places(index: Tensor, offsets: Tensor, plan: Sequence[int]) -> Tensor
         bit = torch.arange(8, device=device)
         kept = (index.view(rows, -1).unsqueeze(2) >> bit & 1).flatten(1)[:, :columns]
         return kept.flatten().nonzero().flatten()
-    # groups: row block, then K-block, then group of `height` rows, then entry, then row within the group
+    # groups: row block, then K-block, then slot, then entry, then row within the group
     groups, k_blocks, per_block = -(-rows // height), -(-columns // k_block), row_block // height
-    group_of, k_of = [], []
+    first_of, k_of = [], []
     for first in range(0, groups, per_block):
-        here = torch.arange(first, min(groups, first + per_block), device=device)
-        group_of.append(here.repeat(k_blocks))
-        k_of.append(torch.arange(k_blocks, device=device).repeat_interleave(here.numel()))
-    if not group_of:
+        here = min(groups, first + per_block) - first
+        first_of.append(torch.full((here * k_blocks,), first, device=device))
+        k_of.append(torch.arange(k_blocks, device=device).repeat_interleave(here))
+    if not first_of:
         return torch.zeros(0, dtype=torch.int64, device=device)
-    counts = (offsets[1:] - offsets[:-1]).long()
-    group = torch.cat(group_of).repeat_interleave(counts)
+    counts = (offsets[1:, 0] - offsets[:-1, 0]).long()
+    group = (torch.cat(first_of) + offsets[:-1, 1].long()).repeat_interleave(counts)
     column = torch.cat(k_of).repeat_interleave(counts) * k_block + (index[: group.numel()].long() & 0xFFFF)
     row = group.unsqueeze(1) * height + torch.arange(height, device=device)
     return (row * columns + column.unsqueeze(1)).flatten()

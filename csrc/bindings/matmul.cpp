@@ -1,16 +1,55 @@
 #include "bindings.h"
 
 namespace sparseprune {
+namespace {
+// plan = (kind, rows, columns, height, k_block, row_block), as sparseprune/native/matmul.py makes it.
+struct Plan {
+  int64_t kind, rows, columns, height, k_block, row_block;
+};
+Plan plan_of(const py::tuple& plan) {
+  const auto at = [&](size_t i) { return plan[i].cast<int64_t>(); };
+  return {at(0), at(1), at(2), at(3), at(4), at(5)};
+}
+Packed packed_of(const Plan& p, uintptr_t values, int dtype, uintptr_t index, uintptr_t slots) {
+  const int64_t k_blocks = p.k_block > 0 ? (p.columns + p.k_block - 1) / p.k_block : 0;
+  return {static_cast<int>(p.kind), p.rows,      p.columns,  static_cast<int>(p.height), p.k_block, k_blocks, p.row_block,
+          at<const void>(values),   dtype, at<const uint16_t>(index), at<const int32_t>(slots)};
+}
+}  // namespace
+
 void bind_matmul(py::module_& m) {
+  m.def("spmm", [](const py::tuple& plan, uintptr_t values, int dtype, uintptr_t index, uintptr_t slots, uintptr_t scale,
+                   uintptr_t bias, uintptr_t residual, int64_t residual_stride, int activation, uintptr_t x, int64_t x_stride,
+                   int64_t n, uintptr_t y, int64_t y_stride) {
+    const Packed w = packed_of(plan_of(plan), values, dtype, index, slots);
+    const Epilogue e{at<const float>(scale), at<const float>(bias), at<const float>(residual), residual_stride, activation};
+    py::gil_scoped_release release;
+    kernels().matmul.spmm(w, at<const float>(x), x_stride, n, at<float>(y), y_stride, e);
+  });
+  m.def("sddmm", [](const py::tuple& plan, uintptr_t index, uintptr_t slots, uintptr_t x, int64_t x_stride, uintptr_t dy,
+                    int64_t dy_stride, int64_t n, uintptr_t grad) {
+    const Packed w = packed_of(plan_of(plan), 0, kFloat32, index, slots);
+    py::gil_scoped_release release;
+    kernels().matmul.sddmm(w, at<const float>(x), x_stride, at<const float>(dy), dy_stride, n, at<float>(grad));
+  });
   m.def(
-      "spmm",
-      [](int64_t rows, int64_t columns, int height, int64_t k_block, int64_t row_block, uintptr_t values, int values_dtype,
-         uintptr_t index, uintptr_t offsets, uintptr_t scale, uintptr_t bias, uintptr_t residual, int64_t residual_stride,
-         int activation, uintptr_t x, int64_t x_stride, int64_t n, uintptr_t y, int64_t y_stride) {
-        const Packed w{rows, columns, height, k_block, (columns + k_block - 1) / k_block, row_block,
-                       at<const void>(values), values_dtype, at<const uint16_t>(index), at<const int32_t>(offsets)};
-        const Epilogue e{at<const float>(scale), at<const float>(bias), at<const float>(residual), residual_stride, activation};
-        kernels().matmul.spmm(w, at<const float>(x), x_stride, n, at<float>(y), y_stride, e);
+      "gather_values",
+      [](uintptr_t canonical, uintptr_t perm, int64_t n, uintptr_t packed, int dtype) {
+        kernels().matmul.gather_values(at<const float>(canonical), at<const int32_t>(perm), n, at<void>(packed), dtype);
+      },
+      ReleaseGil());
+  m.def(
+      "scatter_values",
+      [](uintptr_t packed, uintptr_t perm, int64_t n, uintptr_t canonical) {
+        kernels().matmul.scatter_values(at<const float>(packed), at<const int32_t>(perm), n, at<float>(canonical));
+      },
+      ReleaseGil());
+  m.def(
+      "add_layer_norm",
+      [](uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t residual_stride, uintptr_t weight, uintptr_t bias, float eps,
+         int64_t n, int64_t d, uintptr_t y) {
+        kernels().matmul.add_layer_norm(at<const float>(x), x_stride, at<const float>(residual), residual_stride,
+                                        at<const float>(weight), at<const float>(bias), eps, n, d, at<float>(y));
       },
       ReleaseGil());
 }

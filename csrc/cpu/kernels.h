@@ -71,16 +71,21 @@ struct PeakKernels {
   double (*update)(float* data, int64_t n);  // data[i] *= 1
 };
 
-// A packed sparse weight [rows, columns]; spmm.inl and sparseprune/native/matmul.py say in which order.
+// Codes shared with sparseprune/native/matmul.py.
+constexpr int kGroups = 0, kBitmask = 1;                 // Packed.kind
+constexpr int kFloat32 = 0, kBfloat16 = 1, kInt8 = 3;    // Packed.values_dtype
+
+// A packed sparse weight [rows, columns]; spmm.inl and bitmask.inl say in which order.
 struct Packed {
+  int kind;
   int64_t rows, columns;
   int height;                 // rows that share their columns: 1, 2, 4, 8 or 16
-  int64_t k_block, k_blocks;  // columns of a K-block (a multiple of 8, at most 65536), and how many
+  int64_t k_block, k_blocks;  // columns of a K-block (at most 65536), and how many
   int64_t row_block;          // rows of a row block: a multiple of height
   const void* values;
-  int values_dtype;           // Dtype, or 3: int8
-  const uint16_t* index;
-  const int32_t* offsets;
+  int values_dtype;
+  const uint16_t* index;      // groups: [entries]; bitmask: the bits
+  const int32_t* slots;       // groups: [slots + 1][2]; bitmask: [rows + 1], the first value of each row
 };
 
 // What happens to each sum before it is written: * scale, + bias, activation, + residual.
@@ -95,6 +100,13 @@ struct Epilogue {
 struct MatmulKernels {
   // y [n, rows] = epilogue(x [n, columns] W^T); rows of x, y and residual are dense, strides count floats between them.
   void (*spmm)(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride, const Epilogue& e);
+  // grad [entries * height], packed order: the gradient of the values; x [n, columns], dy [n, rows]. Kind "groups" only.
+  void (*sddmm)(const Packed& w, const float* x, int64_t x_stride, const float* dy, int64_t dy_stride, int64_t n, float* grad);
+  void (*gather_values)(const float* canonical, const int32_t* perm, int64_t n, void* packed, int dtype);
+  void (*scatter_values)(const float* packed, const int32_t* perm, int64_t n, float* canonical);
+  // y [n, d] = LayerNorm(x + residual) * weight + bias; residual may be null.
+  void (*add_layer_norm)(const float* x, int64_t x_stride, const float* residual, int64_t residual_stride, const float* weight,
+                         const float* bias, float eps, int64_t n, int64_t d, float* y);
 };
 
 struct Kernels {

@@ -72,3 +72,22 @@ static inline void transpose8(v8* r) {
     r[i + 4] = SP_SHUFFLE8(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   }
 }
+
+// Eight bfloat16 (as their bits) or int8 values as floats.
+typedef uint16_t v8_u16 __attribute__((vector_size(16), aligned(2), may_alias));
+typedef int8_t v8_i8 __attribute__((vector_size(8), aligned(1), may_alias));
+static inline v8 widen_bf16(const uint16_t* p) {
+  return reinterpret_cast<v8>(__builtin_convertvector(*reinterpret_cast<const v8_u16*>(p), v8i) << 16);
+}
+static inline v8 widen_int8(const int8_t* p) {
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const v8_i8*>(p), v8i), v8);
+}
+// The sum of a vector's lanes.
+static inline float total(vf v) {
+  float s[kLanes];
+  write(s, v);
+  for (int half = kLanes / 2; half >= 1; half /= 2) {
+    for (int i = 0; i < half; ++i) s[i] += s[i + half];
+  }
+  return s[0];
+}

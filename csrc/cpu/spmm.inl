@@ -1,27 +1,35 @@
-// y = activation(x W^T + bias) + residual, for a packed sparse W [N_out, K].
+// y = epilogue(x W^T) for a packed sparse W [N_out, K] of kind "groups" (native/matmul.py, Packed).
 //
-// Packed form "groups": the rows of W in groups of `height` (1, 2, 4, 8 or 16) that share their columns, the columns cut into
-// blocks of `k_block`, the rows into blocks of `row_block`. Order of the entries: row block, K-block, group, entry; an entry is a
-// 16-bit column within its K-block and `height` values. offsets[i] is the first entry of the i-th (row block, K-block, group).
+// The rows of W come in groups of `height` that share their columns; the columns are cut into K-blocks, the groups into row
+// blocks. Entries lie in the order row block, K-block, slot (one group), entry; an entry is a 16-bit column within its K-block and
+// `height` values. slots[2 s] is the first entry of slot s, slots[2 s + 1] its group within the row block.
 //
-// Large N, "panel": a tile of T tokens is transposed to [K][T], so that an entry is one broadcast and T / kLanes fused
-// multiply-adds; a K-block of the panel stays in L1 while a row block's entries stream past and its sums wait in L2.
-// Small N, "rows": x is read as it lies; groups of 8 or 16 rows are one vector of outputs.
+// height 1, 2, 4: vectorised over tokens. A tile of T tokens is transposed to a panel [K][T]; an entry is `height` broadcasts and
+// T / lanes multiply-adds each. The panel's K-block stays in L1 while the entries of a row block pass, whose sums wait in L2. Slots
+// are sorted by their count, so that the loops' ends are predicted.
+// height 8, 16: vectorised over outputs. A group is one vector of sums a token; an entry is one load of its values and a multiply-
+// add with a broadcast x for each token. The sums stay in registers over the whole of K, and y is written as it lies.
+// One token, height 1: dot products.
 
-// x rows [0, n) (n <= T), columns [k0, k1) -> panel [k1 - k0][T]; places without a token are zero.
-static void pack_panel(const float* x, int64_t stride, int n, int T, float* panel, int64_t k0, int64_t k1) {
-  for (int j = 0; j < T; j += 8) {
-    const int here = n - j < 8 ? (n - j < 0 ? 0 : n - j) : 8;
-    int64_t k = k0;
-    for (; k + 8 <= k1; k += 8) {
-      v8 r[8];
-      for (int i = 0; i < 8; ++i) r[i] = i < here ? read<v8>(x + (j + i) * stride + k) : v8{};
-      transpose8(r);
-      for (int i = 0; i < 8; ++i) write(panel + (k - k0 + i) * T + j, r[i]);
+constexpr int64_t kTile = 64;               // tokens of a panel at height 1, 2 and 4
+constexpr int64_t kPanelFloats = 1 << 18;   // a panel that several tiles share stays below this where it can
+constexpr bool kManyRegisters = SP_LANES == 16;
+
+// x rows [0, n) (n <= T, T a multiple of 8), columns [k0, k1) -> panel [k1 - k0][T]; places without a token are zero.
+static void pack_panel(const float* x, int64_t stride, int64_t n, int T, float* panel, int64_t k0, int64_t k1) {
+  int64_t k = k0;
+  for (; k + 16 <= k1; k += 16) {  // a whole cache line of each token, so that none is fetched twice
+    for (int j = 0; j < T; j += 8) {
+      for (int half = 0; half < 16; half += 8) {
+        v8 r[8];
+        for (int i = 0; i < 8; ++i) r[i] = j + i < n ? read<v8>(x + (j + i) * stride + k + half) : v8{};
+        transpose8(r);
+        for (int i = 0; i < 8; ++i) write(panel + (k - k0 + half + i) * T + j, r[i]);
+      }
     }
-    for (; k < k1; ++k) {
-      for (int i = 0; i < 8; ++i) panel[(k - k0) * T + j + i] = i < here ? x[(j + i) * stride + k] : 0.0f;
-    }
+  }
+  for (; k < k1; ++k) {
+    for (int j = 0; j < T; ++j) panel[(k - k0) * T + j] = j < n ? x[j * stride + k] : 0.0f;
   }
 }
 
@@ -29,7 +37,7 @@ template <class F>
 static inline F finish(F sum, const Epilogue& e, int64_t token, int64_t out) {
   if (e.scale) sum *= read<F>(e.scale + out);
   if (e.bias) sum += read<F>(e.bias + out);
-  sum = activate<F>(sum, e.activation);
+  if (e.activation) sum = activate<F>(sum, e.activation);
   if (e.residual) sum += read<F>(e.residual + token * e.residual_stride + out);
   return sum;
 }
@@ -42,153 +50,436 @@ static inline float finish_one(float sum, const Epilogue& e, int64_t token, int6
   return sum;
 }
 
-// sums [rows][T] of outputs [out, out + rows) -> y[token][out ...] for n tokens (n <= T).
-static void write_rows(const float* sums, int T, int n, int64_t rows, float* y, int64_t stride, int64_t token, int64_t out,
+// sums [rows][T] of the outputs [out, out + rows) -> y[token + j][out ...] for the tokens j in [0, n), n <= T.
+static void write_rows(const float* sums, int T, int64_t n, int64_t rows, float* y, int64_t stride, int64_t token, int64_t out,
                        const Epilogue& e) {
   int64_t r = 0;
-  for (; r + 8 <= rows; r += 8) {
-    for (int j = 0; j < n; j += 8) {
-      v8 v[8];
-      for (int i = 0; i < 8; ++i) v[i] = read<v8>(sums + (r + i) * T + j);
-      transpose8(v);
-      const int here = n - j < 8 ? n - j : 8;
-      for (int i = 0; i < here; ++i) {
-        write(y + (token + j + i) * stride + out + r, finish(v[i], e, token + j + i, out + r));
-      }
-    }
-  }
-  for (; r < rows; ++r) {
-    for (int j = 0; j < n; ++j) y[(token + j) * stride + out + r] = finish_one(sums[r * T + j], e, token + j, out + r);
-  }
-}
-
-// One group of V rows (out of `height` interleaved values an entry) against a K-block of the panel: sums [V][T].
-template <class F, int R, int V>
-static inline __attribute__((always_inline)) void panel_group(const float* panel, const uint16_t* index, const float* values,
-                                                              int height, int64_t n, float* sums, bool first) {
-  constexpr int L = lanes_of<F>(), T = R * L;
-  F a[V][R];
-  for (int v = 0; v < V; ++v) {
-    for (int i = 0; i < R; ++i) a[v][i] = first ? F{} : read<F>(sums + v * T + i * L);
-  }
-  int64_t p = 0;
-  if constexpr (V * R < 8) {  // a second set of sums hides the latency of the multiply-add
-    F b[V][R];
-    for (int v = 0; v < V; ++v) {
-      for (int i = 0; i < R; ++i) b[v][i] = F{};
-    }
-    for (; p + 2 <= n; p += 2) {
-      const float* q = panel + static_cast<size_t>(index[p]) * T;
-      const float* s = panel + static_cast<size_t>(index[p + 1]) * T;
-      for (int v = 0; v < V; ++v) {
-        const F w = broadcast<F>(values[p * height + v]), z = broadcast<F>(values[(p + 1) * height + v]);
-        for (int i = 0; i < R; ++i) a[v][i] += w * read<F>(q + i * L);
-        for (int i = 0; i < R; ++i) b[v][i] += z * read<F>(s + i * L);
-      }
-    }
-    for (int v = 0; v < V; ++v) {
-      for (int i = 0; i < R; ++i) a[v][i] += b[v][i];
-    }
-  }
-  for (; p < n; ++p) {
-    const float* q = panel + static_cast<size_t>(index[p]) * T;
-    for (int v = 0; v < V; ++v) {
-      const F w = broadcast<F>(values[p * height + v]);
-      for (int i = 0; i < R; ++i) a[v][i] += w * read<F>(q + i * L);
-    }
-  }
-  for (int v = 0; v < V; ++v) {
-    for (int i = 0; i < R; ++i) write(sums + v * T + i * L, a[v][i]);
-  }
-}
-
-// The row blocks [b0, b1) of one tile whose panel is packed.
-template <class F, int R>
-static void panel_blocks(const Packed& w, const float* panel, int n, float* sums, int64_t b0, int64_t b1, float* y,
-                         int64_t y_stride, int64_t token, const Epilogue& e) {
-  constexpr int T = R * lanes_of<F>();
-  const int H = w.height;
-  for (int64_t b = b0; b < b1; ++b) {
-    const int64_t row0 = b * w.row_block, rows = row0 + w.row_block < w.rows ? w.row_block : w.rows - row0, groups = rows / H;
-    const int32_t* offsets = w.offsets + row0 / H * w.k_blocks;
-    for (int64_t kb = 0; kb < w.k_blocks; ++kb) {
-      const float* block = panel + kb * w.k_block * T;
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t begin = offsets[kb * groups + g], count = offsets[kb * groups + g + 1] - begin;
-        const uint16_t* index = w.index + begin;
-        const float* values = static_cast<const float*>(w.values) + begin * H;
-        float* out = sums + g * H * T;
-        switch (H) {
-          case 1: panel_group<F, R, 1>(block, index, values, 1, count, out, kb == 0); break;
-          case 2: panel_group<F, R, 2>(block, index, values, 2, count, out, kb == 0); break;
-          default:
-            for (int v = 0; v < H; v += 4) panel_group<F, R, 4>(block, index, values + v, H, count, out + v * T, kb == 0);
+  for (; r + 8 <= rows; r += 16) {  // a whole cache line of y where both halves are there
+    const int halves = r + 16 <= rows ? 2 : 1;
+    for (int64_t j = 0; j < n; j += 8) {
+      const int here = n - j < 8 ? static_cast<int>(n - j) : 8;
+      for (int half = 0; half < halves; ++half) {
+        const int64_t o = out + r + 8 * half;
+        v8 v[8];
+        for (int i = 0; i < 8; ++i) v[i] = read<v8>(sums + (r + 8 * half + i) * T + j);
+        transpose8(v);
+        float* to = y + (token + j) * stride + o;
+        if (here == 8) {
+          for (int i = 0; i < 8; ++i) write(to + i * stride, finish(v[i], e, token + j + i, o));
+        } else {
+          for (int i = 0; i < here; ++i) write(to + i * stride, finish(v[i], e, token + j + i, o));
         }
       }
     }
-    write_rows(sums, T, n, rows, y, y_stride, token, row0, e);
+    if (halves == 1) r -= 8;
+  }
+  for (; r < rows; ++r) {
+    for (int64_t j = 0; j < n; ++j) y[(token + j) * stride + out + r] = finish_one(sums[r * T + j], e, token + j, out + r);
   }
 }
 
-template <class F, int R>
-static void panel_tile(const Packed& w, const float* panel, int n, float* sums, int64_t b0, int64_t b1, float* y,
-                       int64_t y_stride, int64_t token, const Epilogue& e) {
-  panel_blocks<F, R>(w, panel, n, sums, b0, b1, y, y_stride, token, e);
+// `count` values from place `begin` on as floats: where they lie, or converted into scratch. The slack behind the last value
+// makes reading a whole vector safe.
+static inline const float* float_values(const Packed& w, int64_t begin, int64_t count, float* scratch) {
+  if (w.values_dtype == kFloat32) return static_cast<const float*>(w.values) + begin;
+  for (int64_t i = 0; i < count; i += 8) {
+    write(scratch + i, w.values_dtype == kBfloat16 ? widen_bf16(static_cast<const uint16_t*>(w.values) + begin + i)
+                                                   : widen_int8(static_cast<const int8_t*>(w.values) + begin + i));
+  }
+  return scratch;
 }
 
-static void run_tile(const Packed& w, int T, const float* panel, int n, float* sums, int64_t b0, int64_t b1, float* y,
-                     int64_t y_stride, int64_t token, const Epilogue& e) {
+// ---- vectorised over tokens
+
+// V rows of a group (of `height` values an entry) against R vectors of a panel whose rows are T long: sums [V][T].
+template <class F, int T, int R, int V>
+static inline __attribute__((always_inline)) void panel_group(const float* panel, const uint16_t* index, const float* values,
+                                                              int height, int64_t n, float* sums, bool first) {
+  constexpr int L = lanes_of<F>();
+  constexpr int kNeed = sizeof(F) == 64 ? 4 : 8;  // independent sums that hide the latency of the multiply-adds
+  constexpr int U = V * R >= kNeed ? 1 : kNeed / (V * R);
+  F a[U][V][R];
+  for (int v = 0; v < V; ++v) {
+    for (int i = 0; i < R; ++i) {
+      a[0][v][i] = first ? F{} : read<F>(sums + v * T + i * L);
+      for (int u = 1; u < U; ++u) a[u][v][i] = F{};
+    }
+  }
+  const auto entry = [&](int64_t p, F(&to)[V][R]) __attribute__((always_inline)) {
+    const float* q = panel + static_cast<size_t>(index[p]) * T;
+    if constexpr (V == 1) {
+      const F w = broadcast<F>(values[p]);
+      for (int i = 0; i < R; ++i) to[0][i] += w * read<F>(q + i * L);
+    } else {
+      F x[R];
+      for (int i = 0; i < R; ++i) x[i] = read<F>(q + i * L);
+      for (int v = 0; v < V; ++v) {
+        const F w = broadcast<F>(values[p * height + v]);
+        for (int i = 0; i < R; ++i) to[v][i] += w * x[i];
+      }
+    }
+  };
+  int64_t p = 0;
+  for (; p + U <= n; p += U) {
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) entry(p + u, a[u]);
+  }
+  if constexpr (U >= 8) {
+    if (n - p >= 4) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) entry(p + u, a[u]);
+      p += 4;
+    }
+  }
+  if constexpr (U >= 4) {
+    if (n - p >= 2) {
+      entry(p, a[0]);
+      entry(p + 1, a[1]);
+      p += 2;
+    }
+  }
+  if constexpr (U >= 2) {
+    if (p < n) entry(p, a[0]);
+  }
+  for (int v = 0; v < V; ++v) {
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
+      for (int u = 1; u < U; ++u) a[0][v][i] += a[u][v][i];
+      write(sums + v * T + i * L, a[0][v][i]);
+    }
+  }
+}
+
+template <class F, int T, int V>
+static void panel_slots(const Packed& w, const int32_t* slots, int64_t groups, const float* panel, float* sums, bool first,
+                        float* scratch) {
+  constexpr int L = lanes_of<F>(), kVectors = T / L;
+  constexpr int kMost = V == 1 ? 8 : V == 2 || kManyRegisters ? 4 : 2;
+  constexpr int R = kVectors <= kMost ? kVectors : kVectors % kMost == 0 ? kMost : kVectors % 3 == 0 && kMost >= 3 ? 3 : 2;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t begin = slots[2 * g], n = slots[2 * g + 2] - begin;
+    const float* values = float_values(w, begin * V, n * V, scratch);
+    float* to = sums + static_cast<int64_t>(slots[2 * g + 1]) * V * T;
+    for (int c = 0; c < T; c += R * L) panel_group<F, T, R, V>(panel + c, w.index + begin, values, V, n, to + c, first);
+  }
+}
+
+// The row blocks [b0, b1) against one tile of n <= T tokens, whose panel is packed.
+template <class F, int T>
+static void panel_tile(const Packed& w, const float* panel, int64_t n, float* sums, float* scratch, int64_t b0, int64_t b1,
+                       float* y, int64_t y_stride, int64_t token, const Epilogue& e) {
+  for (int64_t b = b0; b < b1; ++b) {
+    const int64_t row = b * w.row_block, rows = row + w.row_block < w.rows ? w.row_block : w.rows - row;
+    const int64_t groups = rows / w.height;
+    const int32_t* slots = w.slots + 2 * (row / w.height * w.k_blocks);
+    for (int64_t k = 0; k < w.k_blocks; ++k, slots += 2 * groups) {
+      const float* block = panel + k * w.k_block * T;
+      if (w.height == 1) {
+        panel_slots<F, T, 1>(w, slots, groups, block, sums, k == 0, scratch);
+      } else if (w.height == 2) {
+        panel_slots<F, T, 2>(w, slots, groups, block, sums, k == 0, scratch);
+      } else {
+        panel_slots<F, T, 4>(w, slots, groups, block, sums, k == 0, scratch);
+      }
+    }
+    write_rows(sums, T, n, rows, y, y_stride, token, row, e);
+  }
+}
+
+static int tile_width(int64_t n) { return n > 48 ? 64 : n > 32 ? 48 : n > 16 ? 32 : n > 8 ? 16 : 8; }
+
+static void run_panel_tile(const Packed& w, int T, const float* panel, int64_t n, float* sums, float* scratch, int64_t b0,
+                           int64_t b1, float* y, int64_t y_stride, int64_t token, const Epilogue& e) {
   switch (T) {
-    case 8: panel_tile<v8, 1>(w, panel, n, sums, b0, b1, y, y_stride, token, e); break;
-    case 16: panel_tile<vf, 16 / kLanes>(w, panel, n, sums, b0, b1, y, y_stride, token, e); break;
-    case 32: panel_tile<vf, 32 / kLanes>(w, panel, n, sums, b0, b1, y, y_stride, token, e); break;
-    default: panel_tile<vf, 64 / kLanes>(w, panel, n, sums, b0, b1, y, y_stride, token, e); break;
+    case 8: return panel_tile<v8, 8>(w, panel, n, sums, scratch, b0, b1, y, y_stride, token, e);
+    case 16: return panel_tile<vf, 16>(w, panel, n, sums, scratch, b0, b1, y, y_stride, token, e);
+    case 32: return panel_tile<vf, 32>(w, panel, n, sums, scratch, b0, b1, y, y_stride, token, e);
+    case 48: return panel_tile<vf, 48>(w, panel, n, sums, scratch, b0, b1, y, y_stride, token, e);
+    default: return panel_tile<vf, 64>(w, panel, n, sums, scratch, b0, b1, y, y_stride, token, e);
   }
 }
 
-static int tile_width(int64_t n) { return n > 32 ? 64 : n > 16 ? 32 : n > 8 ? 16 : 8; }
-
-static void spmm_groups(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride,
-                        const Epilogue& e) {
-  const int64_t entries = w.offsets[w.rows / w.height * w.k_blocks];
-  const int64_t row_blocks = (w.rows + w.row_block - 1) / w.row_block;
-  const int64_t tiles = (n + 63) / 64;
-  const int threads = threads_for(entries * w.height * n + w.rows * n + w.columns * n, 1 << 15);
-  const bool by_tokens = tiles % threads == 0 || tiles >= 8 * threads;
-  if (by_tokens) {
+static void spmm_tokens(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride,
+                        const Epilogue& e, int threads) {
+  const int64_t row_blocks = (w.rows + w.row_block - 1) / w.row_block, tiles = (n + kTile - 1) / kTile;
+  const int64_t sums_size = w.row_block * kTile, scratch_size = w.height * w.k_block + 64;
+  const auto tile = [&](int64_t t, int64_t* token, int64_t* here) {
+    *token = t * kTile;
+    *here = n - *token < kTile ? n - *token : kTile;
+    return tile_width(*here);
+  };
+  if (n % (kTile * threads) == 0 || tiles >= 8 * threads) {  // each thread its own tiles
 #pragma omp parallel num_threads(threads)
     {
       Workspace& own = workspace();
-      float* panel = own.reserve((w.columns + w.row_block) * 64);
-      float* sums = panel + w.columns * 64;
+      float* sums = own.reserve(sums_size + scratch_size + w.columns * kTile);
+      float *scratch = sums + sums_size, *panel = scratch + scratch_size;
       const Range part = share(tiles, 1, thread_id(), team_size());
       for (int64_t t = part.begin; t < part.end; ++t) {
-        const int64_t token = t * 64;
-        const int here = n - token < 64 ? static_cast<int>(n - token) : 64, T = tile_width(here);
+        int64_t token, here;
+        const int T = tile(t, &token, &here);
         pack_panel(x + token * x_stride, x_stride, here, T, panel, 0, w.columns);
-        run_tile(w, T, panel, here, sums, 0, row_blocks, y, y_stride, token, e);
+        run_panel_tile(w, T, panel, here, sums, scratch, 0, row_blocks, y, y_stride, token, e);
       }
       own.trim();
     }
     return;
   }
-  Workspace& shared = workspace();
-  float* panel = shared.reserve(w.columns * 64);
-  for (int64_t token = 0; token < n; token += 64) {
-    const int here = n - token < 64 ? static_cast<int>(n - token) : 64, T = tile_width(here);
+  // each thread its own outputs; the panel of several tiles is shared
+  Workspace& shared = shared_workspace();
+  const int64_t fit = kPanelFloats / (w.columns * kTile), at_once = fit < 1 ? 1 : fit;
+  float* panels = shared.reserve((at_once < tiles ? at_once : tiles) * w.columns * kTile);
 #pragma omp parallel num_threads(threads)
-    {
-      const Range part = share(w.columns, 8, thread_id(), team_size());
-      pack_panel(x + token * x_stride, x_stride, here, T, panel + part.begin * T, part.begin, part.end);
+  {
+    Workspace& own = workspace();
+    float* sums = own.reserve(sums_size + scratch_size);
+    float* scratch = sums + sums_size;
+    const Range columns = share(w.columns, 16, thread_id(), team_size());
+    const Range blocks = share(row_blocks, 1, thread_id(), team_size());
+    for (int64_t t0 = 0; t0 < tiles; t0 += at_once) {
+      const int64_t t1 = t0 + at_once < tiles ? t0 + at_once : tiles;
+      int64_t token, here;
+      for (int64_t t = t0; t < t1; ++t) {
+        const int T = tile(t, &token, &here);
+        pack_panel(x + token * x_stride, x_stride, here, T, panels + (t - t0) * w.columns * kTile + columns.begin * T, columns.begin,
+                   columns.end);
+      }
 #pragma omp barrier
-      Workspace& own = sums_workspace();
-      float* sums = own.reserve(w.row_block * 64);
-      const Range blocks = share(row_blocks, 1, thread_id(), team_size());
-      run_tile(w, T, panel, here, sums, blocks.begin, blocks.end, y, y_stride, token, e);
-      own.trim();
+      for (int64_t t = t0; t < t1; ++t) {
+        const int T = tile(t, &token, &here);
+        run_panel_tile(w, T, panels + (t - t0) * w.columns * kTile, here, sums, scratch, blocks.begin, blocks.end, y, y_stride,
+                       token, e);
+      }
+#pragma omp barrier
     }
+    own.trim();
   }
   shared.trim();
 }
 
-static MatmulKernels matmul_kernels() { return {spmm_groups}; }
+// ---- vectorised over outputs
+
+// One group of G vectors of outputs against M tokens (n of them real) of a panel whose rows are T long.
+template <class F, int G, int M, int T>
+static inline void rows_group(const Packed& w, const int32_t* slots, int64_t groups, const float* panel, int64_t n,
+                              float* scratch, float* y, int64_t y_stride, int64_t token, int64_t out, const Epilogue& e) {
+  constexpr int L = lanes_of<F>(), H = G * L;
+  constexpr int U = M * G >= 8 ? 1 : M * G >= 4 ? 2 : M * G >= 2 ? 4 : 8;
+  F a[U][M][G];
+  for (int u = 0; u < U; ++u) {
+    for (int m = 0; m < M; ++m) {
+      for (int g = 0; g < G; ++g) a[u][m][g] = F{};
+    }
+  }
+  for (int64_t k = 0; k < w.k_blocks; ++k, slots += 2 * groups, panel += w.k_block * T) {
+    const int64_t begin = slots[0], count = slots[2] - begin;
+    const float* values = float_values(w, begin * H, count * H, scratch);
+    const uint16_t* index = w.index + begin;
+    const auto entry = [&](int64_t p, F(&to)[M][G]) __attribute__((always_inline)) {
+      const float* q = panel + static_cast<size_t>(index[p]) * T;
+      F v[G];
+      for (int g = 0; g < G; ++g) v[g] = read<F>(values + p * H + g * L);
+#pragma GCC unroll 24
+      for (int m = 0; m < M; ++m) {
+        const F s = broadcast<F>(q[m]);
+        for (int g = 0; g < G; ++g) to[m][g] += s * v[g];
+      }
+    };
+    int64_t p = 0;
+    for (; p + U <= count; p += U) {
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) entry(p + u, a[u]);
+    }
+    for (; p < count; ++p) entry(p, a[0]);
+  }
+#pragma GCC unroll 24
+  for (int m = 0; m < M; ++m) {
+    if (m >= n) break;
+    for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 8
+      for (int u = 1; u < U; ++u) a[0][m][g] += a[u][m][g];
+      write(y + (token + m) * y_stride + out + g * L, finish(a[0][m][g], e, token + m, out + g * L));
+    }
+  }
+}
+
+// How many tokens the next tile takes of `left`, and how long its panel's rows are.
+struct RowsTile {
+  int64_t tokens;
+  int T;
+};
+static RowsTile rows_tile(int64_t left) {
+  if (kManyRegisters && left >= 24) return {24, 24};
+  if (kManyRegisters && left >= 16) return {16, 16};
+  return {left < 8 ? left : 8, 8};
+}
+
+template <class F, int G>
+static void rows_run(const Packed& w, const int32_t* slots, int64_t groups, const float* panel, RowsTile tile, float* scratch,
+                     float* y, int64_t y_stride, int64_t token, int64_t out, const Epilogue& e) {
+  const int64_t n = tile.tokens;
+  if constexpr (kManyRegisters) {
+    if (tile.T == 24) return rows_group<F, G, 24, 24>(w, slots, groups, panel, n, scratch, y, y_stride, token, out, e);
+    if (tile.T == 16) return rows_group<F, G, 16, 16>(w, slots, groups, panel, n, scratch, y, y_stride, token, out, e);
+  }
+  if constexpr (G == 1) {
+    if (n > 4) return rows_group<F, G, 8, 8>(w, slots, groups, panel, n, scratch, y, y_stride, token, out, e);
+  } else if (n > 4) {
+    rows_group<F, G, 4, 8>(w, slots, groups, panel, 4, scratch, y, y_stride, token, out, e);
+    return rows_group<F, G, 4, 8>(w, slots, groups, panel + 4, n - 4, scratch, y, y_stride, token + 4, out, e);
+  }
+  if (n > 2) return rows_group<F, G, 4, 8>(w, slots, groups, panel, n, scratch, y, y_stride, token, out, e);
+  if (n == 2) return rows_group<F, G, 2, 8>(w, slots, groups, panel, n, scratch, y, y_stride, token, out, e);
+  return rows_group<F, G, 1, 8>(w, slots, groups, panel, n, scratch, y, y_stride, token, out, e);
+}
+
+// The groups [g0, g1) of the whole weight against the tokens [token, token + n), whose panels lie one behind the other.
+static void rows_groups(const Packed& w, int64_t g0, int64_t g1, const float* panels, bool one, int64_t n, float* scratch,
+                        float* y, int64_t y_stride, int64_t token, const Epilogue& e) {
+  const int64_t per_block = w.row_block / w.height, all = w.rows / w.height;
+  for (int64_t g = g0; g < g1; ++g) {
+    const int64_t first = g / per_block * per_block, groups = all - first < per_block ? all - first : per_block;
+    const int32_t* slots = w.slots + 2 * (first * w.k_blocks + (g - first));
+    const float* panel = panels;
+    for (int64_t j = 0; j < n;) {
+      const RowsTile tile = rows_tile(n - j);
+      if (one) {  // the single token's row of x serves as its panel
+        if (w.height == 8) {
+          rows_group<v8, 1, 1, 1>(w, slots, groups, panel, 1, scratch, y, y_stride, token, g * 8, e);
+        } else {
+          rows_group<vf, 16 / kLanes, 1, 1>(w, slots, groups, panel, 1, scratch, y, y_stride, token, g * 16, e);
+        }
+      } else if (w.height == 8) {
+        rows_run<v8, 1>(w, slots, groups, panel, tile, scratch, y, y_stride, token + j, g * 8, e);
+      } else {
+        rows_run<vf, 16 / kLanes>(w, slots, groups, panel, tile, scratch, y, y_stride, token + j, g * 16, e);
+      }
+      panel += w.columns * tile.T;
+      j += tile.tokens;
+    }
+  }
+}
+
+static void pack_rows(const float* x, int64_t x_stride, int64_t n, float* panels, int64_t columns, int64_t k0, int64_t k1) {
+  for (int64_t j = 0; j < n;) {
+    const RowsTile tile = rows_tile(n - j);
+    pack_panel(x + j * x_stride, x_stride, tile.tokens, tile.T, panels + k0 * tile.T, k0, k1);
+    panels += columns * tile.T;
+    j += tile.tokens;
+  }
+}
+
+static void spmm_rows(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride, const Epilogue& e,
+                      int threads) {
+  const int64_t groups = w.rows / w.height, scratch_size = w.height * w.k_block + 64;
+  const int64_t fit = kPanelFloats / (w.columns < 1 ? 1 : w.columns) / 24 * 24;
+  const int64_t at_once = fit < 48 ? 48 : fit;
+  if (n >= 2 * at_once * threads || groups < 2 * threads) {  // each thread its own tokens
+#pragma omp parallel num_threads(threads)
+    {
+      const Range part = share(n, 24, thread_id(), team_size());
+      Workspace& own = workspace();
+      float* scratch = own.reserve(scratch_size + w.columns * (at_once + 8));
+      float* panels = scratch + scratch_size;
+      for (int64_t t = part.begin; t < part.end; t += at_once) {
+        const int64_t here = part.end - t < at_once ? part.end - t : at_once;
+        pack_rows(x + t * x_stride, x_stride, here, panels, w.columns, 0, w.columns);
+        rows_groups(w, 0, groups, panels, false, here, scratch, y, y_stride, t, e);
+      }
+      own.trim();
+    }
+    return;
+  }
+  const bool one = n == 1;
+  Workspace& shared = shared_workspace();
+  float* packed = one ? nullptr : shared.reserve(w.columns * ((at_once < n ? at_once : n) + 8));
+#pragma omp parallel num_threads(threads)
+  {
+    Workspace& own = workspace();
+    float* scratch = own.reserve(scratch_size);
+    const Range columns = share(w.columns, 16, thread_id(), team_size());
+    const Range part = share(groups, 1, thread_id(), team_size());
+    for (int64_t t = 0; t < n; t += at_once) {
+      const int64_t here = n - t < at_once ? n - t : at_once;
+      if (!one) {
+        pack_rows(x + t * x_stride, x_stride, here, packed, w.columns, columns.begin, columns.end);
+#pragma omp barrier
+      }
+      rows_groups(w, part.begin, part.end, one ? x : packed, one, here, scratch, y, y_stride, t, e);
+      if (t + at_once < n) {
+#pragma omp barrier
+      }
+    }
+    own.trim();
+  }
+  shared.trim();
+}
+
+// ---- one token, height 1
+
+static inline float dot(const uint16_t* index, const float* values, int64_t n, const float* x) {
+  int64_t p = 0;
+  float sum = 0.0f;
+#if defined(__AVX2__)
+  // four loads and three inserts beat a hardware gather; one 64-bit load brings four indices
+  const auto four = [&](const uint16_t* from) __attribute__((always_inline)) {
+    uint64_t i;
+    __builtin_memcpy(&i, from, 8);
+    __m128 g = _mm_load_ss(x + (i & 0xffff));
+    g = _mm_insert_ps(g, _mm_load_ss(x + (i >> 16 & 0xffff)), 0x10);
+    g = _mm_insert_ps(g, _mm_load_ss(x + (i >> 32 & 0xffff)), 0x20);
+    return _mm_insert_ps(g, _mm_load_ss(x + (i >> 48)), 0x30);
+  };
+  __m128 a = _mm_setzero_ps(), b = a;
+  for (; p + 8 <= n; p += 8) {
+    a = _mm_fmadd_ps(_mm_loadu_ps(values + p), four(index + p), a);
+    b = _mm_fmadd_ps(_mm_loadu_ps(values + p + 4), four(index + p + 4), b);
+  }
+  if (p + 4 <= n) {
+    a = _mm_fmadd_ps(_mm_loadu_ps(values + p), four(index + p), a);
+    p += 4;
+  }
+  a = _mm_add_ps(a, b);
+  a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  sum = _mm_cvtss_f32(_mm_add_ss(a, _mm_shuffle_ps(a, a, 1)));
+#else
+  float s[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (; p + 4 <= n; p += 4) {
+    for (int j = 0; j < 4; ++j) s[j] += values[p + j] * x[index[p + j]];
+  }
+  sum = (s[0] + s[1]) + (s[2] + s[3]);
+#endif
+  for (; p < n; ++p) sum += values[p] * x[index[p]];
+  return sum;
+}
+
+static void write_one(const float* sums, int64_t rows, float* y, int64_t out, const Epilogue& e) {
+  int64_t r = 0;
+  for (; r + 8 <= rows; r += 8) write(y + out + r, finish(read<v8>(sums + r), e, 0, out + r));
+  for (; r < rows; ++r) y[out + r] = finish_one(sums[r], e, 0, out + r);
+}
+
+static void spmm_dot(const Packed& w, const float* x, float* y, const Epilogue& e, int threads) {
+  const int64_t row_blocks = (w.rows + w.row_block - 1) / w.row_block;
+#pragma omp parallel num_threads(threads)
+  {
+    Workspace& own = workspace();
+    float* sums = own.reserve(w.row_block + w.k_block + 64);
+    float* scratch = sums + w.row_block;
+    const Range part = share(row_blocks, 1, thread_id(), team_size());
+    for (int64_t b = part.begin; b < part.end; ++b) {
+      const int64_t row = b * w.row_block, rows = row + w.row_block < w.rows ? w.row_block : w.rows - row;
+      const int32_t* slots = w.slots + 2 * row * w.k_blocks;
+      for (int64_t k = 0; k < w.k_blocks; ++k, slots += 2 * rows) {
+        for (int64_t g = 0; g < rows; ++g) {
+          const int64_t begin = slots[2 * g], n = slots[2 * g + 2] - begin;
+          const float s = dot(w.index + begin, float_values(w, begin, n, scratch), n, x + k * w.k_block);
+          float* to = sums + slots[2 * g + 1];
+          *to = k == 0 ? s : *to + s;
+        }
+      }
+      write_one(sums, rows, y, row, e);
+    }
+    own.trim();
+  }
+}

@@ -36,12 +36,12 @@ class Workspace {
   int64_t size_ = 0;
 };
 
-// Two a thread: what a team shares (the panel) belongs to the caller, and each member has its own sums.
-static Workspace& workspace() {
+// Two a thread: what a team shares (panels) is the caller's; each member, the caller too, has its own for the rest.
+static Workspace& shared_workspace() {
   static thread_local Workspace mine;
   return mine;
 }
-static Workspace& sums_workspace() {
+static Workspace& workspace() {
   static thread_local Workspace mine;
   return mine;
 }

@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,18 +31,24 @@ _GROUPS, _BITMASK = 0, 1
 _SLACK = 64  # entries that a kernel may read, never use, behind the last one
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class Packed:
-    """A weight `[N_out, K]` in the order of its kernel.
+    """A weight `[N_out, K]` in the order of its kernel. plan = (kind, N_out, K, height, k_block, row_block).
 
-    plan = (kind, N_out, K, height, k_block, row_block). kind 0, "groups": rows in groups of ``height`` that share their
-    columns; order of the entries: row block, K-block, group, entry. index int16 `[entries + slack]`: column within its
-    K-block; offsets int32 `[groups * k_blocks + 1]`: where each (row block, K-block, group) starts; values
-    `[(entries + slack) * height]`; perm int32 of the same length: the flat place in the canonical values, -1 in the
+    kind 0, "groups": rows in groups of ``height`` that share their columns; a slot is the part of a group in one
+    K-block. Order of the entries: row block, K-block, slot, entry; the slots of a K-block are sorted by their count.
+    index int16 `[entries + slack]`: column within its K-block, read as unsigned;
+    offsets int32 `[slots + 1, 2]`: first entry of the slot, and its group within the row block;
+    values `[(entries + slack) * height]`; perm int32 of that length: the flat place in the canonical values, -1 in the
     slack.
 
-    kind 1, "bitmask": index uint8 `[N_out * row bytes]`, one bit a column; offsets int32 `[N_out + 1]`; values and
-    perm in row order. scale: float32 `[N_out]` with int8 values, else None.
+    kind 1, "bitmask": index uint8 `[N_out, ceil(K / 64) * 8]`, one bit a column; offsets int32 `[N_out + 1]`: first
+    value of each row; values and perm `[nnz + slack]` in row order.
+
+    scale: float32 `[N_out]`, what the values of a row are to be multiplied with, where they are int8; else None.
     """
 
     plan: tuple[int, ...]
@@ -67,12 +74,33 @@ class Packed:
 
 
 def _blocks(rows: int, columns: int, height: int, tokens: int, density: float) -> tuple[int, int]:
-    """(k_block, row_block): the panel of a K-block should stay in L1 while the entries of a row block pass."""
-    del tokens
-    k_block = 96 if density > 0.15 else 192
-    k_block = min(k_block, max(8, -(-columns // 8) * 8))
-    row_block = min(192, -(-rows // height) * height)
-    return k_block, max(height, row_block // height * height)
+    """(k_block, row_block) for a kernel that is to run on ``tokens`` tokens.
+
+    Vectorised over tokens, the K-block of a tile's panel should fit into L1 (32 KiB) beside the entries that stream
+    past, and still hold enough entries of a row to pay for loading and storing its sums.
+    """
+    whole = min(-(-columns // 8) * 8, 65536)
+    if height >= 8:
+        return max(8, whole), height * 16
+    if tokens == 1:
+        k_block = whole
+    elif height > 1:
+        k_block = 256 * height
+    elif tokens <= 8:
+        k_block = 1024
+    elif tokens <= 16:
+        k_block = 512
+    elif tokens <= 32:
+        k_block = 256
+    else:
+        k_block = 96 if density > 0.35 else 160 if density > 0.15 else 192 if density > 0.07 else 256
+    row_block = min(256, max(16, -(-rows // 64) * 16))  # at least four row blocks, for threads to share
+    return max(8, min(k_block, whole)), row_block
+
+
+def _wants_bitmask(height: int, tokens: int, density: float) -> bool:
+    """Bits beat indices where reading the weight is what takes the time, unless few are set."""
+    return height == 1 and (density > 0.3 if tokens == 1 else tokens <= 8 and density > 0.6)
 
 
 def _height(r: int) -> int:
@@ -120,21 +148,56 @@ def pack_structure(
     place = (place + sub * (height * row_step) + column * column_step).expand(n_blocks, r // height, c).reshape(-1)
 
     density = n_blocks * r * c / max(1, rows * columns)
+    if _wants_bitmask(height, tokens, density):
+        return _bitmask(rows, columns, group_of, column_of, place, dtype)
     k_block, row_block = _blocks(rows, columns, height, tokens, density)
     k_blocks, per_block, groups = -(-columns // k_block), row_block // height, rows // height
-    block = group_of // per_block
-    in_block = torch.clamp(groups - block * per_block, max=per_block)  # groups in this row block: the last may be short
-    slot = block * (per_block * k_blocks) + column_of // k_block * in_block + (group_of - block * per_block)
-    order = torch.argsort(slot * columns + column_of) if slot.numel() else slot
-    offsets = torch.zeros(groups * k_blocks + 1, dtype=torch.int64, device=device)
-    offsets[1:] = torch.bincount(slot, minlength=groups * k_blocks).cumsum(0)
+
+    def slots_of(group: Tensor, k: Tensor) -> Tensor:
+        block = group // per_block
+        in_block = torch.clamp(groups - block * per_block, max=per_block)  # groups of this row block: the last may be short
+        return block * (per_block * k_blocks) + k * in_block + (group - block * per_block)
+
+    slot = slots_of(group_of, column_of // k_block)
+    counts = torch.bincount(slot, minlength=groups * k_blocks)
+    every_group = torch.arange(groups, device=device).repeat(k_blocks)
+    every_k = torch.arange(k_blocks, device=device).repeat_interleave(groups)
+    every_slot = slots_of(every_group, every_k)
+    within, segment = torch.empty_like(every_slot), torch.empty_like(every_slot)
+    within[every_slot] = every_group % per_block
+    segment[every_slot] = every_group // per_block * k_blocks + every_k
+    if height < 8:  # equal counts follow one another, so that the end of a kernel's loop is predicted
+        most = int(counts.max()) + 1 if counts.numel() else 1
+        by_count = torch.argsort(segment * most + counts, stable=True)
+        moved = torch.empty_like(by_count)
+        moved[by_count] = torch.arange(by_count.numel(), device=device)
+        slot, counts, within = moved[slot], counts[by_count], within[by_count]
+    order = torch.sort(slot.to(torch.int32), stable=True).indices
+    offsets = torch.zeros(groups * k_blocks + 1, 2, dtype=torch.int32, device=device)
+    offsets[1:, 0] = counts.cumsum(0)
+    offsets[:-1, 1] = within
     index = (column_of % k_block)[order]
     index = torch.where(index > 32767, index - 65536, index).to(torch.int16)
     perm = (place[order].unsqueeze(1) + torch.arange(height, device=device) * row_step).reshape(-1).to(torch.int32)
     index = torch.cat([index, index.new_zeros(_SLACK)])
     perm = torch.cat([perm, perm.new_full((_SLACK * height,), -1)])
     plan = (_GROUPS, rows, columns, height, k_block, row_block)
-    return Packed(plan, index, offsets.to(torch.int32), perm, torch.zeros(perm.numel(), dtype=dtype, device=device))
+    return Packed(plan, index, offsets, perm, torch.zeros(perm.numel(), dtype=dtype, device=device))
+
+
+def _bitmask(rows: int, columns: int, row: Tensor, column: Tensor, place: Tensor, dtype: torch.dtype) -> Packed:
+    """Kind "bitmask" of the entries at (row, column) whose canonical places are ``place``."""
+    order = torch.argsort(row * columns + column)
+    kept = torch.zeros(rows, -(-columns // 64) * 64, dtype=torch.uint8, device=row.device)
+    kept[row, column] = 1
+    bit = 1 << torch.arange(8, dtype=torch.uint8, device=row.device)
+    index = (kept.view(rows, -1, 8) * bit).sum(2, dtype=torch.uint8)
+    offsets = torch.zeros(rows + 1, dtype=torch.int32, device=row.device)
+    offsets[1:] = torch.bincount(row, minlength=rows).cumsum(0)
+    perm = place[order].to(torch.int32)
+    perm = torch.cat([perm, perm.new_full((_SLACK,), -1)])
+    plan = (_BITMASK, rows, columns, 1, columns, rows)
+    return Packed(plan, index, offsets, perm, torch.zeros(perm.numel(), dtype=dtype, device=row.device))
 
 
 def with_values(packed: Packed, values: Tensor) -> Packed:
@@ -160,16 +223,19 @@ def quantise(packed: Packed, values: Tensor) -> Packed:
 
 
 def _why_not_gather(values: Tensor, perm: Tensor, dtype: torch.dtype) -> list[str]:
-    return why_not_cpu(values)
+    reasons = why_not_cpu(values)
+    if dtype not in (torch.float32, torch.bfloat16):
+        reasons.append(f"writes float32 or bfloat16, not {dtype}")
+    return reasons
 
 
 @kernel("gather_values", "native", _why_not_gather)
 def gather_values(values: Tensor, perm: Tensor, dtype: torch.dtype) -> Tensor:
     """values: any shape, canonical order; perm int32 `[packed]`, -1 where no value is; returns `[packed]`."""
-    flat = values.flatten()
-    if flat.numel() == 0:
-        return torch.zeros(perm.numel(), dtype=dtype)
-    return torch.where(perm < 0, 0, flat[perm.clamp(min=0).long()]).to(dtype)
+    flat = values.to(torch.float32).contiguous()
+    packed = torch.empty(perm.numel(), dtype=dtype)
+    require_c().gather_values(flat.data_ptr(), perm.data_ptr(), perm.numel(), packed.data_ptr(), _VALUE_CODES[dtype])
+    return packed
 
 
 def rows_of(x: Tensor, columns: int) -> Tensor:
@@ -216,16 +282,12 @@ def packed_linear(
     activation: str,
 ) -> Tensor:
     """x: `[..., K]`; a packed weight `[N_out, K]`; residual `[..., N_out]`; returns `[..., N_out]` in x's dtype."""
-    _, rows, columns, height, k_block, row_block = plan
+    rows, columns = plan[1], plan[2]
     flat = rows_of(x, columns)
     y = torch.empty(flat.shape[0], rows)
     b, add = _f32(bias), None if residual is None else rows_of(residual, rows)
     require_c().spmm(
-        rows,
-        columns,
-        height,
-        k_block,
-        row_block,
+        tuple(plan),
         values.data_ptr(),
         _VALUE_CODES[values.dtype],
         index.data_ptr(),
@@ -241,7 +303,41 @@ def packed_linear(
         y.data_ptr(),
         rows,
     )
-    return y.to(x.dtype).view(*x.shape[:-1], rows)
+    if x.dtype != torch.float32:
+        y = y.to(x.dtype)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
+
+
+def _why_not_packed_sddmm(
+    x: Tensor, dy: Tensor, index: Tensor, offsets: Tensor, perm: Tensor, plan: Sequence[int], n_values: int
+) -> list[str]:
+    reasons = why_not_cpu(x, dy)
+    if plan[0] != _GROUPS:
+        reasons.append("a bitmask serves inference only; pack with tokens > 8 to train")
+    return reasons
+
+
+@kernel("packed_sddmm", "native", _why_not_packed_sddmm)
+def packed_sddmm(
+    x: Tensor, dy: Tensor, index: Tensor, offsets: Tensor, perm: Tensor, plan: Sequence[int], n_values: int
+) -> Tensor:
+    """x: `[..., K]`, dy: `[..., N_out]`; returns `[n_values]` in canonical order, the gradient of the kept values."""
+    flat, grad_y = rows_of(x, plan[2]), rows_of(dy, plan[1])
+    grad, canonical = torch.empty(perm.numel()), torch.empty(n_values)
+    core = require_c()
+    core.sddmm(
+        tuple(plan),
+        index.data_ptr(),
+        offsets.data_ptr(),
+        flat.data_ptr(),
+        flat.stride(0),
+        grad_y.data_ptr(),
+        grad_y.stride(0),
+        flat.shape[0],
+        grad.data_ptr(),
+    )
+    core.scatter_values(grad.data_ptr(), perm.data_ptr(), perm.numel(), canonical.data_ptr())
+    return canonical
 
 
 def _why_not_trained(x: Tensor, values: Tensor, bias: Tensor | None, *rest: object) -> list[str]:
@@ -281,15 +377,45 @@ def why_not_linear(x: Tensor, packed: Packed) -> list[str]:
     return why_not_cpu(x)
 
 
+def nm_as_csr(indices: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """(crow_indices, col_indices) int32 of an nm weight; its values, flattened, are the csr's."""
+    rows, kept = indices.shape
+    crow = torch.arange(rows + 1, dtype=torch.int32, device=indices.device) * kept
+    group = torch.arange(kept, dtype=torch.int32, device=indices.device) // n
+    return crow, (group * m + indices.to(torch.int32)).flatten()
+
+
 # Canonical ops: the structure is packed on first sight and remembered as long as its index tensors live.
 
 _LOCK = threading.RLock()  # a weak reference may die, and call forget, while this thread holds it
-_SEEN: OrderedDict[tuple, tuple[weakref.ref, weakref.ref, int, int, Packed]] = OrderedDict()
+_SEEN: OrderedDict[tuple, tuple[tuple[weakref.ref, ...], tuple[int, ...], Any]] = OrderedDict()
 _MOST_SEEN = 256
 
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
+
+
+def _remembered(key: tuple, tensors: tuple[Tensor, ...], make: Callable[[], T]) -> T:
+    """What ``make`` gives, kept for these very tensors until one dies or is written to."""
+    key = (*key, *(id(t) for t in tensors))
+    versions = tuple(_version(t) for t in tensors)
+    with _LOCK:
+        found = _SEEN.get(key)
+        if found and found[1] == versions and all(ref() is t for ref, t in zip(found[0], tensors)):
+            _SEEN.move_to_end(key)
+            return found[2]
+    made = make()
+
+    def forget(_: object) -> None:
+        with _LOCK:
+            _SEEN.pop(key, None)
+
+    with _LOCK:
+        _SEEN[key] = (tuple(weakref.ref(t, forget) for t in tensors), versions, made)
+        while len(_SEEN) > _MOST_SEEN:
+            _SEEN.popitem(last=False)
+    return made
 
 
 def structure_of(
@@ -300,26 +426,14 @@ def structure_of(
     tokens: int,
     transpose: bool = False,
 ) -> Packed:
-    """:func:`pack_structure`, remembered for these very index tensors until they die or are written to."""
-    few = tokens <= 16
-    key = (id(crow_indices), id(col_indices), shape, blocksize, few, transpose)
-    versions = _version(crow_indices), _version(col_indices)
-    with _LOCK:
-        found = _SEEN.get(key)
-        if found and found[0]() is crow_indices and found[1]() is col_indices and found[2:4] == versions:
-            _SEEN.move_to_end(key)
-            return found[4]
-    packed = pack_structure(shape, blocksize, crow_indices, col_indices, 8 if few else 128, transpose)
-
-    def forget(_: object) -> None:
-        with _LOCK:
-            _SEEN.pop(key, None)
-
-    with _LOCK:
-        _SEEN[key] = (weakref.ref(crow_indices, forget), weakref.ref(col_indices), *versions, packed)
-        while len(_SEEN) > _MOST_SEEN:
-            _SEEN.popitem(last=False)
-    return packed
+    """:func:`pack_structure`, remembered for these index tensors."""
+    tuned = 1 if tokens == 1 else 8 if tokens <= 8 else 32 if tokens <= 32 else 128
+    key = ("structure", shape, blocksize, tuned, transpose)
+    return _remembered(
+        key,
+        (crow_indices, col_indices),
+        lambda: pack_structure(shape, blocksize, crow_indices, col_indices, tuned, transpose),
+    )
 
 
 def _why_not_canonical(x: Tensor, crow: Tensor, col: Tensor, values: Tensor, *rest: object) -> list[str]:
@@ -373,3 +487,52 @@ def csr_linear_dx(dy: Tensor, crow_indices: Tensor, col_indices: Tensor, values:
     blocksize = (values.shape[1], values.shape[2]) if values.dim() == 3 else (1, 1)
     rows = (crow_indices.numel() - 1) * blocksize[0]
     return _canonical(dy, rows, blocksize, crow_indices, col_indices, values, None, "none", True, k)
+
+
+@kernel("nm_linear", "native", lambda x, values, indices, n, m, bias, activation: why_not_cpu(x, values, bias))
+def nm_linear(
+    x: Tensor, values: Tensor, indices: Tensor, n: int, m: int, bias: Tensor | None, activation: str
+) -> Tensor:
+    """x: `[..., K]`; nm weight `[N_out, K / m * n]`; returns `[..., N_out]`."""
+    crow, col = _remembered(("nm", n, m), (indices,), lambda: nm_as_csr(indices, n, m))
+    return _canonical(x, indices.shape[0], (1, 1), crow, col, values, bias, activation)
+
+
+@kernel("sddmm", "native", lambda x, dy, crow, col, r, c: why_not_cpu(x, dy))
+def sddmm(x: Tensor, dy: Tensor, crow_indices: Tensor, col_indices: Tensor, r: int, c: int) -> Tensor:
+    """x: `[..., K]`, dy: `[..., N_out]`; returns `[nblocks, r, c]`: sum over tokens of dy[n, o] x[n, k], kept blocks
+    only.
+    """
+    shape = (dy.shape[-1], x.shape[-1])
+    packed = structure_of(shape, (r, c), crow_indices, col_indices, 128)
+    n_values = col_indices.numel() * r * c
+    flat = packed_sddmm(x, dy, packed.index, packed.offsets, packed.perm, packed.plan, n_values)
+    return flat.view(-1, r, c)
+
+
+def _why_not_add_layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> list[str]:
+    return why_not_cpu(x, residual, weight, bias)
+
+
+@kernel("add_layer_norm", "native", _why_not_add_layer_norm)
+def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x, residual: `[..., D]`; weight, bias `[D]`; returns LayerNorm(x + residual), x's dtype."""
+    width = x.shape[-1]
+    flat, add = rows_of(x, width), None if residual is None else rows_of(residual, width)
+    gain, shift = weight.to(torch.float32).contiguous(), bias.to(torch.float32).contiguous()
+    y = torch.empty(flat.shape[0], width)
+    require_c().add_layer_norm(
+        flat.data_ptr(),
+        flat.stride(0),
+        0 if add is None else add.data_ptr(),
+        0 if add is None else add.stride(0),
+        gain.data_ptr(),
+        shift.data_ptr(),
+        eps,
+        flat.shape[0],
+        width,
+        y.data_ptr(),
+    )
+    return y.to(x.dtype).view(x.shape)

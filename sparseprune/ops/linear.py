@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import layouts
-from ..native.matmul import VALUE_DTYPES, Packed, pack_structure, quantise
+from ..native.matmul import VALUE_DTYPES, Packed, nm_as_csr, pack_structure, quantise
 from ..reference import ACTIVATIONS, activate
 from ._library import LIBRARY, check_mask, define
 
@@ -206,14 +206,6 @@ define(
 )
 
 
-def _nm_as_csr(indices: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    """(crow_indices, col_indices) int32 of an nm weight; its values, flattened, are the csr's."""
-    rows, kept = indices.shape
-    crow = torch.arange(rows + 1, dtype=torch.int32, device=indices.device) * kept
-    group = torch.arange(kept, dtype=torch.int32, device=indices.device) // n
-    return crow, (group * m + indices.to(torch.int32)).flatten()
-
-
 def _save_nm(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, values, indices, ctx.n, ctx.m, bias, ctx.activation = inputs
     ctx.save_for_backward(x, values, indices, bias)
@@ -223,7 +215,7 @@ def _nm_backward(ctx: Any, dy: Tensor) -> tuple:
     x, values, indices, bias = ctx.saved_tensors
     dy = _activation_grad(dy, lambda: _OPS.nm_linear(x, values, indices, ctx.n, ctx.m, bias, "none"), ctx.activation)
     wants_x, wants_values, _, _, _, wants_bias, _ = ctx.needs_input_grad
-    crow, col = _nm_as_csr(indices, ctx.n, ctx.m)
+    crow, col = nm_as_csr(indices, ctx.n, ctx.m)
     dx = _OPS.csr_linear_dx(dy, crow, col, values.flatten(), x.shape[-1]).to(x.dtype) if wants_x else None
     dvalues = _OPS.sddmm(x, dy, crow, col, 1, 1).reshape(values.shape).to(values.dtype) if wants_values else None
     dbias = _bias_grad(dy, bias.dtype) if wants_bias and bias is not None else None
@@ -343,7 +335,7 @@ def pack(layout: layouts.Layout, tokens: int = 128, values: str = "float32", tra
         raise ValueError(f"pack: values expected one of {', '.join(VALUE_DTYPES)}, got {values!r}")
     layout.validate()
     if isinstance(layout, layouts.NM):
-        crow, col = _nm_as_csr(layout.indices, layout.n, layout.m)
+        crow, col = nm_as_csr(layout.indices, layout.n, layout.m)
         blocksize = (1, 1)
     else:
         crow, col = layout.crow_indices, layout.col_indices

@@ -31,6 +31,11 @@ namespace {
 #include "../workspace.h"
 #include "../activations.inl"
 #include "../spmm.inl"
+#include "../bitmask.inl"
+#include "../sddmm.inl"
+#include "../pack.inl"
+#include "../layer_norm.inl"
+#include "../matmul.inl"
 }  // namespace
 
 const Kernels& SP_JOIN(SP_TIER, _kernels)() {

@@ -1,0 +1,45 @@
+// y = LayerNorm(x + residual) * weight + bias over rows of d floats: one pass over memory, the row staying in L1.
+
+static void add_layer_norm(const float* x, int64_t x_stride, const float* residual, int64_t residual_stride, const float* weight,
+                           const float* bias, float eps, int64_t n, int64_t d, float* y) {
+  const int threads = threads_for(n * d, 1 << 14);
+#pragma omp parallel num_threads(threads)
+  {
+    const Range part = share(n, 1, thread_id(), team_size());
+    for (int64_t t = part.begin; t < part.end; ++t) {
+      const float *a = x + t * x_stride, *b = residual ? residual + t * residual_stride : nullptr;
+      float* to = y + t * d;
+      vf sum[4] = {};
+      float rest = 0.0f;
+      int64_t i = 0;
+      for (; i + 4 * kLanes <= d; i += 4 * kLanes) {
+        for (int u = 0; u < 4; ++u) {
+          vf v = load(a + i + u * kLanes);
+          if (b) v += load(b + i + u * kLanes);
+          store(to + i + u * kLanes, v);
+          sum[u] += v;
+        }
+      }
+      for (; i < d; ++i) {
+        to[i] = b ? a[i] + b[i] : a[i];
+        rest += to[i];
+      }
+      const float mean = (total((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest) / static_cast<float>(d);
+      vf square[4] = {};
+      rest = 0.0f;
+      for (i = 0; i + 4 * kLanes <= d; i += 4 * kLanes) {
+        for (int u = 0; u < 4; ++u) {
+          const vf v = load(to + i + u * kLanes) - mean;
+          square[u] += v * v;
+        }
+      }
+      for (; i < d; ++i) rest += (to[i] - mean) * (to[i] - mean);
+      const float variance = (total((square[0] + square[1]) + (square[2] + square[3])) + rest) / static_cast<float>(d);
+      const float scale = 1.0f / std::sqrt(variance + eps);
+      for (i = 0; i + kLanes <= d; i += kLanes) {
+        store(to + i, (load(to + i) - mean) * scale * load(weight + i) + load(bias + i));
+      }
+      for (; i < d; ++i) to[i] = (to[i] - mean) * scale * weight[i] + bias[i];
+    }
+  }
+}

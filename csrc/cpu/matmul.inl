@@ -1,0 +1,13 @@
+// The sparse matmul kernels of a tier, and which of them runs.
+
+static void spmm(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride, const Epilogue& e) {
+  if (n <= 0 || w.rows <= 0) return;
+  if (w.kind == kBitmask) return spmm_bitmask(w, x, x_stride, n, y, y_stride, e);
+  const int64_t entries = w.slots[2 * (w.rows / w.height * w.k_blocks)];
+  const int threads = threads_for(entries * w.height * (n + 8) + (w.rows + w.columns) * n, 1 << 15);
+  if (w.height >= 8) return spmm_rows(w, x, x_stride, n, y, y_stride, e, threads);
+  if (n == 1 && w.height == 1) return spmm_dot(w, x, y, e, threads);
+  spmm_tokens(w, x, x_stride, n, y, y_stride, e, threads);
+}
+
+static MatmulKernels matmul_kernels() { return {spmm, sddmm, gather_values, scatter_values, add_layer_norm}; }
