@@ -50,7 +50,7 @@ def token_windows(tokens: Tensor | Sequence[int], context: int, windows: int | N
         )
     cut = ids[: count * context].view(count, context)
     if windows is not None and windows < count:
-        cut = cut[torch.linspace(0, count - 1, windows).round().long()]
+        cut = cut[torch.linspace(0, count - 1, windows).long()]
     return cut
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sparseprune as sp
+from sparseprune.pruning import oneshot
 from sparseprune.pruning.oneshot import criteria, driver
 from sparseprune.pruning.oneshot.calibration import calibration_batches
 from sparseprune.pruning.oneshot.store import ChunkStore
@@ -348,3 +349,20 @@ def test_memory_is_a_blocks_statistics_and_a_chunk(criterion: str, tmp_path: Any
     masks = sum(p.numel() for p in model.model.layers[0].parameters())
     assert max(peaks) <= block + masks + data.numel() * 8
     assert max(peaks[3:]) <= max(peaks[:3]) + 4096
+
+
+def test_score_allocation_is_the_global_ranking_and_owl_follows_outliers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(3)))
+    with torch.no_grad():
+        model[1].weight[0] *= 50  # a sixteenth of the scores of this layer dwarfs the rest
+    x = torch.randn(64, 16)
+    linears = {str(i): model[i] for i in range(3)}
+    inputs = [x, model[0](x), model[1](model[0](x))]
+    scores = [(m.weight.abs() * i.square().mean(0).sqrt()).detach() for m, i in zip(model, inputs)]
+    masks = sp.ops.topk_mask(scores, round(0.4 * 768))
+    found = oneshot.score_densities(model, linears, x, 0.4)
+    assert [round(found[str(i)] * 256) for i in range(3)] == [int(m.sum()) for m in masks]
+    owl = oneshot.owl_densities(model, linears, x, 0.4, threshold=4.0, spread=0.1)
+    assert owl["1"] == max(owl.values()) and max(owl.values()) - min(owl.values()) == pytest.approx(0.2)
+    assert sum(owl.values()) / 3 == pytest.approx(0.4)
