@@ -155,7 +155,7 @@ def pack_structure(
 
     def slots_of(group: Tensor, k: Tensor) -> Tensor:
         block = group // per_block
-        in_block = torch.clamp(groups - block * per_block, max=per_block)  # groups of this row block: the last may be short
+        in_block = torch.clamp(groups - block * per_block, max=per_block)  # the last row block may be short
         return block * (per_block * k_blocks) + k * in_block + (group - block * per_block)
 
     slot = slots_of(group_of, column_of // k_block)

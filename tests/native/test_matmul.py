@@ -1,0 +1,216 @@
+"""The compiled sparse matmul, tier by tier, against dense torch: odd shapes, every packed kind, value type and token count."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparseprune import _native, layouts, ops, reference
+from sparseprune.native import matmul
+
+TOKENS = (0, 1, 2, 3, 5, 8, 9, 17, 31, 50, 64, 65, 130)
+
+
+def weight(rows: int, columns: int, density: float, block: tuple[int, int] = (1, 1)) -> layouts.Layout:
+    generator = torch.Generator().manual_seed(rows * 7919 + columns)
+    r, c = block
+    kept = torch.rand(rows // r, 1, columns // c, 1, generator=generator) < density
+    w = torch.randn(rows // r, r, columns // c, c, generator=generator) * kept
+    w = w.reshape(rows, columns)
+    return layouts.CSR.from_dense(w) if block == (1, 1) else layouts.BSR.from_dense(w, block)
+
+
+def dense_of(packed: matmul.Packed) -> Tensor:
+    return reference.packed_to_dense(packed.index, packed.offsets, packed.values, packed.scale, packed.plan)
+
+
+WEIGHTS = {
+    "empty rows": weight(70, 130, 0.02),
+    "half": weight(200, 101, 0.5),
+    "ninety": weight(320, 600, 0.1),
+    "dense": weight(33, 17, 1.0),
+    "zero": weight(16, 8, 0.0),
+    "one": weight(1, 1, 1.0),
+    "one column": weight(40, 1, 0.5),
+    "one row": weight(1, 515, 0.3),
+    "16x1": weight(80, 77, 0.3, (16, 1)),
+    "8x1": weight(72, 200, 0.3, (8, 1)),
+    "4x1": weight(36, 300, 0.3, (4, 1)),
+    "2x2": weight(34, 50, 0.3, (2, 2)),
+    "3x5": weight(33, 50, 0.3, (3, 5)),
+    "16x16": weight(64, 64, 0.3, (16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("tuned", [1, 8, 32, 128])
+def test_matches_dense(tier, name, tuned, close):
+    layout = WEIGHTS[name]
+    packed, dense = ops.pack(layout, tokens=tuned), layout.to_dense()
+    for n in TOKENS:
+        x = torch.randn(n, dense.shape[1])
+        close(matmul.linear(x, packed), F.linear(x, dense), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["half", "ninety", "16x1", "8x1", "4x1"])
+@pytest.mark.parametrize("activation", list(matmul.ACTIVATIONS))
+def test_epilogue(tier, name, activation, close):
+    layout = WEIGHTS[name]
+    dense = layout.to_dense()
+    bias = torch.randn(dense.shape[0])
+    for tuned in (1, 128):
+        packed = ops.pack(layout, tokens=tuned)
+        for n in (1, 7, 65):
+            x, residual = 2 * torch.randn(n, dense.shape[1]), torch.randn(n, dense.shape[0])
+            expected = reference.activate(F.linear(x, dense, bias), activation) + residual
+            close(matmul.linear(x, packed, bias, residual, activation), expected)
+
+
+@pytest.mark.parametrize("name", ["half", "ninety", "16x1", "8x1", "2x2"])
+@pytest.mark.parametrize("values", ["bfloat16", "int8"])
+def test_narrow_values(tier, name, values, close):
+    layout = WEIGHTS[name]
+    for tuned in (1, 8, 128):
+        packed = ops.pack(layout, tokens=tuned, values=values)
+        dense = dense_of(packed)
+        rounding = layout.to_dense().abs().amax(1, keepdim=True) / (254 if values == "int8" else 256)
+        assert ((dense - layout.to_dense()).abs() <= rounding + 1e-7).all()
+        for n in (1, 2, 9, 70):
+            x, bias = torch.randn(n, dense.shape[1]), torch.randn(dense.shape[0])
+            close(matmul.linear(x, packed, bias), F.linear(x, dense, bias))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_sddmm(tier, name, close):
+    layout = WEIGHTS[name]
+    rows, columns = layout.shape
+    packed = ops.pack(layout)
+    for n in (0, 1, 64, 150):
+        x, dy = torch.randn(n, columns), torch.randn(n, rows)
+        args = (x, dy, packed.index, packed.offsets, packed.perm, packed.plan, layout.values.numel())
+        close(matmul.packed_sddmm(*args), reference.packed_sddmm(*args))
+
+
+def test_packing_keeps_every_value():
+    for layout in WEIGHTS.values():
+        for tuned in (1, 8, 32, 128):
+            assert torch.equal(dense_of(ops.pack(layout, tokens=tuned)), layout.to_dense())
+            assert torch.equal(dense_of(ops.pack(layout, tokens=tuned, transpose=True)), layout.to_dense().t())
+
+
+def test_wide_columns_beyond_16_bits(tier, close):
+    columns = 70001
+    w = torch.zeros(18, columns)
+    w[:, ::997] = torch.randn(18, len(range(0, columns, 997)))
+    w[3] = 0
+    w[5, 65536:65800] = 1.0
+    for layout in (layouts.CSR.from_dense(w), layouts.BSR.from_dense(w[:16], (16, 1)), layouts.BSR.from_dense(w, (2, 1))):
+        for tuned in (1, 128):
+            packed = ops.pack(layout, tokens=tuned)
+            for n in (1, 3, 70):
+                x = torch.randn(n, columns)
+                close(matmul.linear(x, packed), F.linear(x, layout.to_dense()), torch.float32)
+
+
+def test_strided_inputs(tier, close):
+    layout = WEIGHTS["ninety"]
+    rows, columns = layout.shape
+    packed, dense = ops.pack(layout), layout.to_dense()
+    wide = torch.randn(40, columns + 24)
+    for x in (wide[:, 24:], torch.randn(columns, 40).t(), torch.randn(2, 3, 5, columns), wide[::2, :columns]):
+        residual = torch.randn(*x.shape[:-1], rows + 3)[..., :rows]
+        close(matmul.linear(x, packed, None, residual), F.linear(x, dense) + residual)
+
+
+def test_infinity_and_nan_stay_where_they_are(tier):
+    layout = WEIGHTS["ninety"]
+    dense = layout.to_dense()
+    x = torch.randn(70, dense.shape[1])
+    x[4, 0], x[69, 5] = float("inf"), float("nan")
+    for n in (1, 8, 70):
+        y = matmul.linear(x[:n], ops.pack(layout))
+        reached = (dense[:, 0] != 0) & (n > 4)
+        clean = torch.isfinite(y)
+        assert clean[:4].all() and clean[5:69].all()
+        if n > 4:
+            assert torch.equal(~clean[4], reached)
+        if n == 70:
+            assert torch.equal(torch.isnan(y[69]), dense[:, 5] != 0)
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (3, 64), (2, 7, 100), (0, 8), (33, 384)])
+def test_add_layer_norm(tier, shape, close):
+    x, residual, gain, shift = torch.randn(shape), torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape[-1])
+    for add in (residual, None):
+        total = x if add is None else x + add
+        expected = F.layer_norm(total, shape[-1:], gain, shift, 1e-5)
+        close(matmul.add_layer_norm(x, add, gain, shift, 1e-5), expected)
+
+
+def test_many_threads_share_one_weight(tier):
+    packs = [(ops.pack(WEIGHTS[name], tokens=t), WEIGHTS[name].to_dense()) for name in ("half", "16x1") for t in (1, 128)]
+    wrong: list[str] = []
+
+    def work(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for i in range(30):
+            packed, dense = packs[(i + seed) % len(packs)]
+            x = torch.randn(1 + (37 * i + seed) % 150, dense.shape[1], generator=generator)
+            if not torch.allclose(matmul.linear(x, packed), x @ dense.t(), rtol=1e-4, atol=1e-4):
+                wrong.append(f"thread {seed}, call {i}")
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident size from /proc")
+def test_memory_stays_flat():
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    packs = [ops.pack(WEIGHTS[name], tokens=t) for name in ("ninety", "16x1", "half") for t in (1, 128)]
+    inputs = [[torch.randn(n, packed.shape[1]) for n in (1, 8, 70)] for packed in packs]
+
+    def calls(times: int) -> None:
+        for _ in range(times):
+            for packed, xs in zip(packs, inputs):
+                for x in xs:
+                    matmul.linear(x, packed)
+
+    calls(50)
+    before = resident()
+    calls(500)
+    assert resident() - before < 4 << 20
+
+
+def test_the_canonical_ops_remember_a_structure_only_while_it_is_unchanged(close):
+    layout = WEIGHTS["ninety"]
+    x = torch.randn(9, layout.shape[1])
+    crow, col = layout.crow_indices.clone(), layout.col_indices.clone()
+    close(ops.csr_linear(x, crow, col, layout.values), F.linear(x, layout.to_dense()))
+    rows = torch.arange(layout.shape[0]).roll(1)
+    moved = layouts.CSR.from_dense(layout.to_dense()[rows])
+    if moved.nnz == layout.nnz:
+        crow.copy_(moved.crow_indices)
+        col.copy_(moved.col_indices)
+        close(ops.csr_linear(x, crow, col, moved.values), F.linear(x, moved.to_dense()))
+    held = len(matmul._SEEN)
+    del crow, col
+    assert len(matmul._SEEN) < held
+
+
+def test_the_core_is_what_runs():
+    packed = ops.pack(WEIGHTS["half"])
+    assert _native.C is not None
+    assert matmul.why_not_linear(torch.randn(2, 101), packed) == []
+    assert any("CPU" in reason for reason in matmul.why_not_linear(torch.randn(2, 101, device="meta"), packed))
