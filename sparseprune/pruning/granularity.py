@@ -252,6 +252,8 @@ class NM(Granularity):
         self, maps: Sequence[UnitMap], scores: Sequence[Tensor], sparsity: float, scope: str,
         densities: Mapping[str, float] | None, selector: Selector,
     ) -> list[Tensor]:  # fmt: skip
+        if densities is not None:
+            raise ValueError(f"{self}: densities cannot change a pattern that is the same everywhere; leave them out")
         n = min(self.m, max(self.n, math.ceil((1 - sparsity) * self.m - 1e-9)))
         return [ops.nm_mask(s.detach().contiguous(), n, self.m) for s in scores]
 

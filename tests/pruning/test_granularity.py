@@ -115,6 +115,8 @@ def test_nm_keeps_n_of_m_and_fixes_the_sparsity():
     assert plan.check_sparsity(0.75) == 0.75
     with pytest.raises(ValueError, match=r"NM\(n=1, m=4\) fixes the sparsity at 0.75, got 0.5"):
         plan.check_sparsity(0.5)
+    with pytest.raises(ValueError, match="the same everywhere"):
+        planned(nn.Sequential(nn.Linear(12, 5)), NM(1, 4), densities={"*": 1.0})[0].masks(scores, 0.75)
     on_the_way = [int(plan.masks(scores, s)["0"][0, :4].sum()) for s in (0.0, 0.1, 0.25, 0.5, 0.6, 0.9)]
     assert on_the_way == [4, 4, 3, 2, 2, 1]
 

@@ -188,6 +188,7 @@ def test_mask_sets(tmp_path):
     assert masks.mask_hash() == MaskSet(dict(reversed(list(masks.items())))).mask_hash()
     assert masks.mask_hash() == MaskSet.from_model(model).mask_hash()
     assert masks.mask_hash() != MaskSet({**masks, "0": ~masks["0"]}).mask_hash()
+    assert masks.mask_hash() != MaskSet({"0": masks["0"], "3": masks["2"]}).mask_hash()
     masks.save(tmp_path / "masks.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["masks.safetensors"]
     loaded = MaskSet.load(tmp_path / "masks.safetensors")

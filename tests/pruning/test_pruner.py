@@ -114,6 +114,26 @@ def test_a_pruned_weight_comes_back_with_its_value_until_the_masks_are_fixed():
     assert pruner.frozen and pruner.masks.mask_hash() == second.mask_hash()
 
 
+def test_momentum_does_not_move_what_is_behind_the_mask():
+    shift = {"by": 0}
+
+    def rolling(linear, fqn):
+        count = linear.weight.numel()
+        return torch.arange(count).roll(shift["by"] * count // 2).reshape(linear.weight.shape).float()
+
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    pruner = Pruner(model, PruneConfig(sp.Constant(0.5), rolling, scope="layer", begin=2, end=90)).prepare(optimizer)
+    train(model, optimizer, pruner, 2)
+    train(model, optimizer, pruner, 1, 2)
+    aside = {fqn: values.clone() for fqn, values in pruner._behind.items()}
+    train(model, optimizer, pruner, 9, 3)
+    shift["by"] = 1
+    train(model, optimizer, pruner, 1, 12)
+    for module, fqn in ((model[0], "0"), (model[2], "2")):
+        assert torch.equal(module.weight[aside[fqn] != 0], aside[fqn][aside[fqn] != 0])
+
+
 def test_movement_is_the_sum_over_the_steps_at_the_values_behind_the_mask():
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
