@@ -161,7 +161,7 @@ def python_includes() -> list[str]:
 
 def check(command: list[str]) -> None:
     run = subprocess.run(command, capture_output=True, text=True)
-    sys.stderr.write(run.stderr)
+    sys.stderr.write(run.stdout + run.stderr)  # ninja prints what its compilers say on stdout
     if run.returncode:
         raise SystemExit(f"sparseprune: this command failed with {run.returncode}:\n{' '.join(command)}")
 

@@ -27,7 +27,7 @@ constexpr int kWordChunks = 8;  // 32 words in 16-byte chunks
 constexpr int kChunk = 8;       // 16-bit values in a chunk
 
 struct Strip {
-  int first, last;  // its values
+  unsigned first, last;  // its values
 };
 
 // How many chunks one stage of the ring holds: the words, and the values with the misalignment of their first.
@@ -35,15 +35,15 @@ int stage_chunks(int most_in_strip) { return kWordChunks + (most_in_strip + 2 * 
 
 __device__ inline Strip find_strip(const int32_t* starts, int64_t index, bool exists) {
   if (!exists) return {0, 0};
-  return {__ldg(starts + index), __ldg(starts + index + 1)};
+  return {static_cast<unsigned>(__ldg(starts + index)), static_cast<unsigned>(__ldg(starts + index + 1))};
 }
 
 // Starts copying one strip's words and values into a stage; a strip of no values copies no values.
 __device__ inline void fetch(uint4* stage, const uint32_t* words, const void* values, int64_t index, Strip strip, int lane) {
   if (lane < kWordChunks) copy_async(stage + lane, reinterpret_cast<const uint4*>(words) + index * kWordChunks + lane);
-  const int first = strip.first / kChunk, last = (strip.last + kChunk - 1) / kChunk;
+  const unsigned first = strip.first / kChunk, last = (strip.last + kChunk - 1) / kChunk;
   const uint4* source = static_cast<const uint4*>(values);
-  for (int chunk = first + lane; chunk < last; chunk += 32) copy_async(stage + kWordChunks + (chunk - first), source + chunk);
+  for (unsigned chunk = first + lane; chunk < last; chunk += 32) copy_async(stage + kWordChunks + (chunk - first), source + chunk);
 }
 
 // Two neighbouring columns of one row, expanded: bits `at` and `at + 1` of the word say which are there; moves `from` past them.
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   Strip next_strip = find_strip(starts, base + next, next < strips);
   int stage = 0;
   for (int strip = warp; strip < strips; strip += kWarps) {
-    const int misaligned = __ldg(starts + base + strip) % kChunk;
+    const unsigned misaligned = static_cast<unsigned>(__ldg(starts + base + strip)) % kChunk;
     uint32_t run[kTiles][8];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) load_run<kVector>(run[tile], x_rows[tile], strip * kStripColumns + quad * 16, columns);
@@ -154,8 +154,7 @@ __global__ void __launch_bounds__(kWarps * 32)
     }
   }
 
-  copy_wait<0>();
-  __syncthreads();  // the rings are free: the same memory now takes the partial sums, [warp][token][row]
+  __syncthreads();  // no copy is under way and the rings are free: the memory now takes the partial sums, [warp][token][row]
   float* const partial = reinterpret_cast<float*>(memory);
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {

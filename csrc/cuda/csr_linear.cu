@@ -36,14 +36,14 @@ __device__ inline Quad<float> load_halves(const T* from) {
 __device__ inline Quad<float> load_quad(const Half* from) { return load_halves(from); }
 __device__ inline Quad<float> load_quad(const Bfloat* from) { return load_halves(from); }
 
-struct Entries {  // four neighbouring entries of W; those outside the row have value 0 and column 0
+struct Entries {  // four neighbouring entries of W
   Quad<int> col;
   Quad<float> value;
 };
 
-// at is a multiple of 4; the row is [begin, end), the whole weight has `entries`.
+// at is a multiple of 4: what lies before or behind the row comes along. The whole weight has `entries`.
 template <class T>
-__device__ inline Entries load_entries(const int32_t* col, const T* values, int64_t at, int64_t begin, int64_t end, int64_t entries) {
+__device__ inline Entries load_entries(const int32_t* col, const T* values, int64_t at, int64_t entries) {
   Entries four;
   if (at + 4 <= entries) {
     four = {load_quad(col + at), load_quad(values + at)};
@@ -53,12 +53,6 @@ __device__ inline Entries load_entries(const int32_t* col, const T* values, int6
       four.col.at[i] = at + i < entries ? col[at + i] : 0;
       four.value.at[i] = at + i < entries ? widen(values[at + i]) : 0.0f;
     }
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (at + i >= begin && at + i < end) continue;
-    four.col.at[i] = 0;
-    four.value.at[i] = 0.0f;
   }
   return four;
 }
@@ -72,10 +66,10 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int64_t begin = crow[row], end = crow[row + 1];
   float sums[kTokens] = {};
   for (int64_t at = begin / 4 * 4 + lane * 4; at < end; at += 32 * 4) {
-    const Entries four = load_entries(col, values, at, begin, end, entries);
+    const Entries four = load_entries(col, values, at, entries);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (at + i < begin || at + i >= end) continue;  // 0 times an infinite x would be NaN
+      if (at + i < begin || at + i >= end) continue;  // not of this row
 #pragma unroll
       for (int token = 0; token < kTokens; ++token)
         if (token < tokens) sums[token] += four.value.at[i] * widen(x[static_cast<int64_t>(token) * columns + four.col.at[i]]);
@@ -112,10 +106,10 @@ __global__ void __launch_bounds__(kWarps * 32)
     if (row < rows) {
       const int64_t begin = crow[row], end = crow[row + 1];
       for (int64_t at = begin / 4 * 4; at < end; at += 4) {
-        const Entries four = load_entries(col, values, at, begin, end, entries);
+        const Entries four = load_entries(col, values, at, entries);
 #pragma unroll
         for (int entry = 0; entry < 4; ++entry) {
-          if (at + entry < begin || at + entry >= end) continue;  // the same for all lanes
+          if (at + entry < begin || at + entry >= end) continue;  // not of this row, for any lane
           const Quad<float> line = load_quad(mine + four.col.at[entry] * stride);
 #pragma unroll
           for (int j = 0; j < 4; ++j) sums[j] += four.value.at[entry] * line.at[j];

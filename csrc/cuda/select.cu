@@ -180,8 +180,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(int64_t* counts, int64_t
     const int64_t i = first + threadIdx.x, own = i < n ? counts[i] : 0, before = carry;
     const int64_t upto = scan_block(own, scratch);
     if (i < n) counts[i] = before + upto - own;
-    __syncthreads();  // scratch and carry have been read by all
-    if (threadIdx.x == kThreads - 1) carry = before + upto;
+    if (threadIdx.x == kThreads - 1) carry = before + upto;  // all have read the last one before scan_block's barrier
     __syncthreads();
   }
 }
