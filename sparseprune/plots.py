@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+
+from ._files import replacing
 
 __all__ = ["draw"]
 
@@ -24,13 +25,9 @@ def draw(folder: Path, history: dict[str, Any], record: dict[str, Any]) -> list[
         "tradeoff.png": _tradeoff(record),
     }
     for name, figure in pictures.items():
-        unfinished = folder / f".{name}.partial{os.getpid()}"
-        try:
+        with replacing(folder / name) as unfinished:
             figure.savefig(unfinished, dpi=120, bbox_inches="tight", format="png")
-            os.replace(unfinished, folder / name)
-        finally:
-            unfinished.unlink(missing_ok=True)
-            pyplot.close(figure)
+        pyplot.close(figure)
     return list(pictures)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import platform
 import random
 import time
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from ._config import Config
+from ._files import replacing, write_text
 from .bench import describe, interleave
 from .data import SETS, Augment, Examples, TextData, TokenLoader, Vocabulary, load_files, load_set
 from .display import Display
@@ -32,8 +32,10 @@ from .encoder import TextEncoder
 from .gan import GANConfig, GANPruner, evaluate
 from .nn import sparsify_
 from .nn.filters import matching_filter, prunable_linears
+from .pruning.granularity import Heads, Neurons
 from .pruning.masks import MaskSet
 from .pruning.schedules import Constant, RetentionSchedule, Schedule
+from .pruning.structures import shrink_
 
 __all__ = ["RunConfig", "RunResult", "run", "run_demo", "run_prune"]
 
@@ -268,7 +270,7 @@ def _text_encoder(config: RunConfig) -> _Setup:
     }  # fmt: skip
 
     def save_parts(folder: Path) -> None:
-        _write_text(folder / "vocabulary.json", vocabulary.to_json())
+        write_text(folder / "vocabulary.json", vocabulary.to_json())
         _write_json(folder / "encoder.json", {**settings, "labels": data.label_names})
 
     loaders = {"train": loader(data.train, True), **_plain(data, loader)}
@@ -348,7 +350,7 @@ def _enter(folder: Path, config: RunConfig) -> None:
     if not unfinished:
         for leftover in ("training.ckpt", "dense.ckpt", "run.json", "history.json"):
             folder.joinpath(leftover).unlink(missing_ok=True)
-        _write_text(settings, wanted)
+        write_text(settings, wanted)
 
 
 def _fine_tune(model: nn.Module, setup: _Setup, config: RunConfig, folder: Path, display: Display) -> None:
@@ -419,6 +421,8 @@ def _measure(
     (folder / "dense.safetensors").unlink()
     tokens = setup.latency["input_ids"].numel()
     masked = copy.deepcopy(model)
+    if _shrinks(config.gan.granularity):
+        display.say(str(shrink_(model)))
     report = None if config.layout == "dense" else sparsify_(model, layout=config.layout, tokens=tokens)
     checkpoint.save(model, folder / "pruned.safetensors")
     setup.save_parts(folder)
@@ -470,6 +474,13 @@ def _measure(
     }  # fmt: skip
 
 
+def _shrinks(granularity: Any) -> bool:
+    """Whether whole heads or neurons go, so that the matrices can be cut."""
+    specs = granularity.values() if isinstance(granularity, dict) else [granularity]
+    parts = [part for spec in specs for part in (getattr(spec, "first", spec),)]
+    return any(part in ("heads", "neurons") or isinstance(part, Heads | Neurons) for part in parts)
+
+
 def _logits(out: Any) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
@@ -507,17 +518,8 @@ def plot(folder: Path, history: dict[str, Any], record: dict[str, Any]) -> list[
     return draw(folder, history, record)
 
 
-def _write_text(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.partial{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def _write_json(path: Path, value: Any) -> None:
-    _write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=_plain_number))
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=_plain_number))
 
 
 def _plain_number(value: Any) -> Any:
@@ -527,12 +529,8 @@ def _plain_number(value: Any) -> Any:
 
 
 def _write_torch(path: Path, value: Any) -> None:
-    unfinished = path.with_name(f".{path.name}.partial{os.getpid()}")
-    try:
+    with replacing(path) as unfinished:
         torch.save(value, unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _seed(seed: int) -> None:

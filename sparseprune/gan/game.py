@@ -92,8 +92,10 @@ class Game:
         resting = self.monitor.rest or config.mode == "frozen"
         self.critic.train(not resting)
         with torch.set_grad_enabled(not resting):
-            on_real = self.critic(real, rows.condition, rows.tap)
-            on_fake = self.critic(fake, rows.condition, rows.tap)
+            # One pass over both sides: each training pass moves the spectral norm's estimate, so that two passes would
+            # judge equal rows by two slightly different networks.
+            condition = None if rows.condition is None else rows.condition.repeat(2, 1)
+            on_real, on_fake = self.critic(torch.cat([real, fake]), condition, rows.tap.repeat(2)).chunk(2)
             self.monitor.observe(pair_accuracy(on_real.detach(), on_fake.detach()))
             if config.mode == "shuffled":
                 swap = (torch.rand(len(on_real), generator=self.generator) < 0.5).to(on_real.device)

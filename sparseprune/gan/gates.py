@@ -8,7 +8,6 @@ the freeze.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..pruning.granularity import NM, Plan
+from ..pruning.prune import trim_
 from .config import GANConfig
 from .features import split_batch
 
@@ -60,7 +60,7 @@ class Gates:
     """Masters, scores and masks of the pruned Linears. Scores: float32, one a unit of the granularity, by unit map."""
 
     def __init__(self, model: nn.Module, linears: dict[str, nn.Linear], config: GANConfig):
-        self.config = config
+        self.config, self.linears = config, linears
         self.plan = Plan.build(model, linears, config.granularity, scope=config.scope)
         self.maps = {unit_map.key: unit_map for unit_map in self.plan.unit_maps}
         self.weights: dict[str, Tensor] = {name: linears[name].weight for name in self.plan.layers}
@@ -68,7 +68,6 @@ class Gates:
         self.masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in self.weights.items()}
         device = next(iter(self.weights.values())).device
         self.scores = {key: nn.Parameter(torch.zeros(m.shape, device=device)) for key, m in self.maps.items()}
-        self._parts = [dataclasses.replace(self.plan, parts=(part,)) for part in self.plan.parts]
         fixed = [part.granularity for part in self.plan.parts if isinstance(part.granularity, NM)]
         if len(fixed) == len(self.plan.parts):
             for pattern in fixed:
@@ -122,16 +121,7 @@ class Gates:
             for key, score in scores.items():
                 uniform = torch.rand(score.shape, generator=generator).to(score).clamp(1e-6, 1 - 1e-6)
                 scores[key] = score - torch.log(-torch.log(uniform)).mul(noise)
-        chosen: dict[str, Tensor] = {}
-        for plan in self._parts:
-            pattern = plan.parts[0].granularity
-            if isinstance(pattern, NM):
-                # N falls from M to its final value with the density, so that the pattern is reached step by step.
-                n = min(pattern.m, max(pattern.n, round(density * pattern.m)))
-                chosen |= {m.key: ops.nm_mask(scores[m.key], n, pattern.m) for m in plan.unit_maps}
-            else:
-                chosen |= plan.unit_masks(scores, 1.0 - density)
-        self.masks = {name: chosen[name] for name in self.weights}
+        self.masks = self.plan.unit_masks(scores, 1.0 - density)
         self.write()
 
     @torch.no_grad()
@@ -171,6 +161,7 @@ class Gates:
     def freeze(self, density: float) -> None:
         """The final masks; from here on the zeros are in the parameters and the masters are gone."""
         self.close(density)
+        trim_(self.linears, self.plan, 1.0 - density)
         self.frozen = True
         self.masters = {}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._files import replacing
 from ..nn.filters import FilterFn, prunable_linears
 from ..optim import AdamW
 from .config import GANConfig
@@ -453,6 +453,8 @@ class GANPruner:
     def _evaluate(self, loader: Iterable[Any], compute: Callable[[Tensor, Tensor], Tensor]) -> bool:
         """Records the validation figures; keeps the best healed state; True: patience is over."""
         rng = torch.get_rng_state()
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(0)  # the same order each time, so that a resumed run sums in the same order
         found = evaluate(self.model, loader, compute)
         torch.set_rng_state(rng)
         phase = "heal" if self.gates.frozen else "prune"
@@ -511,23 +513,20 @@ class GANPruner:
     def _save(self, path: Path) -> None:
         """One file, written beside its place and renamed into it."""
         game = self.game
+        self._snapshot = self._tensors()  # and the point to go back to, so that it need not be stored twice
         state = {
             "format": _FORMAT, "config": repr(self.config), "teacher": self._teacher_digest(),
-            "tensors": self._tensors(),
+            "tensors": self._snapshot,
             "game_shape": None if game is None else [list(game.feature_sizes), game.condition_size],
             "step": self._step, "epoch": self._epoch, "batch": self._batch, "elapsed": self._elapsed,
             "progress": self._progress, "lr_scale": self._lr_scale, "bad": self._bad, "restores": self._restores,
             "heal_from": self._heal_from, "best": self._best, "waited": self._waited, "finished": self._finished,
-            "snapshot": self._snapshot, "history": self.history.to_dict(), "generator": self._generator.get_state(),
+            "history": self.history.to_dict(), "generator": self._generator.get_state(),
             "rng": torch.get_rng_state(), "epoch_rng": self._epoch_rng, "loader_rng": self._loader_rng,
         }  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.partial{os.getpid()}")
-        try:
+        with replacing(path) as unfinished:
             torch.save(state, unfinished)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     def _load(self, path: Path) -> None:
         try:
@@ -548,8 +547,9 @@ class GANPruner:
             self.game = Game(self.config.discriminator, self.config.kappa, sizes, condition, seed, self.device)
         self._restore_tensors(state["tensors"])
         for key in ("step", "epoch", "batch", "elapsed", "progress", "lr_scale", "bad", "restores", "heal_from", "best",
-                    "waited", "finished", "snapshot", "epoch_rng", "loader_rng"):  # fmt: skip
+                    "waited", "finished", "epoch_rng", "loader_rng"):  # fmt: skip
             setattr(self, f"_{key}", state[key])
+        self._snapshot = state["tensors"]
         self.history = History.from_dict(state["history"])
         self._generator.set_state(state["generator"].cpu())
         torch.set_rng_state(state["rng"].cpu())

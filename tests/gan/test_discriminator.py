@@ -1,0 +1,139 @@
+"""The discriminator, its losses, the monitor and the gradient balance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparseprune.gan import DiscriminatorConfig
+from sparseprune.gan.discriminator import (
+    Discriminator,
+    adversarial_loss,
+    discriminator_loss,
+    gradient_penalty,
+    pair_accuracy,
+)
+from sparseprune.gan.features import normalise, orthonormal, rows_of
+from sparseprune.gan.game import Game
+from sparseprune.gan.monitor import Balance, Monitor
+
+
+def game(**settings):
+    config = DiscriminatorConfig(width=32, depth=2, lr=2e-3, noise=0.0, **settings)
+    return Game(config, kappa=0.2, sizes=[12, 12], condition=12, seed=0, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("depth", "width", "norm"), [(0, 8, "none"), (1, 16, "spectral"), (4, 8, "layer")])
+def test_depth_width_and_norm_shape_the_network(depth, width, norm):
+    config = DiscriminatorConfig(depth=depth, width=width, norm=norm)
+    critic = Discriminator(config, features=6, condition=0, taps=2)
+    linears = [m for m in critic.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linears) == depth + 1 and all(layer.out_features == width for layer in linears[:-1])
+    assert critic(torch.randn(5, 6), None, torch.zeros(5, dtype=torch.long)).shape == (5,)
+    if norm == "spectral":
+        assert torch.linalg.matrix_norm(linears[0].weight, 2) < 1.6
+
+
+@pytest.mark.parametrize("kind", ["hinge", "lsgan", "wgan-gp", "relativistic"])
+def test_both_sides_of_each_loss_pull_apart(kind):
+    real, fake = torch.tensor([2.0, 1.0]), torch.tensor([-1.0, -2.0])
+    assert discriminator_loss(kind, real, fake) < discriminator_loss(kind, fake, real)
+    scores = torch.tensor([-1.0, 0.0], requires_grad=True)
+    adversarial_loss(kind, scores, real).backward()
+    assert (scores.grad < 0).all()  # the student gains by being rated higher
+
+
+@pytest.mark.parametrize("kind", ["hinge", "lsgan", "wgan-gp", "relativistic"])
+def test_a_real_difference_is_found_and_none_is_not(kind):
+    norm = "layer" if kind == "wgan-gp" else "spectral"
+    for shift, low, high in ((0.0, 0.45, 0.55), (1.5, 0.9, 1.0)):
+        played = game(loss=kind, norm=norm, strong=1.0)
+        torch.manual_seed(0)
+        for _ in range(150):
+            hidden = torch.randn(8, 3, 12)
+            moved = hidden.clone()
+            moved[..., 0] += shift
+            rows = played.rows([hidden, hidden], [moved, moved], hidden, torch.ones(8, 3, dtype=torch.bool))
+            seen = played.play(rows, progress=1.0)
+        assert low <= seen["accuracy"] <= high, (kind, shift, seen)
+
+
+def test_shuffled_labels_teach_nothing_and_frozen_never_moves():
+    for mode in ("frozen", "shuffled"):
+        played = game(mode=mode, strong=1.0)
+        before = [p.clone() for p in played.critic.parameters()]
+        torch.manual_seed(0)
+        for _ in range(100):
+            hidden = torch.randn(8, 3, 12)
+            rows = played.rows([hidden, hidden], [hidden + 1.0 * (torch.arange(12) == 0), hidden], hidden, None)
+            seen = played.play(rows, progress=1.0)
+        moved = any(not torch.equal(a, b) for a, b in zip(before, played.critic.parameters()))
+        assert moved == (mode == "shuffled")
+        assert seen["accuracy"] < 0.8
+
+
+def test_padding_never_reaches_the_rows():
+    hidden = torch.randn(3, 5, 12)
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]).bool()
+    assert rows_of(hidden, mask).shape == (8, 12)
+    marked = hidden.masked_fill(~mask.unsqueeze(-1), float("nan"))
+    rows = game().rows([marked, marked], [marked, marked], marked, mask)
+    assert torch.isfinite(rows.real).all() and torch.isfinite(rows.condition).all() and len(rows.real) == 16
+
+
+def test_projection_is_orthonormal_and_features_are_normalised():
+    q = orthonormal(40, 8, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(q.T @ q, torch.eye(8))
+    assert orthonormal(8, 8, torch.Generator()) is None
+    out = normalise(torch.randn(6, 64, dtype=torch.bfloat16) * 7 + 3)
+    assert out.dtype == torch.float32 and out.mean(-1).abs().max() < 1e-5 and (out.var(-1) - 1).abs().max() < 0.1
+
+
+def test_gradient_penalty_is_zero_at_slope_one():
+    critic = Discriminator(DiscriminatorConfig(depth=0, norm="none"), features=4, condition=0, taps=1)
+    with torch.no_grad():
+        critic.net[0].weight.zero_()
+        critic.net[0].weight[0, 1] = 1.0
+    args = (torch.randn(6, 4), torch.randn(6, 4), None, torch.zeros(6, dtype=torch.long), torch.Generator())
+    assert float(gradient_penalty(critic, *args)) == pytest.approx(0.0, abs=1e-10)
+
+
+def test_pair_accuracy_counts_ties_half():
+    assert pair_accuracy(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 0.0, 3.0])) == pytest.approx(0.5)
+
+
+def test_monitor_rests_warns_and_recovers():
+    monitor = Monitor(strong=0.9, patience=5)
+    for _ in range(12):
+        monitor.observe(1.0)
+    assert monitor.rest and not monitor.blind
+    for _ in range(5):
+        monitor.observe(1.0)
+    assert monitor.stuck
+    monitor.reset()
+    for _ in range(60):
+        monitor.observe(0.5)
+    assert monitor.blind and not monitor.rest and monitor.accuracy == pytest.approx(0.5)
+
+
+def test_a_discriminator_that_rests_too_long_starts_again():
+    played = game(patience=3, strong=0.6)
+    hidden = torch.randn(8, 3, 12)
+    events = []
+    for _ in range(200):
+        rows = played.rows([hidden, hidden], [hidden + 2.0 * (torch.arange(12) == 0)] * 2, hidden, None)
+        events.append(played.play(rows, progress=1.0)["event"])
+    assert any(e and "too strong" in e for e in events) and played.resets >= 1
+
+
+def test_balance_gives_the_adversarial_term_its_share():
+    balance = Balance(kappa=0.2)
+    assert balance.weight == 0.0
+    for _ in range(5):
+        balance.observe(distillation=3.0, adversarial=0.01)
+    assert balance.weight == pytest.approx(0.2 * 3.0 / 0.01)
+    balance.observe(float("nan"), 1.0)
+    assert balance.weight == pytest.approx(60.0)
+    balance = Balance(kappa=0.2, limit=10.0)
+    balance.observe(1.0, 0.0)
+    assert balance.weight == 10.0

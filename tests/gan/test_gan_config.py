@@ -1,0 +1,55 @@
+"""The configurations of the adversarial pruner."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparseprune import NM, Block, Cubic, RetentionSchedule
+from sparseprune.gan import DiscriminatorConfig, GANConfig
+
+
+def test_json_both_ways():
+    config = GANConfig(
+        schedule=Cubic(0.05),
+        granularity={"*.ffn.*": Block(16, 1), "*": "element"},
+        features=("layers.0", "layers.1"),
+        discriminator=DiscriminatorConfig(depth=2, width=64, norm="layer", loss="wgan-gp"),
+        max_seconds=30.0,
+    )
+    assert GANConfig.from_json(config.to_json()) == config
+    assert GANConfig.from_json(GANConfig(schedule=Cubic(0.5), granularity=NM(2, 4)).to_json()).granularity == NM(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"density": 0.2}, "density 0.2 differs from the schedule's final density 0.1"),
+        ({"method": "magic"}, "method expected one of gan, scores, magnitude, movement"),
+        ({"warmup": 0.7}, "warmup < prune_until"),
+        ({"lr": float("nan")}, "lr expected"),
+        ({"ce": 0, "kd": 0, "hidden": 0}, "nothing is left to train on"),
+        ({"steps": 0}, "steps expected a number > 0"),
+        ({"max_seconds": -1.0}, "max_seconds expected"),
+    ],
+)
+def test_bad_settings_are_said(settings, said):
+    with pytest.raises(ValueError, match=said):
+        GANConfig(**settings)
+
+
+def test_spectral_norm_and_a_gradient_penalty_do_not_go_together():
+    with pytest.raises(ValueError, match='use norm="layer"'):
+        DiscriminatorConfig(loss="wgan-gp")
+
+
+def test_unknown_key_is_an_error():
+    with pytest.raises(ValueError, match="unknown key 'kapa'"):
+        GANConfig.from_json('{"kapa": 1}')
+
+
+def test_density_is_one_before_the_window_and_final_after_it():
+    config = GANConfig(schedule=RetentionSchedule(r0=0.1, z_min=0.1), density=0.1)
+    assert config.density_at(0.0) == config.density_at(config.warmup) == 1.0
+    assert config.density_at(config.prune_until) == config.final_density == pytest.approx(0.1)
+    seen = [config.density_at(i / 100) for i in range(101)]
+    assert seen == sorted(seen, reverse=True)
