@@ -89,8 +89,10 @@ def _configured(config: Config, constants: dict[str, Any]) -> tuple[dict[str, An
 
 
 def _label(*parts: str, config: Config | None = None) -> str:
-    sizes = "x".join(str(size) for name, size in config.blocks if name != "GROUP") if config is not None else ""
-    return " ".join(part for part in (*parts, sizes) if part)
+    if config is not None:
+        sizes = "x".join(str(size) for name, size in config.blocks if name != "GROUP")
+        parts = (*parts, sizes, f"{config.warps} warps")
+    return " ".join(part for part in parts if part)
 
 
 def _elementwise(everything: bool) -> Iterator[Spec]:
@@ -268,7 +270,7 @@ def main() -> None:
             else:
                 matrix = ",".join(built.matrix) or "-"
                 row = f"{built.target:7} {built.registers:4} registers {built.spilled:3} B spilled"
-                print(f"{row} {built.shared:7} B shared {built.warps:2} warps  {built.name}  {matrix}", flush=True)
+                print(f"{row} {built.shared:7} B shared  {built.name}  {matrix}", flush=True)
 
 
 if __name__ == "__main__":

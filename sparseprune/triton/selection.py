@@ -26,7 +26,7 @@ def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _levels(dtype: torch.dtype) -> int:
-    """Half-precision values fill the upper 19 bits of a float32, so two digits settle them."""
+    """16-bit values fill the upper half of a key, so two digits settle them."""
     return 3 if dtype == torch.float32 else 2
 
 

@@ -111,13 +111,13 @@ def _blocks(bands, columns, blocksize, dtype, device, keep=0.5):
     ("blocksize", "dtype", "activation"),
     [
         ((16, 16), torch.float32, "gelu"),
-        ((16, 16), torch.bfloat16, "silu"),
+        ((16, 16), torch.float32, "silu"),
         ((32, 32), torch.float16, "gelu_tanh"),
         ((64, 64), torch.bfloat16, "relu"),
         ((128, 128), torch.float16, "none"),
         ((128, 128), torch.float32, "none"),
         ((16, 64), torch.float32, "none"),
-        ((64, 32), torch.bfloat16, "none"),
+        ((64, 16), torch.bfloat16, "none"),
     ],
     ids=str,
 )

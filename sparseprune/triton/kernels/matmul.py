@@ -146,8 +146,8 @@ def masked_weight_gradient_kernel(
     else:
         keep = tl.load(mask_row + k[None, :], mask=inside, other=0).to(tl.int32)
     tokens = tl.where(tl.max(tl.max(keep, 1), 0) != 0, M, 0)
-    from_dy = dy + r.to(tl.int64)[None, :] * stride_dm + n[:, None] * stride_dn
-    from_x = x + r.to(tl.int64)[:, None] * stride_xm + k[None, :] * stride_xk
+    from_dy = dy + r.to(tl.int64)[None, :] * stride_dm + n.to(tl.int64)[:, None] * stride_dn
+    from_x = x + r.to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for done in range(0, tokens, BLOCK_R):
         left = tokens - done
@@ -197,7 +197,8 @@ def bsr_linear_kernel(
             block = entry.to(tl.int64) * (ROWS * COLS)
             from_w = values + (block + within)[None, :] + o[:, None] * COLS
             weights = tl.load(from_w, mask=there[None, :], other=0.0)
-        tokens = tl.load(from_x + inputs[:, None] * stride_xr, mask=there[:, None] & (m < M)[None, :], other=0.0)
+        at_x = from_x + inputs.to(tl.int64)[:, None] * stride_xr
+        tokens = tl.load(at_x, mask=there[:, None] & (m < M)[None, :], other=0.0)
         acc = product(weights.to(x.dtype.element_ty), tokens, acc, PRECISION, UPCAST)
     at = band * OUTPUTS + o
     if BIAS:
@@ -229,8 +230,8 @@ def bsr_sddmm_kernel(
     r = tl.arange(0, BLOCK_R)
     n = low * ROWS + i
     k = tl.load(index + entry) * COLS + j
-    from_dy = dy + r.to(tl.int64)[None, :] * stride_dm + n[:, None] * stride_dn
-    from_x = x + r.to(tl.int64)[:, None] * stride_xm + k[None, :] * stride_xk
+    from_dy = dy + r.to(tl.int64)[None, :] * stride_dm + n.to(tl.int64)[:, None] * stride_dn
+    from_x = x + r.to(tl.int64)[:, None] * stride_xm + k.to(tl.int64)[None, :] * stride_xk
     acc = tl.zeros((ROWS, COLS), tl.float32)
     for done in range(0, M, BLOCK_R):
         left = M - done

@@ -1,7 +1,7 @@
 """Exact selection by radix histograms, and the masks it gives. All tensors are contiguous.
 
-A value's sortable key is a 32-bit integer that orders as the value does: the bits of |x| in float32, or, signed, the
-bits of x with the sign turned (-0 counts as 0). Digits of 11, 11 and 10 bits; two settle a float16 or bfloat16.
+A value's sortable key is a 32-bit integer that orders as the value does: the bits of |x|, or, signed, the bits of x with
+the sign turned (-0 counts as 0); 16-bit types fill the upper half. Digits have 11, 11 and 10 bits: two settle 16 bits.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ import triton.language as tl
 
 @triton.jit
 def sortable_key(x, MAGNITUDE: tl.constexpr):
-    """x: float32 `[n]`; returns uint32 `[n]`."""
-    bits = x.to(tl.uint32, bitcast=True)
+    """x: float32, float16 or bfloat16 `[n]`; returns uint32 `[n]`."""
+    if x.dtype.primitive_bitwidth == 16:
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+    else:
+        bits = x.to(tl.uint32, bitcast=True)
     if MAGNITUDE:
         return bits & 0x7FFFFFFF
     bits = tl.where(bits == 0x80000000, 0, bits)
@@ -36,8 +39,9 @@ def radix_histogram_kernel(
     for chunk in range(chunks):
         i = first + chunk * BLOCK + tl.arange(0, BLOCK)
         inside = i < n
-        value = tl.load(x + i, mask=inside, other=0).to(tl.float32)
-        bad += (value != value).to(tl.int32)
+        value = tl.load(x + i, mask=inside, other=0)
+        wide = value.to(tl.float32)
+        bad += (wide != wide).to(tl.int32)
         key = sortable_key(value, MAGNITUDE)
         take = inside
         if SHIFT + WIDTH < 32:
@@ -68,11 +72,14 @@ def radix_select_kernel(counts, state, WIDTH: tl.constexpr, BINS: tl.constexpr):
 
 @triton.jit
 def key_value_kernel(state, value, SHIFT: tl.constexpr, MAGNITUDE: tl.constexpr):
-    """value: `[1]` of the result's dtype = the value whose key is state[0] followed by SHIFT zero bits."""
+    """value: `[1]` of the result's dtype = the value whose key begins with state[0] and has SHIFT bits more."""
     key = (tl.load(state) << SHIFT).to(tl.uint32)
     if not MAGNITUDE:
         key = tl.where((key >> 31) != 0, key ^ 0x80000000, key ^ 0xFFFFFFFF)
-    tl.store(value, key.to(tl.float32, bitcast=True).to(value.dtype.element_ty))
+    if value.dtype.element_ty.primitive_bitwidth == 16:
+        tl.store(value, (key >> 16).to(tl.uint16).to(value.dtype.element_ty, bitcast=True))
+    else:
+        tl.store(value, key.to(tl.float32, bitcast=True))
 
 
 @triton.jit
