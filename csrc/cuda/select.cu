@@ -2,7 +2,7 @@
 //
 // Radix selection over 32-bit keys that sort as the values do, the widest digit first: histogram the digit of the keys that share the
 // prefix found so far, take the digit in which the wanted rank falls, go on. float32 needs digits of 11, 11 and 10 bits, so it is read
-// three times; 16-bit values fill the upper 19 bits of the key and are read twice. Ties go to the lower index: they are counted by
+// three times; 16-bit values fill the upper half of the key and are read twice. Ties go to the lower index: they are counted by
 // chunks, the counts are summed in order, and each chunk then knows how many of its own may stay.
 //
 // The values of a layer share few exponents, so most lanes of a warp meet in the same few bins: lanes with one digit are counted by
@@ -20,26 +20,36 @@ constexpr int kUnroll = 4;             // loads in flight a lane
 constexpr int kRun = 32 * kUnroll;     // neighbouring entries that a warp takes in one round
 constexpr int kRound = kThreads * kUnroll;
 constexpr int kBins = kRadixBins;
-constexpr uint32_t kInfinity = 0x7f800000u;
 constexpr uint32_t kNoNumber = 0xffffffffu;  // the key of a NaN
 
-// 32 bits that sort as the values do, -0 counting as 0; NaN of either sign lies above every number.
-template <bool kMagnitude>
-__device__ inline uint32_t key_of(float value) {
-  const uint32_t bits = __float_as_uint(value), size = bits & 0x7fffffffu;
+// A value's own bits at the top of 32, and the same for infinity.
+__device__ inline uint32_t bits_of(float value) { return __float_as_uint(value); }
+__device__ inline uint32_t bits_of(Half value) { return static_cast<uint32_t>(value.bits) << 16; }
+__device__ inline uint32_t bits_of(Bfloat value) { return static_cast<uint32_t>(value.bits) << 16; }
+template <class T>
+constexpr uint32_t kInfinity = 0x7f800000u;
+template <>
+constexpr uint32_t kInfinity<Half> = 0x7c000000u;
+
+// 32 bits that sort as the values do, -0 counting as 0; a NaN of either sign lies above every number.
+template <bool kMagnitude, class T>
+__device__ inline uint32_t key_of(T value) {
+  const uint32_t bits = bits_of(value), size = bits & 0x7fffffffu;
   if (kMagnitude) return size;
-  if (size > kInfinity) return kNoNumber;
+  if (size > kInfinity<T>) return kNoNumber;
   return size == 0 || bits == size ? size | 0x80000000u : ~bits;
 }
-template <bool kMagnitude>
+template <bool kMagnitude, class T>
 __device__ inline bool is_nan(uint32_t key) {
-  return key > (kMagnitude ? kInfinity : kInfinity | 0x80000000u);
+  return key > (kMagnitude ? kInfinity<T> : kInfinity<T> | 0x80000000u);
 }
 template <bool kMagnitude>
-__device__ inline float value_of(uint32_t key) {
-  if (kMagnitude || key >> 31) return __uint_as_float(key & 0x7fffffffu);
-  return __uint_as_float(~key);
+__device__ inline uint32_t bits_of_key(uint32_t key) {
+  return kMagnitude || key >> 31 ? key & 0x7fffffffu : ~key;
 }
+__device__ inline void from_bits(uint32_t bits, float& out) { out = __uint_as_float(bits); }
+__device__ inline void from_bits(uint32_t bits, Half& out) { out.bits = static_cast<uint16_t>(bits >> 16); }
+__device__ inline void from_bits(uint32_t bits, Bfloat& out) { out.bits = static_cast<uint16_t>(bits >> 16); }
 
 // Where a key lies against the key found, both without their bits below `shift`.
 struct Cut {
@@ -65,17 +75,17 @@ __global__ void __launch_bounds__(kThreads)
   // Every lane of a warp makes the same number of rounds, so that all can take part in the collectives.
   const int64_t step = static_cast<int64_t>(gridDim.x) * kRound;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * kRound + threadIdx.x / 32 * kRun; first < n; first += step) {
-    float values[kUnroll];
+    T values[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t i = first + u * 32 + lane;
-      values[u] = i < n ? widen(x[i]) : 0.0f;
+      values[u] = i < n ? x[i] : T{};
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const bool inside = first + u * 32 + lane < n;
       const uint32_t key = key_of<kMagnitude>(values[u]);
-      if (inside && is_nan<kMagnitude>(key)) ++own_nan;
+      if (inside && is_nan<kMagnitude, T>(key)) ++own_nan;
       const bool wanted = inside && (above == 32 || key >> above == prefix);
       if (!__any_sync(kAllLanes, wanted)) continue;
       const uint32_t digit = wanted ? key >> shift & digits : kBins;
@@ -135,16 +145,16 @@ __global__ void value_kernel(const SelectState* state, int shift, T* out) {
   // The bits below the last digit are 0 in a 16-bit value; in the key of a negative one they are 1.
   uint32_t key = state->prefix << shift;
   if (!kMagnitude && !(key >> 31)) key |= (1u << shift) - 1;
-  narrow(state->special == kNothing ? __uint_as_float(0x7fc00000u) : value_of<kMagnitude>(key), *out);
+  from_bits(state->special == kNothing ? 0x7fff0000u : bits_of_key<kMagnitude>(key), *out);  // the former is a NaN in all three
 }
 
 template <class T, bool kMagnitude>
 __global__ void threshold_kernel(SelectState* state, const T* threshold, int shift, int64_t ties) {
-  const float value = widen(*threshold);
+  const T value = *threshold;
   // Magnitudes all lie above a negative threshold, and their keys do not know its sign.
-  const bool below_all = kMagnitude && value < 0.0f;
+  const bool below_all = kMagnitude && widen(value) < 0.0f;
   const uint32_t key = key_of<kMagnitude>(value);
-  *state = {key >> shift, is_nan<kMagnitude>(key) ? kNothing : below_all ? kEverything : kFound, ties};
+  *state = {key >> shift, is_nan<kMagnitude, T>(key) ? kNothing : below_all ? kEverything : kFound, ties};
 }
 
 template <class T, bool kMagnitude>
@@ -156,9 +166,9 @@ __global__ void __launch_bounds__(kThreads)
   uint32_t own = 0;
 #pragma unroll 4
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    const uint32_t key = key_of<kMagnitude>(widen(x[i]));
+    const uint32_t key = key_of<kMagnitude>(x[i]);
     own += cut.equal(key);
-    if (is_nan<kMagnitude>(key)) atomicAdd(nan, 1ull);  // an error on its way: it may be slow
+    if (is_nan<kMagnitude, T>(key)) atomicAdd(nan, 1ull);  // an error on its way: it may be slow
   }
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) own += __shfl_xor_sync(kAllLanes, own, distance);
@@ -202,11 +212,11 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t i = first + warp * kRun + u * 32 + lane;
-      keys[u] = i < n ? key_of<kMagnitude>(widen(x[i])) : kNoNumber;
+      keys[u] = i < n ? key_of<kMagnitude>(x[i]) : kNoNumber;
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      votes[u] = __ballot_sync(kAllLanes, !is_nan<kMagnitude>(keys[u]) && found.special == kFound && cut.equal(keys[u]));
+      votes[u] = __ballot_sync(kAllLanes, !is_nan<kMagnitude, T>(keys[u]) && found.special == kFound && cut.equal(keys[u]));
       own += static_cast<uint32_t>(__popc(votes[u]));
     }
     if (lane == 0) warps[turn][warp] = own;
@@ -221,7 +231,7 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t i = first + warp * kRun + u * 32 + lane;
       const bool stays = votes[u] >> lane & 1 && rank + __popc(votes[u] & ((1u << lane) - 1)) < found.remaining;
       const bool over = found.special == kEverything || (found.special == kFound && cut.above(keys[u]));
-      if (i < n) mask[i] = stays || (over && !is_nan<kMagnitude>(keys[u]));
+      if (i < n) mask[i] = stays || (over && !is_nan<kMagnitude, T>(keys[u]));
       rank += __popc(votes[u]);
     }
   }

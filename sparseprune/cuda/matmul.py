@@ -25,8 +25,9 @@ __all__ = ["STRIPS_FROM", "STRIP_TOKENS", "Strips", "csr_linear", "nm_linear", "
 
 STRIP_ROWS, STRIP_COLUMNS = 16, 64
 STRIP_TOKENS = 16  # the most that a strips product takes
-#: Density from which strips are used: a prediction (docs/gpu.md), to be replaced by what benchmarks/gpu.py measures.
-STRIPS_FROM = 0.06
+#: Density from which strips are used for one token: csr gathers from x once a token, strips do not care. And the density
+#: from which they are smaller than csr. Predictions (docs/gpu.md), to be replaced by what benchmarks/gpu.py measures.
+STRIPS_FROM, STRIPS_SMALLER = 0.15, 0.03
 FEW_TOKENS = 8  # the most that csr takes without transposing x
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -157,8 +158,8 @@ def csr_linear(
     """x: `[..., K]`; csr of `[N_out, K]`, values in x's dtype; bias `[N_out]`; returns `[..., N_out]`."""
     rows, columns = crow_indices.numel() - 1, x.shape[-1]
     tokens = x.numel() // columns if columns else 0
-    dense_enough = values.numel() >= STRIPS_FROM * rows * columns
-    if x.dtype in HALVES and 0 < tokens <= STRIP_TOKENS and dense_enough:
+    least = max(STRIPS_FROM / max(tokens, 1), STRIPS_SMALLER) * rows * columns
+    if x.dtype in HALVES and 0 < tokens <= STRIP_TOKENS and values.numel() >= least:
         shape = rows, columns
         strips = _remembered(
             "strips",

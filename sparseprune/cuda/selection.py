@@ -23,7 +23,7 @@ class Selection:
         self.tensors = tensors
         self.magnitude = magnitude
         self.code = DTYPE_CODES[tensors[0].dtype]
-        # 16-bit values fill the upper 19 bits of a key: the third digit says nothing.
+        # 16-bit values fill the upper half of a key: the third digit says nothing.
         self.digits = DIGITS if tensors[0].dtype == torch.float32 else DIGITS[:2]
         self.shift = self.digits[-1][0]
         with launching(tensors[0]) as (cuda, _):

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,17 +23,22 @@ def _run(command: list[str]) -> None:
     assert run.returncode == 0, f"{shlex.join(command)}\n{run.stderr}"
 
 
-def build_emulator(folder: Path, replaced: dict[str, str] | None = None, ready: Path | None = None, jobs: int = 2):
+def build_emulator(
+    folder: Path,
+    replaced: dict[str, str] | None = None,
+    ready: Path | None = None,
+    flags: Sequence[str] = (),
+    load: bool = True,
+):
     """Compiles csrc/cuda against the emulator and loads it. replaced: file name -> text compiled in that file's place;
-    ready: a folder whose objects serve for all other files. SPARSEPRUNE_EMUL_FLAGS adds compiler flags.
+    ready: a folder whose objects serve for all other files; flags: more for the compiler; load: False only compiles.
     """
     import pybind11
 
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    extra = shlex.split(os.environ.get("SPARSEPRUNE_EMUL_FLAGS", ""))
     includes = [CSRC / "cuda", CSRC, pybind11.get_include(), sysconfig.get_path("include")]
-    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", *extra]
-    flags += [f"-I{path}" for path in includes]
+    options = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", *flags]
+    options += [f"-I{path}" for path in includes]
     objects, commands = [], []
     for source in [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda" / "bindings.cpp"]:
         text = (replaced or {}).get(source.name)
@@ -43,11 +49,13 @@ def build_emulator(folder: Path, replaced: dict[str, str] | None = None, ready: 
             source = folder / source.name
             source.write_text(text, encoding="utf-8")
         objects.append(folder / (source.name + ".o"))
-        commands.append([compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(objects[-1])])
-    with ThreadPoolExecutor(jobs) as pool:
+        commands.append([compiler, *options, "-x", "c++", "-c", str(source), "-o", str(objects[-1])])
+    with ThreadPoolExecutor(2) as pool:
         list(pool.map(_run, commands))
     library = folder / "_cuda_emul.so"
-    _run([compiler, "-shared", *extra, *map(str, objects), "-o", str(library)])
+    _run([compiler, "-shared", *flags, *map(str, objects), "-o", str(library)])
+    if not load:
+        return None
     loader = importlib.machinery.ExtensionFileLoader("_cuda_emul", str(library))
     spec = importlib.util.spec_from_file_location("_cuda_emul", library, loader=loader)
     module = importlib.util.module_from_spec(spec)

@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.emul, pytest.mark.slow]
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc" / "cuda"
 PROBE = HERE / "emulator_probe.py"
+CASES = sorted(path.stem for path in SOURCES.glob("*.cu"))
 
 # Text that is wrong by one, or that looks at one lane too few: (file, what it says, what the mutant says).
 SLIPS = [
@@ -104,12 +105,13 @@ def inputs(tmp_path_factory):
     return path
 
 
-def probe(module: Path, inputs: Path, case: str) -> subprocess.CompletedProcess:
+def probe(module: Path, inputs: Path, case: str, preload: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, str(PROBE), str(module), str(inputs), case]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **(preload or {})}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
-@pytest.mark.parametrize("case", sorted(path.stem for path in SOURCES.glob("*.cu")))
+@pytest.mark.parametrize("case", CASES)
 def test_the_text_as_it_is_survives(emulator, emulator_folder, inputs, case):
     run = probe(emulator_folder / "_cuda_emul.so", inputs, case)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -128,20 +130,39 @@ def _runtime(name: str) -> str:
     return subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
 
 
-def test_every_kernel_under_the_sanitizers():
-    """The emulated kernel tests once more in a process of their own, compiled with ASan and UBSan."""
+@pytest.fixture(scope="module")
+def sanitized(build, tmp_path_factory):
+    """The module under the address and undefined-behaviour sanitizers, and what its process has to preload."""
     asan = _runtime("libasan.so")
     if not os.path.isabs(asan):
         pytest.skip("needs a compiler with libasan")
-    environment = {
-        **os.environ,
-        "SPARSEPRUNE_EMUL_FLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all -g",
-        "LD_PRELOAD": f"{asan} {_runtime('libstdc++.so')}",
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "OMP_NUM_THREADS": "1",
-    }
-    options = ["-m", "emul", "-q", "-x", "-p", "no:cacheprovider", "-k", "emul-1 or emul-2"]
-    command = [sys.executable, "-m", "pytest", str(HERE / "test_cuda_kernels.py"), *options]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parents[1])
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    folder = tmp_path_factory.mktemp("sanitized")
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+    build(folder, flags=flags, load=False)
+    preload = {"LD_PRELOAD": f"{asan} {_runtime('libstdc++.so')}", "ASAN_OPTIONS": "detect_leaks=0"}
+    return folder / "_cuda_emul.so", flags, preload
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_text_under_the_sanitizers(sanitized, inputs, case):
+    module, _, preload = sanitized
+    run = probe(module, inputs, case, preload)
+    assert run.returncode == 0, run.stdout + run.stderr[-4000:]
+
+
+OVERRUNS = [
+    ("bitmap_linear.cu", "bytes = ring_bytes > sum_bytes ? ring_bytes : sum_bytes;", "bytes = sum_bytes;"),
+    ("csr_linear.cu", "if (row >= rows) return;  //", "if (row > rows) return;  //"),
+    ("select.cu", "bin < kBins; bin += kThreads) local[bin] = 0", "bin < kBins + 9; bin += kThreads) local[bin] = 0"),
+]
+
+
+@pytest.mark.parametrize("name, old, new", OVERRUNS, ids=[o[0] for o in OVERRUNS])
+def test_the_sanitizers_see_an_overrun(build, sanitized, inputs, tmp_path, name, old, new):
+    """An access past shared or global memory is reported by name: the fibers do not blind the sanitizer."""
+    module, flags, preload = sanitized
+    text = (SOURCES / name).read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    build(tmp_path, {name: text.replace(old, new)}, ready=module.parent, flags=flags, load=False)
+    run = probe(tmp_path / "_cuda_emul.so", inputs, Path(name).stem, preload)
+    assert run.returncode != 0 and ("buffer-overflow" in run.stderr or "runtime error" in run.stderr)
