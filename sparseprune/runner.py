@@ -66,7 +66,7 @@ class RunConfig(Config):
     heads: int = 4
     dropout: float = 0.1
     max_length: int | None = None
-    batch_size: int = 32
+    batch_size: int = 64
     dense_epochs: int = 4
     dense_lr: float = 1e-3
     drop: float = 0.05
@@ -172,7 +172,7 @@ def run_prune(
     return run(settings, out=out, name=name, quiet=quiet)
 
 
-_DEMO_EPOCHS = 6.0
+_DEMO_EPOCHS = 4.0
 
 
 def _schedule(density: float) -> Schedule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import math
 import time
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from .._files import replacing
 from ..nn.filters import FilterFn, prunable_linears
 from ..optim import AdamW
-from .config import GANConfig
+from .config import DiscriminatorConfig, GANConfig
 from .evaluate import evaluate
 from .features import Batch, Taps, choose_taps, normalise, rows_of, split_batch
 from .game import Game
@@ -161,7 +162,19 @@ class GANPruner:
             raise ValueError(f'null_test: cue expected None, "dropout" or "pad", got {cue!r}')
         twin = copy.deepcopy(self.teacher)
         twin.train(cue == "dropout")
+        return self._probe(twin, loader, steps, pad=cue == "pad")
+
+    def probe(self, loader: Iterable[Any], steps: int = 200) -> float:
+        """Accuracy of a fresh discriminator between the teacher and the model as it is now: 0.5 where it finds nothing.
+
+        The mechanism check: whatever an arm did, how much of its difference from the teacher is left to be seen.
+        """
+        self.model.eval()
+        return self._probe(self.model, loader, steps, pad=False)
+
+    def _probe(self, twin: nn.Module, loader: Iterable[Any], steps: int, pad: bool) -> float:
         batches = _forever(loader)
+        settings = self.config.discriminator
         game: Game | None = None
         verdicts: list[float] = []
         with torch.random.fork_rng(devices=[]):
@@ -173,9 +186,9 @@ class GANPruner:
                     fake, _ = self._look(twin, batch)[1:]
                 mask = batch.mask
                 if game is None:
-                    game = self._new_game(real, entry, mask)
+                    game = self._new_game(real, entry, mask, dataclasses.replace(settings, mode="trained"))
                 rows = game.rows(real, fake, entry, mask)
-                if cue == "pad" and mask is not None:
+                if pad and mask is not None:
                     count = int(len(rows.fake) / len(fake))
                     padded = [game.rows([r], [f], None, None) for r, f in zip(real, fake)]
                     rows.fake = torch.cat([p.fake[torch.randperm(len(p.fake))[:count]] for p in padded])
@@ -306,15 +319,19 @@ class GANPruner:
         features = watch.collect() or [real_rows(logits, batch.targets, batch.mask)]
         return logits, features, batch.first_float if self.entry is None else watch.entry
 
-    def _new_game(self, features: list[Tensor], entry: Tensor | None, mask: Tensor | None) -> Game:
+    def _new_game(
+        self, features: list[Tensor], entry: Tensor | None, mask: Tensor | None,
+        config: DiscriminatorConfig | None = None,
+    ) -> Game:  # fmt: skip
+        config = config or self.config.discriminator
         rows = [len(rows_of(f, mask)) for f in features]
-        usable = entry is not None and self.config.discriminator.conditional and entry.dim() > 1
+        usable = entry is not None and config.conditional and entry.dim() > 1
         if usable and entry is not None and {len(rows_of(entry, mask))} != set(rows):
             usable = False
             self.history.events.append({"step": self._step, "event": "unconditional: the embedding has other rows"})
         condition = entry.shape[-1] if usable and entry is not None else 0
         sizes = [f.shape[-1] for f in features]
-        return Game(self.config.discriminator, self.config.kappa, sizes, condition, self.config.seed, self.device)
+        return Game(config, self.config.kappa, sizes, condition, self.config.seed, self.device)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.autocast == "none":
