@@ -25,8 +25,8 @@ __all__ = ["STRIPS_FROM", "STRIP_TOKENS", "Strips", "csr_linear", "nm_linear", "
 
 STRIP_ROWS, STRIP_COLUMNS = 16, 64
 STRIP_TOKENS = 16  # the most that a strips product takes
-#: Density from which strips are used for one token: csr gathers from x once a token, strips do not care. And the density
-#: from which they are smaller than csr. Predictions (docs/gpu.md), to be replaced by what benchmarks/gpu.py measures.
+#: Density from which strips are used for one token (csr gathers from x once a token, strips do not care), and the
+#: density from which they are smaller than csr. Predictions (docs/gpu.md) until benchmarks/gpu.py has measured them.
 STRIPS_FROM, STRIPS_SMALLER = 0.15, 0.03
 FEW_TOKENS = 8  # the most that csr takes without transposing x
 HALVES = (torch.float16, torch.bfloat16)

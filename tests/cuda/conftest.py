@@ -112,7 +112,7 @@ def device(request, monkeypatch):
     return "cpu"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def build():
     """:func:`build_emulator`, for tests that compile changed text."""
     return build_emulator
