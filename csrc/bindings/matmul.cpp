@@ -3,32 +3,35 @@
 namespace sparseprune {
 namespace {
 // plan = (kind, rows, columns, height, k_block, row_block), as sparseprune/native/matmul.py makes it.
-struct Plan {
-  int64_t kind, rows, columns, height, k_block, row_block;
+Packed packed_of(const py::tuple& plan, uintptr_t values, int dtype, uintptr_t index, uintptr_t slots) {
+  const auto part = [&](size_t i) { return plan[i].cast<int64_t>(); };
+  const int64_t columns = part(2), k_block = part(4);
+  return {static_cast<int>(part(0)), part(1), columns, static_cast<int>(part(3)), k_block,
+          k_block > 0 ? (columns + k_block - 1) / k_block : 0, part(5), at<const void>(values), dtype,
+          at<const uint16_t>(index), at<const int32_t>(slots)};
+}
+
+// The pointers of a packed weight, read once; whoever holds it holds the tensors too.
+struct Weight {
+  Packed packed;
+  const float* scale;
 };
-Plan plan_of(const py::tuple& plan) {
-  const auto at = [&](size_t i) { return plan[i].cast<int64_t>(); };
-  return {at(0), at(1), at(2), at(3), at(4), at(5)};
-}
-Packed packed_of(const Plan& p, uintptr_t values, int dtype, uintptr_t index, uintptr_t slots) {
-  const int64_t k_blocks = p.k_block > 0 ? (p.columns + p.k_block - 1) / p.k_block : 0;
-  return {static_cast<int>(p.kind), p.rows,      p.columns,  static_cast<int>(p.height), p.k_block, k_blocks, p.row_block,
-          at<const void>(values),   dtype, at<const uint16_t>(index), at<const int32_t>(slots)};
-}
 }  // namespace
 
 void bind_matmul(py::module_& m) {
-  m.def("spmm", [](const py::tuple& plan, uintptr_t values, int dtype, uintptr_t index, uintptr_t slots, uintptr_t scale,
-                   uintptr_t bias, uintptr_t residual, int64_t residual_stride, int activation, uintptr_t x, int64_t x_stride,
-                   int64_t n, uintptr_t y, int64_t y_stride) {
-    const Packed w = packed_of(plan_of(plan), values, dtype, index, slots);
-    const Epilogue e{at<const float>(scale), at<const float>(bias), at<const float>(residual), residual_stride, activation};
-    py::gil_scoped_release release;
-    kernels().matmul.spmm(w, at<const float>(x), x_stride, n, at<float>(y), y_stride, e);
-  });
+  py::class_<Weight>(m, "Weight")
+      .def(py::init([](const py::tuple& plan, uintptr_t values, int dtype, uintptr_t index, uintptr_t slots, uintptr_t scale) {
+        return Weight{packed_of(plan, values, dtype, index, slots), at<const float>(scale)};
+      }))
+      .def("spmm", [](const Weight& w, uintptr_t bias, uintptr_t residual, int64_t residual_stride, int activation, uintptr_t x,
+                      int64_t x_stride, int64_t n, uintptr_t y) {
+        const Epilogue e{w.scale, at<const float>(bias), at<const float>(residual), residual_stride, activation};
+        py::gil_scoped_release release;
+        kernels().matmul.spmm(w.packed, at<const float>(x), x_stride, n, at<float>(y), w.packed.rows, e);
+      });
   m.def("sddmm", [](const py::tuple& plan, uintptr_t index, uintptr_t slots, uintptr_t x, int64_t x_stride, uintptr_t dy,
                     int64_t dy_stride, int64_t n, uintptr_t grad) {
-    const Packed w = packed_of(plan_of(plan), 0, kFloat32, index, slots);
+    const Packed w = packed_of(plan, 0, kFloat32, index, slots);
     py::gil_scoped_release release;
     kernels().matmul.sddmm(w, at<const float>(x), x_stride, at<const float>(dy), dy_stride, n, at<float>(grad));
   });

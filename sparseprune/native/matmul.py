@@ -11,6 +11,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -67,6 +68,21 @@ class Packed:
         """Bytes that the forward kernel reads: everything but ``perm``."""
         parts = [self.index, self.offsets, self.values, *([] if self.scale is None else [self.scale])]
         return sum(t.numel() * t.element_size() for t in parts)
+
+    @cached_property
+    def weight(self) -> Any:
+        """What the compiled core reads: the addresses of these tensors, which this object keeps alive."""
+        return require_c().Weight(
+            self.plan,
+            self.values.data_ptr(),
+            _VALUE_CODES[self.values.dtype],
+            self.index.data_ptr(),
+            self.offsets.data_ptr(),
+            0 if self.scale is None else self.scale.data_ptr(),
+        )
+
+    def __reduce__(self) -> tuple:
+        return Packed, (self.plan, self.index, self.offsets, self.perm, self.values, self.scale)
 
     def tensors(self) -> dict[str, Tensor]:
         found = {"index": self.index, "offsets": self.offsets, "perm": self.perm, "values": self.values}
@@ -282,30 +298,7 @@ def packed_linear(
     activation: str,
 ) -> Tensor:
     """x: `[..., K]`; a packed weight `[N_out, K]`; residual `[..., N_out]`; returns `[..., N_out]` in x's dtype."""
-    rows, columns = plan[1], plan[2]
-    flat = rows_of(x, columns)
-    y = torch.empty(flat.shape[0], rows)
-    b, add = _f32(bias), None if residual is None else rows_of(residual, rows)
-    require_c().spmm(
-        tuple(plan),
-        values.data_ptr(),
-        _VALUE_CODES[values.dtype],
-        index.data_ptr(),
-        offsets.data_ptr(),
-        0 if scale is None else scale.data_ptr(),
-        0 if b is None else b.data_ptr(),
-        0 if add is None else add.data_ptr(),
-        0 if add is None else add.stride(0),
-        ACTIVATIONS[activation],
-        flat.data_ptr(),
-        flat.stride(0),
-        flat.shape[0],
-        y.data_ptr(),
-        rows,
-    )
-    if x.dtype != torch.float32:
-        y = y.to(x.dtype)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
+    return linear(x, Packed(tuple(plan), index, offsets, offsets, values, scale), bias, residual, activation)
 
 
 def _why_not_packed_sddmm(
@@ -367,9 +360,28 @@ def linear(
     x: Tensor, packed: Packed, bias: Tensor | None = None, residual: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
     """The direct call: no dispatcher, no autograd. x: `[..., K]` on the CPU; returns `[..., N_out]` in x's dtype."""
-    return packed_linear(
-        x, packed.values, packed.index, packed.offsets, packed.scale, bias, residual, packed.plan, activation
+    rows, columns = packed.plan[1], packed.plan[2]
+    dtype, shape = x.dtype, x.shape
+    plain = dtype is torch.float32
+    flat = x if plain and len(shape) == 2 and x.is_contiguous() else rows_of(x, columns)
+    n = flat.shape[0]
+    y = torch.empty((n, rows))
+    if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous()):
+        bias = _f32(bias)
+    add = None if residual is None else rows_of(residual, rows)
+    packed.weight.spmm(
+        0 if bias is None else bias.data_ptr(),
+        0 if add is None else add.data_ptr(),
+        0 if add is None else add.stride(0),
+        ACTIVATIONS[activation],
+        flat.data_ptr(),
+        flat.stride(0),
+        n,
+        y.data_ptr(),
     )
+    if not plain:
+        y = y.to(dtype)
+    return y if len(shape) == 2 else y.view(*shape[:-1], rows)
 
 
 def why_not_linear(x: Tensor, packed: Packed) -> list[str]:
