@@ -73,7 +73,8 @@ def measure(
             result["gflops"] = entry.kept_flops / seconds.median / 1e9
         if entry.work is not None and peaks is not None:
             limit, what = peaks.limit_seconds(entry.work)
-            result.update(share=limit / seconds.median, limit=what, bytes=entry.work.bytes, flops=entry.work.flops)
+            result.update(share=limit / seconds.median, limit=what, unit=entry.work.unit)
+            result.update(bytes=entry.work.bytes, flops=entry.work.flops)
         results[name] = result
     return {
         "case": contest.case.to_dict(),

@@ -172,6 +172,9 @@ def test_prune_like_is_exact(structure, sparsity, zeros):
 def test_limits_are_positive_and_the_larger_one_counts():
     peaks = measure_peaks()
     assert peaks.fma > 0 and peaks.l1_fma > 0 and peaks.update > 0 and peaks.read_at(1 << 20) > 0
+    better = {**peaks.to_dict(), "fma_gflops": 2 * peaks.fma, "l1_fma_gflops": 1.0, "read_gbs": {"256 KiB": 1e6}}
+    peaks.raise_to(better)
+    assert peaks.fma == better["fma_gflops"] and peaks.l1_fma > 1.0 and peaks.read_at(200_000) == 1e6
     seconds, what = peaks.limit_seconds(Work(flops=1e12, bytes=1.0))
     assert what == "fma" and seconds == pytest.approx(1e3 / peaks.fma)
     seconds, what = peaks.limit_seconds(Work(flops=1.0, bytes=float(1 << 28), unit="l1_fma"))
