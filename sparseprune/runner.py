@@ -33,6 +33,7 @@ from .gan import GANConfig, GANPruner, evaluate
 from .nn import sparsify_
 from .nn.filters import matching_filter, prunable_linears
 from .pruning.granularity import Heads, Neurons
+from .pruning.granularity import Plan
 from .pruning.masks import MaskSet
 from .pruning.schedules import Constant, RetentionSchedule, Schedule
 from .pruning.structures import shrink_
@@ -190,6 +191,8 @@ def run(config: RunConfig, *, out: str | Path = "runs", name: str = "run", quiet
     _seed(config.seed)
     model = setup.make()
     filter_fn = matching_filter(model, config.prune_layers)
+    # A granularity that does not fit this model fails here, before anything is trained or written.
+    Plan.build(model, prunable_linears(model, filter_fn), config.gan.granularity, config.gan.scope)
     folder = Path(out) / name
     _enter(folder, config)
     began = time.monotonic()

@@ -26,6 +26,7 @@ def language_model(name: str, gguf_file: str | None = None) -> tuple[nn.Module, 
     like a path and is none, ValueError where it cannot be loaded.
     """
     transformers = require()
+    transformers.utils.logging.disable_progress_bar()
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
         raise FileNotFoundError(f"model: no folder {name!r}")
     options = {} if gguf_file is None else {"gguf_file": gguf_file}

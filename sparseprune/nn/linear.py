@@ -208,7 +208,15 @@ class SparseLinear(nn.Module):
         return self.nnz / max(1, self.out_features * self.in_features)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """input: `[..., K]`; residual: `[..., N]`, added after the activation; returns `[..., N]`."""
+        """input: `[..., K]`; residual: `[..., N]`, added after the activation; returns `[..., N]`.
+
+        ValueError where input or residual has another width.
+        """
+        if not input.shape or input.shape[-1] != self.in_features:
+            raise ValueError(f"SparseLinear: input expected [..., {self.in_features}], got {list(input.shape)}")
+        if residual is not None and residual.shape != (*input.shape[:-1], self.out_features):
+            expected = [*input.shape[:-1], self.out_features]
+            raise ValueError(f"SparseLinear: residual expected {expected}, got {list(residual.shape)}")
         if self.low_rank_a is not None:
             return self._forward_with_low_rank(input, residual)
         return self._sparse(input, self.bias, residual, self.activation)

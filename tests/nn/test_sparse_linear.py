@@ -365,6 +365,16 @@ def test_bad_options_are_refused(options, message):
         SparseLinear.from_linear(pruned(), **options)
 
 
-def test_wrong_input_width():
-    with pytest.raises((ValueError, RuntimeError), match="60"), torch.no_grad():
-        SparseLinear.from_linear(pruned()).eval()(torch.randn(3, 59))
+@pytest.mark.parametrize(
+    "x, residual, message",
+    [
+        (torch.ones(3, 59), None, r"input expected \[..., 60\]"),
+        (torch.tensor(1.0), None, "input expected"),
+        (torch.ones(3, 60), torch.ones(3, 47), "residual expected"),
+        (torch.ones(3, 60), torch.ones(2, 48), "residual expected"),
+    ],
+)
+def test_wrong_widths_never_reach_a_kernel(x, residual, message):
+    sparse = SparseLinear.from_linear(pruned()).eval()
+    with pytest.raises(ValueError, match=message), torch.no_grad():
+        sparse(x, residual)
