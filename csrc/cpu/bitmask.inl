@@ -124,7 +124,7 @@ static void bitmask_tokens(const Packed& w, const float* x, int64_t stride, int6
 static void spmm_bitmask(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride,
                          const Epilogue& e) {
   const int64_t width = (w.columns + 63) / 64 * 64, at_once = 64;
-  const int threads = threads_for(w.rows * width / 4 * (n + 1), 1 << 15);
+  const int threads = threads_for_cycles(w.rows * width / 16 * (n + 4));
   const bool padded = w.columns != width || n > 1;
   Workspace& shared = shared_workspace();
   float* own_x = padded ? shared.reserve(width * (n < at_once ? n : at_once)) : nullptr;

@@ -2,7 +2,7 @@
 
 static void add_layer_norm(const float* x, int64_t x_stride, const float* residual, int64_t residual_stride, const float* weight,
                            const float* bias, float eps, int64_t n, int64_t d, float* y) {
-  const int threads = threads_for(n * d, 1 << 14);
+  const int threads = threads_for_cycles(n * d / 2);
 #pragma omp parallel num_threads(threads)
   {
     const Range part = share(n, 1, thread_id(), team_size());

@@ -2,7 +2,7 @@
 
 // perm < 0 gives 0. For n packed places.
 static void gather_values(const float* canonical, const int32_t* perm, int64_t n, void* packed, int dtype) {
-  const int threads = threads_for(n, 1 << 15);
+  const int threads = threads_for_cycles(2 * n);
 #pragma omp parallel num_threads(threads)
   {
     const Range part = share(n, 64, thread_id(), team_size());
@@ -22,7 +22,7 @@ static void gather_values(const float* canonical, const int32_t* perm, int64_t n
 
 // canonical[perm[i]] = packed[i] for the places with perm >= 0; no two places share one.
 static void scatter_values(const float* packed, const int32_t* perm, int64_t n, float* canonical) {
-  const int threads = threads_for(n, 1 << 15);
+  const int threads = threads_for_cycles(2 * n);
 #pragma omp parallel num_threads(threads)
   {
     const Range part = share(n, 64, thread_id(), team_size());

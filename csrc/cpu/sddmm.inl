@@ -52,7 +52,7 @@ static void sddmm(const Packed& w, const float* x, int64_t x_stride, const float
     __builtin_memset(grad, 0, static_cast<size_t>(entries * w.height) * sizeof(float));
     return;
   }
-  const int threads = threads_for(entries * w.height * (n + 8) + (w.rows + w.columns) * n, 1 << 15);
+  const int threads = threads_for_cycles(entries * w.height * (n + 8) / 8 + (w.rows + w.columns) * n / 4);
   Workspace& shared = shared_workspace();
   float* x_panel = shared.reserve((w.columns + w.rows) * kSddmmTile);
   float* dy_panel = x_panel + w.columns * kSddmmTile;

@@ -17,6 +17,16 @@ static inline int threads_for(int64_t work, int64_t grain) {
   return useful <= 1 ? 1 : (useful < most ? static_cast<int>(useful) : most);
 }
 
+// How many threads a kernel of about `cycles` cycles is worth. Where OMP_WAIT_POLICY=passive lets the team sleep, waking it takes
+// about 40 us; else it spins for a while and answers within one.
+static inline int threads_for_cycles(int64_t cycles) {
+  static const bool sleeps = [] {
+    const char* policy = std::getenv("OMP_WAIT_POLICY");
+    return policy != nullptr && (policy[0] == 'p' || policy[0] == 'P');
+  }();
+  return threads_for(cycles, sleeps ? int64_t(1) << 17 : int64_t(1) << 14);
+}
+
 // The part [begin, end) of n units, in multiples of `step`, that belongs to thread `id` of `team`.
 struct Range {
   int64_t begin, end;
