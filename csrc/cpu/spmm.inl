@@ -11,6 +11,7 @@
 // add with a broadcast x for each token. The sums stay in registers over the whole of K, and y is written as it lies.
 // One token, height 1: dot products.
 
+constexpr int64_t kTokensEach = 32;         // fewer tokens a thread, and the threads share the outputs instead
 constexpr int64_t kTile = 64;               // tokens of a panel at height 1, 2 and 4
 constexpr int64_t kPanelFloats = 1 << 18;   // a panel that several tiles share stays below this where it can
 constexpr bool kManyRegisters = SP_LANES == 16;
@@ -201,23 +202,18 @@ static void run_panel_tile(const Packed& w, int T, const float* panel, int64_t n
 
 static void spmm_tokens(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride,
                         const Epilogue& e, int threads) {
-  const int64_t row_blocks = (w.rows + w.row_block - 1) / w.row_block, tiles = (n + kTile - 1) / kTile;
+  const int64_t row_blocks = (w.rows + w.row_block - 1) / w.row_block;
   const int64_t sums_size = w.row_block * kTile, scratch_size = w.height * w.k_block + 64;
-  const auto tile = [&](int64_t t, int64_t* token, int64_t* here) {
-    *token = t * kTile;
-    *here = n - *token < kTile ? n - *token : kTile;
-    return tile_width(*here);
-  };
-  if (n % (kTile * threads) == 0 || tiles >= 8 * threads) {  // each thread its own tiles
+  if (n >= kTokensEach * threads) {  // each thread its own tokens: nothing to wait for
 #pragma omp parallel num_threads(threads)
     {
       Workspace& own = workspace();
       float* sums = own.reserve(sums_size + scratch_size + w.columns * kTile);
       float *scratch = sums + sums_size, *panel = scratch + scratch_size;
-      const Range part = share(tiles, 1, thread_id(), team_size());
-      for (int64_t t = part.begin; t < part.end; ++t) {
-        int64_t token, here;
-        const int T = tile(t, &token, &here);
+      const Range part = share(n, 16, thread_id(), team_size());
+      for (int64_t token = part.begin; token < part.end; token += kTile) {
+        const int64_t here = part.end - token < kTile ? part.end - token : kTile;
+        const int T = tile_width(here);
         pack_panel(x + token * x_stride, x_stride, here, T, panel, 0, w.columns);
         run_panel_tile(w, T, panel, here, sums, scratch, 0, row_blocks, y, y_stride, token, e);
       }
@@ -225,34 +221,21 @@ static void spmm_tokens(const Packed& w, const float* x, int64_t x_stride, int64
     }
     return;
   }
-  // each thread its own outputs; the panel of several tiles is shared
+  // each thread its own outputs; the caller packs the panel, which for so few tokens takes less than a barrier would
   Workspace& shared = shared_workspace();
-  const int64_t fit = kPanelFloats / (w.columns * kTile), at_once = fit < 1 ? 1 : fit;
-  float* panels = shared.reserve((at_once < tiles ? at_once : tiles) * w.columns * kTile);
+  float* panel = shared.reserve(w.columns * kTile);
+  for (int64_t token = 0; token < n; token += kTile) {
+    const int64_t here = n - token < kTile ? n - token : kTile;
+    const int T = tile_width(here);
+    pack_panel(x + token * x_stride, x_stride, here, T, panel, 0, w.columns);
 #pragma omp parallel num_threads(threads)
-  {
-    Workspace& own = workspace();
-    float* sums = own.reserve(sums_size + scratch_size);
-    float* scratch = sums + sums_size;
-    const Range columns = share(w.columns, 16, thread_id(), team_size());
-    const Range blocks = share(row_blocks, 1, thread_id(), team_size());
-    for (int64_t t0 = 0; t0 < tiles; t0 += at_once) {
-      const int64_t t1 = t0 + at_once < tiles ? t0 + at_once : tiles;
-      int64_t token, here;
-      for (int64_t t = t0; t < t1; ++t) {
-        const int T = tile(t, &token, &here);
-        pack_panel(x + token * x_stride, x_stride, here, T, panels + (t - t0) * w.columns * kTile + columns.begin * T, columns.begin,
-                   columns.end);
-      }
-#pragma omp barrier
-      for (int64_t t = t0; t < t1; ++t) {
-        const int T = tile(t, &token, &here);
-        run_panel_tile(w, T, panels + (t - t0) * w.columns * kTile, here, sums, scratch, blocks.begin, blocks.end, y, y_stride,
-                       token, e);
-      }
-#pragma omp barrier
+    {
+      Workspace& own = workspace();
+      float* sums = own.reserve(sums_size + scratch_size);
+      const Range blocks = share(row_blocks, 1, thread_id(), team_size());
+      run_panel_tile(w, T, panel, here, sums, sums + sums_size, blocks.begin, blocks.end, y, y_stride, token, e);
+      own.trim();
     }
-    own.trim();
   }
   shared.trim();
 }
@@ -292,13 +275,19 @@ static inline void rows_group(const Packed& w, const int32_t* slots, int64_t gro
     }
     for (; p < count; ++p) entry(p, a[0]);
   }
+  alignas(64) float sums[M][H];
 #pragma GCC unroll 24
   for (int m = 0; m < M; ++m) {
-    if (m >= n) break;
     for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 8
       for (int u = 1; u < U; ++u) a[0][m][g] += a[u][m][g];
-      write(y + (token + m) * y_stride + out + g * L, finish(a[0][m][g], e, token + m, out + g * L));
+      write(sums[m] + g * L, a[0][m][g]);
+    }
+  }
+#pragma GCC unroll 1
+  for (int64_t m = 0; m < n; ++m) {  // one copy of the epilogue, whatever M is
+    for (int g = 0; g < G; ++g) {
+      write(y + (token + m) * y_stride + out + g * L, finish(read<F>(sums[m] + g * L), e, token + m, out + g * L));
     }
   }
 }
@@ -374,10 +363,10 @@ static void spmm_rows(const Packed& w, const float* x, int64_t x_stride, int64_t
   const int64_t groups = w.rows / w.height, scratch_size = w.height * w.k_block + 64;
   const int64_t fit = kPanelFloats / (w.columns < 1 ? 1 : w.columns) / 24 * 24;
   const int64_t at_once = fit < 48 ? 48 : fit;
-  if (n >= 2 * at_once * threads || groups < 2 * threads) {  // each thread its own tokens
+  if (n >= kTokensEach * threads) {  // each thread its own tokens: nothing to wait for
 #pragma omp parallel num_threads(threads)
     {
-      const Range part = share(n, 24, thread_id(), team_size());
+      const Range part = share(n, 8, thread_id(), team_size());
       Workspace& own = workspace();
       float* scratch = own.reserve(scratch_size + w.columns * (at_once + 8));
       float* panels = scratch + scratch_size;
@@ -393,24 +382,17 @@ static void spmm_rows(const Packed& w, const float* x, int64_t x_stride, int64_t
   const bool one = n == 1;
   Workspace& shared = shared_workspace();
   float* packed = one ? nullptr : shared.reserve(w.columns * ((at_once < n ? at_once : n) + 8));
+  for (int64_t t = 0; t < n; t += at_once) {
+    const int64_t here = n - t < at_once ? n - t : at_once;
+    if (!one) pack_rows(x + t * x_stride, x_stride, here, packed, w.columns, 0, w.columns);
 #pragma omp parallel num_threads(threads)
-  {
-    Workspace& own = workspace();
-    float* scratch = own.reserve(scratch_size);
-    const Range columns = share(w.columns, 16, thread_id(), team_size());
-    const Range part = share(groups, 1, thread_id(), team_size());
-    for (int64_t t = 0; t < n; t += at_once) {
-      const int64_t here = n - t < at_once ? n - t : at_once;
-      if (!one) {
-        pack_rows(x + t * x_stride, x_stride, here, packed, w.columns, columns.begin, columns.end);
-#pragma omp barrier
-      }
+    {
+      Workspace& own = workspace();
+      float* scratch = own.reserve(scratch_size);
+      const Range part = share(groups, 1, thread_id(), team_size());
       rows_groups(w, part.begin, part.end, one ? x : packed, one, here, scratch, y, y_stride, t, e);
-      if (t + at_once < n) {
-#pragma omp barrier
-      }
+      own.trim();
     }
-    own.trim();
   }
   shared.trim();
 }
