@@ -32,8 +32,7 @@ from .encoder import TextEncoder
 from .gan import GANConfig, GANPruner, evaluate
 from .nn import sparsify_
 from .nn.filters import matching_filter, prunable_linears
-from .pruning.granularity import Heads, Neurons
-from .pruning.granularity import Plan
+from .pruning.granularity import Heads, Neurons, Plan
 from .pruning.masks import MaskSet
 from .pruning.schedules import Constant, RetentionSchedule, Schedule
 from .pruning.structures import shrink_
@@ -345,7 +344,7 @@ def _latency_batch(loader: TokenLoader, size: int) -> dict[str, Tensor]:
 def _enter(folder: Path, config: RunConfig) -> None:
     """Makes the folder; leftovers of an interrupted run of the same configuration stay, all others go."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = folder / "config.json"
+    settings = folder / "settings.json"
     wanted = config.to_json()
     unfinished = (
         settings.exists() and settings.read_text(encoding="utf-8") == wanted and not (folder / "run.json").exists()

@@ -1,0 +1,78 @@
+"""The ablation program: arms, resuming, and its statistics."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def ablation():
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "ablation.py"
+    spec = importlib.util.spec_from_file_location("ablation_program", path)
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def record(arm, data, seed, accuracy):
+    figures = {"accuracy": accuracy, "macro_f1": accuracy, "agreement": accuracy, "kl": 1 - accuracy, "ece": 0.1}
+    return {
+        "setting": "s", "arm": arm, "data": data, "sparsity": 0.95, "seed": seed, "test": figures,
+        "dense_accuracy": {"test": 0.9}, "fresh_discriminator": 0.9, "cpu_seconds": 1.0,
+    }  # fmt: skip
+
+
+def test_arms_differ_only_where_they_say(ablation):
+    made = {arm: ablation.arm_config(arm, 0.95, 3, ablation.SIZES["small"], 1.5) for arm in ablation.ARMS}
+    assert all(c.final_density == pytest.approx(0.05) and c.seed == 3 for c in made.values())
+    assert made["gmp"].kd == made["gmp"].hidden == 0 and not made["scores_kd"].adversarial
+    assert made["scores_kd_matched"].epochs == 1.5 * made["scores_kd"].epochs
+    assert made["gan_frozen_d"].discriminator.mode == "frozen" and made["gan"].discriminator.mode == "trained"
+
+
+def test_differences_are_paired_by_cell_and_seed(ablation):
+    records = [record("gan", d, s, 0.8 + 0.01 * s) for d in "ab" for s in range(3)]
+    records += [record("scores_kd", d, s, 0.78 + 0.01 * s) for d in "ab" for s in range(2)]
+    cells = ablation.paired(records, "gan", "scores_kd", "accuracy")
+    assert {k: len(v) for k, v in cells.items()} == {("a", 0.95): 2, ("b", 0.95): 2}
+    mean, low, high, n = ablation.interval(cells, draws=500)
+    assert n == 4 and mean == pytest.approx(0.02) and low == pytest.approx(0.02) and high == pytest.approx(0.02)
+    assert ablation.interval({})[3] == 0
+    wide = ablation.interval({"a": [0.0, 0.1], "b": [-0.1, 0.0]}, draws=2000)
+    assert wide[1] < 0 < wide[2]
+    assert "`gan` - `scores_kd` | 4 | 2 | +2.000" in ablation.table(records)
+
+
+def test_a_line_cut_short_is_run_again(ablation, tmp_path):
+    path = tmp_path / "r" / "a.jsonl"
+    ablation.append(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"a": 2, "b')
+    ablation.append(path, {"a": 3})
+    assert ablation.read(path) == [{"a": 1}, {"a": 3}]
+
+
+def test_a_tiny_experiment_resumes(ablation, tmp_path, monkeypatch, capsys):
+    setting = ablation.Setting(hidden=32, ffn=64, layers=1, heads=2, dense_epochs=1, epochs=2.0, train_limit=192)
+    monkeypatch.setitem(ablation.SIZES, "small", setting)
+    path = tmp_path / "a.jsonl"
+    common = ["--seeds", "0", "--sparsity", "0.9", "--data", "crosswoz_zh", "--results", str(path)]
+    ablation.main(["--arms", "scores_kd", "gan", *common])
+    first = path.read_text()
+    ablation.main(["--arms", "scores_kd", "gan", "scores_kd_matched", *common])
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert path.read_text().startswith(first) and [r["arm"] for r in records] == [
+        "scores_kd",
+        "gan",
+        "scores_kd_matched",
+    ]
+    assert records[2]["steps"] >= records[0]["steps"] == records[1]["steps"]
+    assert {"accuracy", "kl", "agreement", "ece"} <= set(records[0]["test"])
+    assert "`gan` - `scores_kd`" in capsys.readouterr().out
