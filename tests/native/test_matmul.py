@@ -1,4 +1,6 @@
-"""The compiled sparse matmul, tier by tier, against dense torch: odd shapes, every packed kind, value type and token count."""
+"""The compiled sparse matmul, tier by tier, against dense torch: odd shapes, every packed kind, value type and token
+count.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,8 @@ def test_wide_columns_beyond_16_bits(tier, close):
     w[:, ::997] = torch.randn(18, len(range(0, columns, 997)))
     w[3] = 0
     w[5, 65536:65800] = 1.0
-    for layout in (layouts.CSR.from_dense(w), layouts.BSR.from_dense(w[:16], (16, 1)), layouts.BSR.from_dense(w, (2, 1))):
+    blocks = layouts.BSR.from_dense(w[:16], (16, 1)), layouts.BSR.from_dense(w, (2, 1))
+    for layout in (layouts.CSR.from_dense(w), *blocks):
         for tuned in (1, 128):
             packed = ops.pack(layout, tokens=tuned)
             for n in (1, 3, 70):
@@ -153,7 +156,8 @@ def test_add_layer_norm(tier, shape, close):
 
 
 def test_many_threads_share_one_weight(tier):
-    packs = [(ops.pack(WEIGHTS[name], tokens=t), WEIGHTS[name].to_dense()) for name in ("half", "16x1") for t in (1, 128)]
+    chosen = [(WEIGHTS[name], tuned) for name in ("half", "16x1") for tuned in (1, 128)]
+    packs = [(ops.pack(layout, tokens=tuned), layout.to_dense()) for layout, tuned in chosen]
     wrong: list[str] = []
 
     def work(seed: int) -> None:
