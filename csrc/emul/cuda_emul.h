@@ -35,6 +35,7 @@
 #endif
 #endif
 #if defined(EMUL_ASAN)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if !defined(__x86_64__)
@@ -120,6 +121,9 @@ struct Fiber {
     stack = base;
     stack_bytes = bytes;
     fake_stack = nullptr;
+#if defined(EMUL_ASAN)
+    __asan_unpoison_memory_region(base, bytes);  // the frames of the fiber that ended here left their red zones behind
+#endif
 #if defined(__x86_64__)
     void** top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(base + bytes) & ~uintptr_t(15));
     *--top = nullptr;  // where entry would return to: it never does; it also leaves the stack aligned as after a call
