@@ -49,16 +49,20 @@ class Setting:
     layers: int = 2
     heads: int = 4
     batch_size: int = 64
-    dense_epochs: int = 8
-    epochs: float = 8.0
-    train_limit: int = 4000
+    dense_epochs: int = 6
+    epochs: float = 5.0
+    evaluate_every: int = 60
+    train_limit: int = 3000
     max_length: int = 64
 
     def key(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
 
-SIZES = {"small": Setting(), "full": Setting(hidden=256, ffn=1024, train_limit=1_000_000, dense_epochs=5, epochs=6.0)}
+SIZES = {
+    "small": Setting(),
+    "full": Setting(hidden=256, ffn=1024, train_limit=1_000_000, dense_epochs=5, epochs=6.0, evaluate_every=200),
+}
 
 
 def arm_config(arm: str, sparsity: float, seed: int, setting: Setting, stretch: float = 1.0) -> GANConfig:
