@@ -108,7 +108,7 @@ def take_slow_path_(model: nn.Module) -> list[str]:
     """
     changed = []
     for fqn, module in model.named_modules():
-        name = _FAST_PATH.get(type(module))
+        name = _fast_path(module)
         if name is not None and _BEFORE not in module.__dict__ and getattr(module, name):
             module.__dict__[_BEFORE] = getattr(module, name)
             setattr(module, name, 0)
@@ -121,7 +121,13 @@ def take_fast_path_(model: nn.Module) -> None:
     """Undoes :func:`take_slow_path_`."""
     for module in model.modules():
         if _BEFORE in module.__dict__:
-            setattr(module, _FAST_PATH[type(module)], module.__dict__.pop(_BEFORE))
+            name = _fast_path(module)
+            assert name is not None
+            setattr(module, name, module.__dict__.pop(_BEFORE))
+
+
+def _fast_path(module: nn.Module) -> str | None:
+    return next((name for kind, name in _FAST_PATH.items() if isinstance(module, kind)), None)
 
 
 # The attribute that opens the fast path, and the one that remembers what it was.
