@@ -4,20 +4,6 @@
 
 constexpr int kSddmmTile = 64;
 
-// Sums each of eight vectors: out[i] = sum of v[i]'s lanes.
-static inline v8 sums_of_eight(v8* v) {
-  transpose8(v);
-  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
-}
-static inline v8 halves_sum(v8 v) { return v; }
-#if SP_LANES == 16
-static inline v8 halves_sum(vf v) {
-  v8 half[2];
-  __builtin_memcpy(half, &v, sizeof(v));
-  return half[0] + half[1];
-}
-#endif
-
 // grad[p * height + r] (+)= for the n entries of one slot and the height rows of its group.
 static void sddmm_slot(const uint16_t* index, int64_t n, int height, const float* x_panel, const float* dy_panel, float* grad,
                        bool first) {

@@ -76,12 +76,36 @@ static inline void transpose8(v8* r) {
 // Eight bfloat16 (as their bits) or int8 values as floats.
 typedef uint16_t v8_u16 __attribute__((vector_size(16), aligned(2), may_alias));
 typedef int8_t v8_i8 __attribute__((vector_size(8), aligned(1), may_alias));
+#if defined(__AVX2__)  // the compiler's own conversions take twenty instructions
+static inline v8 widen_bf16(const uint16_t* p) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return reinterpret_cast<v8>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+}
+static inline v8 widen_int8(const int8_t* p) {
+  const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return reinterpret_cast<v8>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw)));
+}
+#else
 static inline v8 widen_bf16(const uint16_t* p) {
   return reinterpret_cast<v8>(__builtin_convertvector(*reinterpret_cast<const v8_u16*>(p), v8i) << 16);
 }
 static inline v8 widen_int8(const int8_t* p) {
   return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const v8_i8*>(p), v8i), v8);
 }
+#endif
+// out[i] = the sum of v[i]'s lanes; v is lost.
+static inline v8 sums_of_eight(v8* v) {
+  transpose8(v);
+  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+static inline v8 halves_sum(v8 v) { return v; }
+#if SP_LANES == 16
+static inline v8 halves_sum(vf v) {
+  v8 half[2];
+  __builtin_memcpy(half, &v, sizeof(v));
+  return half[0] + half[1];
+}
+#endif
 // The sum of a vector's lanes.
 static inline float total(vf v) {
   float s[kLanes];
