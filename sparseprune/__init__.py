@@ -27,6 +27,7 @@ _PUBLIC = {
     "PruneConfig": "pruning",
     "Pruner": "pruning",
     "RetentionSchedule": "pruning",
+    "compensate_": "pruning",
     "prune_": "pruning",
     "MaskedLinear": "nn",
     "SparseLinear": "nn",

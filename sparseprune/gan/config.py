@@ -83,7 +83,9 @@ class GANConfig(Config):
     loss: ``ce`` CE + ``kd`` tau^2 KL(teacher, student) + ``hidden`` mean square of the normalised hidden states +
     lambda L_adv, with lambda set by the gradient balance ``kappa``. lr: the weights' (3e-5 suits pretrained models).
     gumbel: temperature of the Gumbel noise on the scores at the start; it falls to 0 at the end of the window.
-    accumulate: batches a step. dropout: train with the model's dropout on, in teacher and student alike.
+    compensation: "survivors" refits the kept weights and the bias at the freeze, so that they stand in for what the
+    masks removed (:func:`sparseprune.pruning.compensate`). accumulate: batches a step. dropout: train with the model's
+    dropout on, in teacher and student alike.
     """
 
     method: Literal["gan", "scores", "magnitude", "movement"] = "gan"
@@ -112,6 +114,7 @@ class GANConfig(Config):
     accumulate: int = 1
     autocast: Literal["none", "bfloat16"] = "none"
     dropout: bool = False
+    compensation: Literal["none", "survivors"] = "none"
     evaluate_every: int | None = None
     patience: int | None = None
     seed: int = 0
@@ -121,6 +124,7 @@ class GANConfig(Config):
         _one_of(name, "method", self.method, ("gan", "scores", "magnitude", "movement"))
         _one_of(name, "scope", self.scope, ("global", "layer"))
         _one_of(name, "autocast", self.autocast, ("none", "bfloat16"))
+        _one_of(name, "compensation", self.compensation, ("none", "survivors"))
         for key, low in (("lr", 0), ("scores_lr", 0), ("weight_decay", 0), ("ce", 0), ("kd", 0), ("hidden", 0),
                          ("kappa", 0), ("gumbel", 0), ("accumulate", 1)):  # fmt: skip
             _at_least(name, key, getattr(self, key), low)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .._files import replacing
 from ..nn.filters import FilterFn, prunable_linears
 from ..optim import AdamW
+from ..pruning.compensation import collect_inputs, compensate
 from .config import DiscriminatorConfig, GANConfig
 from .evaluate import evaluate
 from .features import Batch, Taps, choose_taps, normalise, rows_of, split_batch
@@ -119,16 +120,16 @@ class GANPruner:
         while not self._finished:
             self._elapsed = time.monotonic() - began
             self._progress = self._share(total)
-            if not self.gates.frozen and self._progress >= self.config.freeze_at:
-                self._freeze()
             group = list(islice(batches, self.config.accumulate))
+            if not self.gates.frozen and self._progress >= self.config.freeze_at:
+                self._freeze(group)
             record = self._train_step(group, compute)
             self._step += 1
             self._elapsed = time.monotonic() - began
             self._progress = self._share(total)
             over = self._progress >= 1
             if over and not self.gates.frozen:
-                self._freeze()
+                self._freeze(group)
             if record is not None:
                 self.history.steps.append(record)
                 if callback is not None:
@@ -294,11 +295,28 @@ class GANPruner:
             self.weight_optimiser = torch.optim.AdamW(groups, lr=config.lr, fused=fused)
         self.score_optimiser = torch.optim.Adam(self.gates.scores.values(), lr=config.scores_lr)
 
-    def _freeze(self) -> None:
+    def _freeze(self, group: list[Any]) -> None:
+        """The final masks, and what they removed made up for on the inputs of ``group``, the step's own batches."""
+        dense = {name: w.detach().clone() for name, w in self.gates.masters.items()}
         self.gates.freeze(self.config.final_density)
+        if self.config.compensation == "survivors":
+            self._compensate(dense, group)
         self._heal_from = self._progress
         self._optimisers()
         self.history.events.append({"step": self._step, "event": "masks frozen", "density": self.density})
+
+    @torch.no_grad()
+    def _compensate(self, dense: dict[str, Tensor], group: list[Any]) -> None:
+        inputs = collect_inputs(self.model, dense, [split_batch(batch, self.device).inputs for batch in group])
+        for name, weight in dense.items():
+            linear = self.model.get_submodule(name)
+            bias = linear._parameters["bias"]
+            found = compensate(
+                weight, inputs[name], mask=self.gates.masks[name], bias_shift=bias is not None, ranks=()
+            )
+            linear.get_parameter("weight").copy_(found.weight)
+            if found.bias_shift is not None and bias is not None:
+                bias.add_(found.bias_shift)
 
     def _lr_factor(self) -> float:
         """Linear warm-up, constant while the masks move, then from 1 down to 0.02 while the rest heals."""

@@ -3,7 +3,7 @@ of each.
 """
 
 from .allocation import erk_densities, kept_count, weighted_counts
-from .compensation import Compensation, collect_inputs, compensate, refit_survivors
+from .compensation import Compensation, CompensationReport, collect_inputs, compensate, compensate_, refit_survivors
 from .criteria import Criterion, PruneContext, criterion_names, make_criterion, register_criterion
 from .factors import Factors
 from .granularity import NM, Block, Element, Granularity, Heads, Mixture, Neurons, Plan, UnitMap, make_granularity
@@ -19,6 +19,7 @@ __all__ = [
     "NM",
     "Block",
     "Compensation",
+    "CompensationReport",
     "Constant",
     "Criterion",
     "Cubic",
@@ -42,6 +43,7 @@ __all__ = [
     "attention_blocks",
     "collect_inputs",
     "compensate",
+    "compensate_",
     "criterion_names",
     "erk_densities",
     "feed_forwards",

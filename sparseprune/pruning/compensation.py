@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.linear import SparseLinear
 from .granularity import Block, Element, make_granularity
 
-__all__ = ["Compensation", "collect_inputs", "compensate", "refit_survivors"]
+__all__ = ["Compensation", "CompensationReport", "collect_inputs", "compensate", "compensate_", "refit_survivors"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def compensate(
     mask: Tensor | None = None,
     scores: Tensor | None = None,
     has_bias: bool = True,
+    bias_shift: bool = True,
     granularity: str | Element | Block = "element",
     valid_inputs: Tensor | None = None,
     ranks: Sequence[int] | None = None,
@@ -99,13 +101,13 @@ def compensate(
 ) -> Compensation:
     """weight: `[N, K]` dense; inputs: `[..., K]`, what the layer reads; returns the best :class:`Compensation`.
 
-    The budget is ``density`` times N K, or the number of weights that ``mask`` keeps (give one of the two). Candidates:
-    plain masking, a bias shift, refitted ``survivors``, and every rank of ``ranks`` (default: up to half the budget in
-    powers of two) with the kept weights reduced to pay for it. ``scores`` `[N, K]` order the weights, by default
-    |w| sqrt(E x^2); with ``mask`` only kept ones are eligible. Without scores and mask the sparse part is chosen anew
-    beside the low-rank part in ``rounds`` alternations. ``has_bias``: False makes a bias shift cost N parameters.
-    ``valid_inputs``: held-out inputs for the choice, by default the last quarter of ``inputs``. Rank 0, and no
-    compensation at all, are valid answers. granularity: elements or blocks.
+    The budget is ``density`` times N K, or the number of weights that ``mask`` keeps (give one of the two).
+    Candidates: plain masking, a bias shift, refitted ``survivors``, and every rank of ``ranks`` (default: up to half
+    the budget in powers of two) with the kept weights reduced to pay for it. ``scores`` `[N, K]` order the weights, by
+    default |w| sqrt(E x^2); with ``mask`` only kept ones are eligible. Without scores and mask the sparse part is
+    chosen anew beside the low-rank part in ``rounds`` alternations. ``has_bias``: False makes a bias shift cost N
+    parameters; ``bias_shift``: False tries none. ``valid_inputs``: held-out inputs for the choice, by default the last
+    quarter of ``inputs``. Rank 0, and no compensation at all, are valid answers. granularity: elements or blocks.
 
     Raises ValueError on shapes that do not fit, on inputs that are not finite, and on fewer than 8 of them.
     """
@@ -128,7 +130,7 @@ def compensate(
     budget = int(mask.sum()) if mask is not None else problem.affordable(_share(density) * dense.numel())
     best: Compensation | None = None
     errors: dict[str, float] = {}
-    for name, rank, shift, refit in _candidates(dense, budget, ranks, survivors):
+    for name, rank, shift, refit in _candidates(dense, budget, ranks, survivors, bias_shift):
         cost = rank * sum(dense.shape) + (0 if has_bias or not shift else dense.shape[0])
         if cost > budget:
             continue
@@ -151,6 +153,68 @@ def compensate(
             )
     assert best is not None  # plain masking costs nothing
     return best
+
+
+@dataclass(frozen=True)
+class CompensationReport:
+    """What :func:`compensate_` did: fqn -> :class:`Compensation`."""
+
+    layers: dict[str, Compensation]
+
+    def __str__(self) -> str:
+        width = max([len(name) for name in self.layers] + [5])
+        lines = [f"{'layer':<{width}}  {'chosen':<18}  error: mask  chosen  parameters / budget"]
+        for name, c in self.layers.items():
+            errors = f"{c.errors['mask']:11.4f}  {c.errors[c.chosen]:6.4f}"
+            lines.append(f"{name:<{width}}  {c.chosen:<18}  {errors}  {c.parameters} / {c.budget}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def compensate_(
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Iterable[Any],
+    *,
+    ranks: Sequence[int] | None = None,
+    rows: int = 4096,
+) -> CompensationReport:
+    """Gives a pruned model back, in place, part of what pruning removed; no layer ends with more parameters than it
+    had.
+
+    model: its pruned Linears hold zeros; dense: the same architecture before pruning, left untouched; batches: what
+    the models are called with, as for :func:`collect_inputs`. Each pruned Linear gets what served it best on held-out
+    inputs of its own: nothing, a bias shift (where it has a bias), refitted survivors, or a low-rank term paid for
+    with kept weights; then it becomes a :class:`SparseLinear` with ``low_rank_a`` and ``low_rank_b``. ``ranks``: those
+    tried; ``()`` for none. ``rows``: input positions kept a layer.
+
+    Raises ValueError where nothing is pruned or the two models differ in shape.
+    """
+    twins = dict(dense.named_modules())
+    pruned = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not bool((module.weight != 0).all())
+    }
+    if not pruned:
+        raise ValueError("compensate_: expected a model with pruned Linears, got none with zeros; prune it first")
+    for name, linear in pruned.items():
+        twin = twins.get(name)
+        if not isinstance(twin, nn.Linear) or twin.weight.shape != linear.weight.shape:
+            raise ValueError(f"compensate_: the dense model expected a Linear {list(linear.weight.shape)} at {name!r}")
+    inputs = collect_inputs(model, pruned, batches, rows)
+    results: dict[str, Compensation] = {}
+    for name, linear in pruned.items():
+        weight, mask = twins[name].get_parameter("weight").detach(), linear.weight != 0
+        found = compensate(weight, inputs[name], mask=mask, bias_shift=linear.bias is not None, ranks=ranks)
+        results[name] = found
+        linear.weight.copy_(found.weight)
+        if found.bias_shift is not None:
+            linear.bias.add_(found.bias_shift)
+        if found.low_rank_a is not None:
+            layer = SparseLinear.from_linear(linear, low_rank_a=found.low_rank_a, low_rank_b=found.low_rank_b)
+            model.set_submodule(name, layer)
+    return CompensationReport(results)
 
 
 def refit_survivors(weight: Tensor, mask: Tensor, second_moment: Tensor, iterations: int = 30) -> Tensor:
@@ -290,20 +354,24 @@ class _Problem:
 
 
 def _candidates(
-    dense: Tensor, budget: int, ranks: Sequence[int] | None, survivors: bool
+    dense: Tensor, budget: int, ranks: Sequence[int] | None, survivors: bool, bias_shift: bool
 ) -> list[tuple[str, int, bool, bool]]:
     """(name, rank, bias shift, refitted survivors), the plain ones first: ties go to them."""
     if ranks is None:
         most = min(budget // (2 * sum(dense.shape)), min(dense.shape))
         ranks = [2**i for i in range(max(0, most).bit_length())]
-    candidates = [("mask", 0, False, False), ("bias", 0, True, False)]
+    candidates = [("mask", 0, False, False)]
+    if bias_shift:
+        candidates.append(("bias", 0, True, False))
     if survivors:
-        candidates += [("survivors", 0, False, True), ("survivors and bias", 0, True, True)]
+        candidates.append(("survivors", 0, False, True))
+    if survivors and bias_shift:
+        candidates.append(("survivors and bias", 0, True, True))
     for rank in ranks:
         if not 0 <= rank <= min(dense.shape):
             raise ValueError(f"compensate: ranks expected in [0, {min(dense.shape)}], got {rank}")
         if rank:
-            candidates.append((f"rank {rank}", rank, True, survivors))
+            candidates.append((f"rank {rank}", rank, bias_shift, survivors))
     return candidates
 
 

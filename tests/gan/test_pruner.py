@@ -116,6 +116,25 @@ def test_a_pattern_that_fixes_its_density_refuses_another(trained):
         GANPruner(copy.deepcopy(trained), config(granularity=NM(2, 4)))
 
 
+def test_compensation_brings_the_frozen_student_nearer_to_the_unmasked_one(trained):
+    """With nothing learned in between, refitted survivors answer for the masked weights better than masking does."""
+    distances = {}
+    for compensation in ("none", "survivors"):
+        settings = config(
+            method="magnitude", compensation=compensation, steps=4, lr=1e-9, weight_decay=0.0, warmup=0.0,
+            prune_until=0.5, freeze_at=0.99, schedule=RetentionSchedule(0.1, 0.3),
+        )  # fmt: skip
+        pruner = GANPruner(copy.deepcopy(trained), settings)
+        pruner.fit(loader())
+        model = pruner.finalize().eval()
+        batch = next(iter(loader(seed=3)))
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            distances[compensation] = float((model(**inputs) - trained(**inputs)).square().mean())
+        assert all(not bool(model.get_submodule(n).weight[~m].any()) for n, m in pruner.masks.items())
+    assert distances["survivors"] < 0.9 * distances["none"]
+
+
 def test_layer_scope_keeps_the_share_of_each_layer(trained):
     pruner = GANPruner(copy.deepcopy(trained), config(scope="layer"))
     pruner.fit(loader())
@@ -138,7 +157,9 @@ class Killed(Exception):
 
 
 def test_a_run_killed_at_any_step_resumes_to_the_bit(trained, tmp_path):
-    settings = config(gumbel=0.02, dropout=True, accumulate=2, evaluate_every=5, epochs=7.0)
+    settings = config(
+        gumbel=0.02, dropout=True, accumulate=2, evaluate_every=5, epochs=7.0, compensation="survivors"
+    )
 
     def data():
         return loader(augment=Augment(drop=0.1, mask=0.1), count=128)
