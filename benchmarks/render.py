@@ -1,14 +1,15 @@
 """``python -m benchmarks.render``: puts the tables of ``benchmarks/results/*.json`` into docs/performance.md.
 
 A table stands between ``<!-- table: RESULT WHAT -->`` and ``<!-- end -->``; RESULT is the name of a result file, WHAT
-one of ``machine``, ``limits``, ``linear STRUCTURE``, ``means``, ``goals``, ``tokens``, ``minilm``, ``training``,
-``other``, ``models``, ``gap``. ``--picture RESULT`` draws docs/speedup.png.
+one of ``machine``, ``limits``, ``fixed``, ``linear STRUCTURE``, ``means``, ``goals``, ``tokens``, ``minilm``,
+``training``, ``other``, ``models``, ``gap``. ``--picture RESULT`` draws docs/speedup.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from .run import RESULTS
 
 DOCS = RESULTS.parents[1] / "docs"
 _BLOCK = re.compile(r"(<!-- table: (\S+) ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_SIZES = ("16 KiB", "512 KiB", "4096 KiB", "262144 KiB")
 _FLAT = ("kth", "topk", "mask", "threshold", "adamw")
 
 
@@ -44,7 +46,7 @@ def table(results: dict[str, Any], what: str) -> str:
         rows = [
             ["multiply-adds, operands in registers", f"{peaks['fma_gflops']:.0f} GFLOP/s"],
             ["multiply-adds, one L1 load each", f"{peaks['l1_fma_gflops']:.0f} GFLOP/s"],
-            *([f"read, working set {size}", f"{rate:.0f} GB/s"] for size, rate in peaks["read_gbs"].items()),
+            *([f"read, working set {size}", f"{peaks['read_gbs'][size]:.0f} GB/s"] for size in _SIZES),
             ["read and written in place, 256 MiB", f"{peaks['update_gbs']:.0f} GB/s"],
         ]
         return tables.text_table(["limit", "measured"], rows, markdown=True)
@@ -66,11 +68,36 @@ def table(results: dict[str, Any], what: str) -> str:
     if kind in ("training", "minilm"):
         parts = [tables.grid(own, structure) for structure in dict.fromkeys(r["case"]["structure"] for r in own)]
         return "\n\n".join(tables.text_table(head, rows, markdown=True) for head, rows in parts)
+    if kind == "fixed":
+        return _fixed([record for record in records if record["case"]["suite"] == "linear"])
     if kind == "tokens":
         return _tokens(own)
     if kind == "other":
         return _other([record for record in records if record["case"]["suite"] in _FLAT])
     raise ValueError(f"benchmarks.render: unknown table {what!r}")
+
+
+def _fixed(records: Sequence[dict[str, Any]]) -> str:
+    """A line through the times of ours over density: what a call costs whatever is kept, and what kept weights cost."""
+    times: dict[tuple, list[tuple[float, float, float]]] = {}
+    for record in records:
+        case, best = record["case"], tables.best_of_ours(record)
+        if case["tokens"] != 128 or case["structure"] not in ("element", "16x1") or best is None:
+            continue
+        result = record["results"][best[0]]
+        key = (case["structure"], tuple(case["shape"]))
+        limit = result["share"] * result["ms"]["median"]
+        times.setdefault(key, []).append((1 - case["sparsity"], result["ms"]["median"], limit))
+    rows = []
+    for (structure, shape), points in times.items():
+        density, ms = [point[0] for point in points], [point[1] for point in points]
+        slope, fixed = statistics.linear_regression(density, ms)
+        limit = statistics.linear_regression(density, [point[2] for point in points]).slope
+        at_ninety = max(0.0, fixed) / (fixed + 0.1 * slope)
+        name = f"{structure}, {shape[0]}x{shape[1]}"
+        rows.append([name, f"{fixed:.3f}", f"{at_ninety:.0%}", f"{0.1 * slope:.3f}", f"{limit / slope:.0%}"])
+    head = ["N = 128", "fixed ms", "of the time at 90 %", "ms of the kept weights at 90 %", "their share of the limit"]
+    return tables.text_table(head, rows, markdown=True)
 
 
 def _tokens(records: Sequence[dict[str, Any]]) -> str:
@@ -110,8 +137,10 @@ def render(text: str) -> str:
 
 def picture(results: dict[str, Any], path: Path) -> None:
     """The README's picture: one shape at 1, 8 and 128 tokens, our two structures beside the peers."""
-    curve = [record for record in results["records"] if record["case"]["suite"] == "curve"]
-    chosen = [record for record in curve if tuple(record["case"]["shape"]) == (3072, 768)]
+    suites = ("curve", "linear")
+    records = [r for r in results["records"] if tuple(r["case"]["shape"]) == (3072, 768)]
+    records = [r for r in records if r["case"]["structure"] in ("element", "16x1")]
+    chosen = next(own for own in ([r for r in records if r["case"]["suite"] == suite] for suite in suites) if own)
     about = results["machine"]
     plots.speedup(chosen, path, f"{about['cpu']}, {about['threads']} threads, {about['tier']}, torch {about['torch']}")
 
