@@ -45,7 +45,7 @@ const Kernels& pick() {
   if (const char* forced = std::getenv("SPARSEPRUNE_CPU"); forced && *forced) return tier_kernels(forced);
   const Kernels* best = nullptr;
   for (const Tier& tier : kCompiled) {
-    if (std::string(tier.name) != "avx512" && missing_features(tier.name).empty()) best = &tier.table();
+    if (missing_features(tier.name).empty()) best = &tier.table();
   }
   return *best;
 }
