@@ -265,7 +265,9 @@ def table(records: list[dict[str, Any]]) -> str:
         entries = []
         for figure, scale in (("accuracy", 100), ("agreement", 100), ("kl", 1)):
             mean_, low, high, n = interval(paired(records, a, b, figure))
-            entries.append(f"{mean_ * scale:+.3f} [{low * scale:+.3f}, {high * scale:+.3f}]")
+            few = min(len(differences) for differences in cells.values()) < 2
+            spread = "no interval: one seed" if few else f"{low * scale:+.3f}, {high * scale:+.3f}"
+            entries.append(f"{mean_ * scale:+.3f} [{spread}]")
         lines.append(f"| `{a}` - `{b}` | {n} | {len(cells)} | " + " | ".join(entries) + " |")
     return "\n".join(lines)
 
