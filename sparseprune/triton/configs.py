@@ -25,7 +25,7 @@ def masked_linear_configs(dtype: torch.dtype, tokens: int) -> tuple[Config, ...]
             return (_linear(64, 16, 32, 4, 3), _linear(32, 32, 32, 4, 3))
         return (_linear(64, 64, 32, 4, 3), _linear(128, 64, 32, 8, 3))
     if tokens <= 32:
-        return (_linear(64, 16, 64, 4, 4), _linear(32, 16, 128, 4, 4), _linear(64, 32, 64, 4, 4))
+        return (_linear(64, 16, 64, 4, 4), _linear(32, 16, 128, 4, 4))
     return (_linear(64, 64, 64, 4, 3), _linear(128, 64, 64, 8, 3), _linear(128, 128, 32, 8, 4))
 
 
@@ -50,6 +50,8 @@ def bsr_configs(dtype: torch.dtype, outputs: int, tokens: int) -> tuple[Config, 
     warps = 8 if outputs == 128 and dtype == torch.float32 else 4
     if tokens <= 32:
         return (block(16, inputs, 4, 4), block(32, inputs, 4, 4))
+    if dtype == torch.float32 and outputs in (32, 64):
+        return (block(32 if outputs == 32 else 64, inputs, 4, 3), block(64, inputs, 8, 3))
     return (block(64, inputs, warps, 3), block(128 if outputs <= 64 else 64, inputs, 8 if outputs == 128 else warps, 3))
 
 

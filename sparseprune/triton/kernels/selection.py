@@ -1,8 +1,7 @@
 """Exact selection by radix histograms, and the masks it gives. All tensors are contiguous.
 
 A value's sortable key is a 32-bit integer that orders as the value does: the bits of |x|, or, signed, the bits of x
-with the sign turned (-0 counts as 0); 16-bit types fill the upper half. Digits have 11, 11 and 10 bits: two settle
-16 bits.
+with the sign turned (-0 counts as 0); 16-bit types fill the upper half. Digits of 11, 11 and 10 bits: two settle 16.
 """
 
 from __future__ import annotations
