@@ -91,7 +91,7 @@ def _configured(config: Config, constants: dict[str, Any]) -> tuple[dict[str, An
 def _label(*parts: str, config: Config | None = None) -> str:
     if config is not None:
         sizes = "x".join(str(size) for name, size in config.blocks if name != "GROUP")
-        parts = (*parts, sizes, f"{config.warps} warps")
+        parts = (*parts, sizes, f"{config.warps} warps {config.stages} stages")
     return " ".join(part for part in parts if part)
 
 

@@ -27,17 +27,17 @@ REGISTERS = {
     "threshold_mask_kernel": 64,
     "mask_gradient_kernel": 64,
     "masked_adamw_kernel": 96,
-    "radix_histogram_kernel": 128,
+    "radix_histogram_kernel": 192,
     "radix_select_kernel": 160,
     "key_value_kernel": 32,
     "count_ties_kernel": 64,
     "cut_mask_kernel": 96,
     "nm_mask_kernel": 96,
     "block_scores_kernel": 64,
-    "masked_linear_kernel": 224,
-    "masked_weight_gradient_kernel": 224,
-    "bsr_linear_kernel": 192,
-    "bsr_sddmm_kernel": 224,
+    "masked_linear_kernel": 248,
+    "masked_weight_gradient_kernel": 248,
+    "bsr_linear_kernel": 248,
+    "bsr_sddmm_kernel": 248,
 }
 #: The instruction that the products must use: target -> pattern, for tiles of 64 outputs and more.
 LARGE_TILES = {"sm_80": r"mma\.sync", "sm_90": r"wgmma", "sm_100": r"mma", "gfx942": r"v_mfma"}
