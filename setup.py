@@ -11,6 +11,7 @@ A compiler that works and a source that does not compile is always fatal: the co
 import ctypes
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -126,6 +127,7 @@ class BuildExt(build_ext):
             print("sparseprune: the compiler has no OpenMP, the compiled core will run on one thread", file=sys.stderr)
         folder = Path(self.build_temp, ext.name)
         folder.mkdir(parents=True, exist_ok=True)
+        own = shlex.split(os.environ.get("CXXFLAGS", ""))  # last, so that a user's flags win
         include = [f"-I{path}" for path in [ROOT / "csrc", *ext.include_dirs, *python_includes()]]
         jobs = []
         for source in ext.sources:
@@ -133,7 +135,8 @@ class BuildExt(build_ext):
             if source.endswith(".cu"):
                 jobs.append((target, nvcc_command(ext, plain[0], source, target)))
                 continue
-            flags = [*BASE_FLAGS, *openmp, "-fPIC", *include, *TIER_FLAGS.get(source, []), *ext.extra_compile_args]
+            flags = [*BASE_FLAGS, *openmp, "-fPIC", *include, *TIER_FLAGS.get(source, [])]
+            flags += [*ext.extra_compile_args, *own]
             jobs.append((target, [*plain, *flags, "-c", str(ROOT / source), "-o", str(target)]))
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +145,7 @@ class BuildExt(build_ext):
         shared = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
         objects = [str(target) for target, _ in jobs] + list(ext.extra_objects)
         strip = ["-Wl,-s"] if sys.platform.startswith("linux") else []
-        check([*plain, *shared, *objects, *openmp, *strip, *ext.extra_link_args, "-o", str(unfinished)])
+        check([*plain, *shared, *objects, *openmp, *own, *strip, *ext.extra_link_args, "-o", str(unfinished)])
         os.replace(unfinished, output)  # a process that has the old module mapped keeps its own copy
 
 
