@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .._files import write_text
 from . import machine
 
 __all__ = ["TimingCache", "cache_path", "default_cache", "layer_key"]
@@ -83,7 +83,7 @@ class TimingCache:
         return self._entries.get(key)
 
     def put(self, entries: Mapping[str, dict[str, Any]]) -> None:
-        """Adds entries and writes the file whole: to a temporary name, then renamed over the old one.
+        """Adds entries and writes the file whole.
 
         Entries that another process wrote in between are kept; the oldest go when there are more than 20 000.
         """
@@ -95,14 +95,7 @@ class TimingCache:
         self._entries = dict(list(merged.items())[-_MOST:])
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name, suffix=".partial")
-            try:
-                with os.fdopen(handle, "w") as file:
-                    json.dump({"version": _VERSION, "timings": self._entries}, file)
-                os.replace(name, self.path)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
+            write_text(self.path, json.dumps({"version": _VERSION, "timings": self._entries}))
         except OSError as error:
             warnings.warn(
                 f"timings are not kept: {self.path}: {error}; set SPARSEPRUNE_CACHE to a writable file, or to 0",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import _native
+from .._files import write_text
 from . import machine
 from .cases import SUITES, Case, Contest
 from .peaks import Peaks
@@ -113,7 +112,7 @@ def run_cases(
 
 
 def save_results(path: Path, records: Sequence[dict[str, Any]], peaks: Peaks | None, **more: Any) -> None:
-    """Writes records with the machine and its peaks as JSON, whole or not at all (a temporary name, then renamed)."""
+    """Writes records with the machine and its peaks as JSON, whole or not at all."""
     data = {
         "format": FORMAT,
         "machine": machine.describe(),
@@ -122,15 +121,7 @@ def save_results(path: Path, records: Sequence[dict[str, Any]], peaks: Peaks | N
         "records": list(records),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(_one_line_each(_rounded(data)))
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_text(path, _one_line_each(_rounded(data)))
 
 
 def _one_line_each(data: dict[str, Any]) -> str:
