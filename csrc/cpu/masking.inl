@@ -64,7 +64,7 @@ static void masked_copy(const void* w, const uint8_t* mask, void* out, int64_t n
       for (; i + kLanes <= part.end; i += kLanes) put(to + i, bits(load(from + i)) & widen_bool(mask + i), stream);
       for (; i < part.end; ++i) to[i] = mask[i] ? from[i] : 0.0f;
       if (stream) put_fence();
-    } else {
+    } else if (i < part.end) {  // an empty tensor has no address to copy from
       uint16_t* to = static_cast<uint16_t*>(out) + i;
       memcpy(to, static_cast<const uint16_t*>(w) + i, static_cast<size_t>(part.end - i) * 2);
       apply_mask_half(to, mask + i, part.end - i);

@@ -70,6 +70,6 @@ def test_the_sanitizer_sees_an_overrun(sanitized):
 @pytest.mark.parametrize("tests", ["test_matmul.py", "test_selection.py", "test_selection_masking.py"])
 def test_every_kernel_stays_inside_its_buffers(sanitized, tests):
     path = ROOT / "tests" / "native" / tests
-    result = run(sanitized, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not flat", str(path))
+    result = run(sanitized, "-m", "pytest", "-v", "-s", "-x", "-p", "no:cacheprovider", "-k", "not flat", str(path))
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
     assert " passed" in result.stdout
