@@ -206,8 +206,10 @@ def compensate_(
     results: dict[str, Compensation] = {}
     for name, linear in pruned.items():
         weight, mask = twins[name].get_parameter("weight").detach(), linear.weight != 0
-        found = compensate(weight, inputs[name], mask=mask, bias_shift=linear.bias is not None, ranks=ranks)
-        results[name] = found
+        own = ranks if name else ()  # a model that is itself a Linear cannot be replaced in place
+        results[name] = compensate(weight, inputs[name], mask=mask, bias_shift=linear.bias is not None, ranks=own)
+    for name, found in results.items():  # only now, so that an error leaves the model as it was
+        linear = pruned[name]
         linear.weight.copy_(found.weight)
         if found.bias_shift is not None:
             linear.bias.add_(found.bias_shift)

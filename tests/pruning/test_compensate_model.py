@@ -60,3 +60,23 @@ def test_bad_input():
     sp.prune_(model, sparsity=0.5)
     with pytest.raises(ValueError, match="expected a Linear"):
         sp.compensate_(model, nn.Sequential(nn.Linear(3, 3)), [torch.randn(64, 64)])
+
+
+def test_an_error_in_a_later_layer_leaves_the_model_as_it_was():
+    dense = low_rank_model()
+    model = copy.deepcopy(dense)
+    sp.prune_(model, sparsity=0.5)
+    with torch.no_grad():
+        model[0].bias[3] = float("nan")  # the second layer reads NaN, the first does not
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="finite"):
+        sp.compensate_(model, dense, [torch.randn(64, 64)])
+    assert all(torch.equal(before[n].nan_to_num(7), t.nan_to_num(7)) for n, t in model.state_dict().items())
+
+
+def test_a_model_that_is_a_linear_is_compensated_without_a_low_rank_term():
+    dense = low_rank_model()[0]
+    model = copy.deepcopy(dense)
+    sp.prune_(model, sparsity=0.8)
+    report = sp.compensate_(model, dense, [torch.randn(512, 64)])
+    assert report.layers[""].rank == 0 and type(model) is nn.Linear
