@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -68,6 +70,25 @@ def need_package():
         need(importlib.util.find_spec(name) is not None, f"the package {name}")
 
     return find
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """``torchrun(script, *arguments)``: the script in two gloo processes that see the installed package and no
+    checkout.
+    """
+
+    def run(script, *arguments, processes: int = 2, timeout: float = 120.0) -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command += [str(part) for part in (script, *arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+        return done.stdout
+
+    return run
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,52 +258,15 @@ def test_misuse_says_what_to_do():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["replicated", "sharded"])
-def test_two_processes_agree_on_the_masks(mode, tmp_path):
-    import torch.multiprocessing as mp
-
-    mp.spawn(_rank, (2, mode, str(tmp_path)), nprocs=2)
+def test_two_processes_agree_on_the_masks(mode, torchrun, tmp_path):
+    torchrun(Path(__file__).with_name("two_processes.py"), mode, tmp_path)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     if mode == "replicated":
         assert results[0]["hash"] == results[1]["hash"]
-        assert results[0]["kept"] == TOTAL - round(0.9 * TOTAL)
+        assert results[0]["total"] == TOTAL and results[0]["kept"] == TOTAL - round(0.9 * TOTAL)
         return
     scores = torch.cat([results[0]["dense"], results[1]["dense"]]).abs()
     masks = torch.cat([results[0]["mask"], results[1]["mask"]])
     kept = scores.numel() - round(0.9 * scores.numel())
     assert int(masks.sum()) == kept
     assert torch.equal(masks, sp.ops.magnitude_mask(scores, kept))
-
-
-def _rank(rank, world, mode, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    if mode == "replicated":
-        model = build()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        config = PruneConfig(schedule=sp.Cubic(0.1), criterion="movement", end=12, every=3)
-        pruner = Pruner(model, config).prepare(optimizer)
-        for step in range(14):
-            x, y = batch(step * world + rank)
-            optimizer.zero_grad()
-            (model(x) - y).square().mean().backward()
-            for p in model.parameters():
-                torch.distributed.all_reduce(p.grad)
-            # A gradient that differs in its last bits between the processes must not matter.
-            model[0].weight.grad.mul_(1 + rank * 1e-6)
-            optimizer.step()
-            for p in model.parameters():
-                torch.distributed.broadcast(p.data, 0)
-            pruner.step()
-        pruner.finalize()
-        result = {"hash": pruner.masks.mask_hash(), "kept": pruner.masks.kept}
-    else:
-        torch.manual_seed(rank)
-        model = nn.Sequential(nn.Linear(12, 9 + rank))
-        dense = model[0].weight.detach().clone()
-        config = PruneConfig(sp.Constant(0.1), end=2, every=1)
-        pruner = Pruner(model, config, distributed="sharded").prepare()
-        pruner.step()
-        pruner.finalize()
-        result = {"dense": dense, "mask": pruner.masks["0"]}
-    torch.save(result, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
