@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -72,21 +73,27 @@ def need_package():
     return find
 
 
-@pytest.fixture
-def torchrun(tmp_path):
+@pytest.fixture(scope="session")
+def torchrun(tmp_path_factory):
     """``torchrun(script, *arguments)``: the script in two gloo processes that see the installed package and no
     checkout.
     """
 
-    def run(script, *arguments, processes: int = 2, timeout: float = 120.0) -> str:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    def run(script, *arguments, timeout: float = 120.0) -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command += [str(part) for part in (script, *arguments)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-        )
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
-        return done.stdout
+        started = subprocess.Popen(
+            command, cwd=tmp_path_factory.mktemp("elsewhere"), env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        try:
+            out, err = started.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)  # the processes it started, too
+            out, err = started.communicate()
+            err = f"over {timeout:g} s\n{err}"
+        assert started.returncode == 0, f"{' '.join(command)}\n{out[-4000:]}\n{err[-8000:]}"
+        return out
 
     return run
 

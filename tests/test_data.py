@@ -136,6 +136,27 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_alone():
     assert [b["input_ids"].tolist() for b in made] == read(1, 2)
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_shares_of_all_processes_are_the_batches_of_one(shuffle):
+    sequences = [[4 + (i % 7)] * (1 + i % 9) for i in range(103)]
+    whole = TokenLoader(sequences, list(range(103)), 24, shuffle, seed=3)
+    shares = [TokenLoader(sequences, list(range(103)), 8, shuffle, seed=3, rank=r, world=3) for r in range(3)]
+    assert [len(share) for share in shares] == [len(whole)] * 3 == [5] * 3
+    for epoch in (0, 4):
+        parts = [share.batches(epoch) for share in shares]
+        for joint, *three in zip(whole.batches(epoch), *parts, strict=True):
+            assert {len(part) for part in three} == {-(-len(joint) // 3)}
+            assert sorted({i for part in three for i in part}) == sorted(joint)
+            repeated = sum(map(len, three)) - len(joint)
+            assert repeated == (0 if len(joint) == 24 else 2)  # 7 are left for the last batch, 3 for each process
+    augment = Augment(mask=0.5)
+    alike = [[4, 5, 6, 7, 8, 9] for _ in range(48)]
+    first, second = (TokenLoader(alike, [0] * 48, 8, augment=augment, rank=r, world=2) for r in range(2))
+    assert not torch.equal(next(iter(first))["input_ids"], next(iter(second))["input_ids"])
+    with pytest.raises(ValueError, match="expected 0 <= rank < world, got rank 3, world 3"):
+        TokenLoader([[1]], [0], rank=3, world=3)
+
+
 def test_augmentation_keeps_protected_tokens_and_something():
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):

@@ -18,12 +18,16 @@ class TokenLoader:
     Examples are shuffled, sorted by length within groups of 32 batches, cut into batches, and the batches shuffled
     again. The order and the augmentation of an epoch are functions of ``(seed, epoch)`` and of nothing else, so a run
     that resumes at batch b of epoch e reads the same data. With ``shuffle=False`` the order is by length for ever.
+
+    rank, world: for data-parallel training, this process's number and that of all. Batches of ``world * batch_size``
+    are cut as one process would, and each process gets every ``world``-th example of them; one that does not divide
+    repeats its first examples, so that all processes get as many.
     """
 
     def __init__(
         self, sequences: Sequence[list[int]], labels: Sequence[int], batch_size: int = 32, shuffle: bool = False,
         seed: int = 0, augment: Augment | None = None, pad_id: int = 0, mask_id: int = 3, protect: Collection[int] = (),
-        types: Sequence[list[int]] | None = None,
+        types: Sequence[list[int]] | None = None, rank: int = 0, world: int = 1,
     ):  # fmt: skip
         if not sequences:
             raise ValueError("TokenLoader: expected at least one example, got none")
@@ -38,10 +42,13 @@ class TokenLoader:
         self.augment, self.pad_id, self.mask_id, self.protect = augment, pad_id, mask_id, frozenset(protect)
         if augment is not None and augment.active and types is not None:
             raise ValueError("TokenLoader: augmentation would misalign the token types; leave one of them out")
+        if not 0 <= rank < world:
+            raise ValueError(f"TokenLoader: expected 0 <= rank < world, got rank {rank!r}, world {world!r}")
+        self.rank, self.world = rank, world
         self._epoch = 0
 
     def __len__(self) -> int:
-        return (len(self.sequences) + self.batch_size - 1) // self.batch_size
+        return -(-len(self.sequences) // (self.batch_size * self.world))
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch of the next iteration; each iteration raises it by one."""
@@ -53,18 +60,28 @@ class TokenLoader:
             yield self._batch(chosen, epoch, number)
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """The example indices of each batch of one epoch."""
+        """The example indices of each of this process's batches of one epoch."""
+        if self.world == 1:
+            return self._joint(epoch)
+        found = []
+        for joint in self._joint(epoch):
+            size = -(-len(joint) // self.world)
+            found.append([joint[(i * self.world + self.rank) % len(joint)] for i in range(size)])
+        return found
+
+    def _joint(self, epoch: int) -> list[list[int]]:
+        size = self.batch_size * self.world
         lengths = [len(ids) for ids in self.sequences]
         if not self.shuffle:
             order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-            return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+            return [order[i : i + size] for i in range(0, len(order), size)]
         generator = self._generator(epoch, 0)
         order = torch.randperm(len(lengths), generator=generator).tolist()
-        group = 32 * self.batch_size
+        group = 32 * size
         found: list[list[int]] = []
         for start in range(0, len(order), group):
             part = sorted(order[start : start + group], key=lambda i: lengths[i])
-            found += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
+            found += [part[i : i + size] for i in range(0, len(part), size)]
         return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
 
     def _generator(self, epoch: int, number: int) -> torch.Generator:
@@ -77,7 +94,7 @@ class TokenLoader:
     def _batch(self, chosen: list[int], epoch: int, number: int) -> dict[str, Tensor]:
         rows = [self.sequences[i] for i in chosen]
         if self.augment is not None and self.augment.active:
-            generator = self._generator(epoch, number + 1)
+            generator = self._generator(epoch, number * self.world + self.rank + 1)
             rows = [self.augment(ids, self.mask_id, generator, self.protect) for ids in rows]
         return self._pad(rows, chosen)
 

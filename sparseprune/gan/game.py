@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..pruning.ranks import Ranks
 from .config import DiscriminatorConfig
 from .discriminator import Discriminator, adversarial_loss, discriminator_loss, gradient_penalty, pair_accuracy
 from .features import normalise, orthonormal, rows_of
@@ -34,13 +35,16 @@ class Game:
     known.
 
     Everything random here is drawn from one generator of its own, so the game neither reads nor moves the global state.
+    Several processes (``ranks``) play one game: each draws rows of its own, and gradients, accuracy and balance are
+    those of all.
     """
 
     def __init__(self, config: DiscriminatorConfig, kappa: float, sizes: Sequence[int], condition: int, seed: int,
-                 device: torch.device):  # fmt: skip
+                 device: torch.device, ranks: Ranks | None = None):  # fmt: skip
         self.config, self.device, self.seed, self.resets = config, device, seed, 0
+        self.ranks = Ranks(active=False) if ranks is None else ranks
         self.feature_sizes, self.condition_size = list(sizes), condition
-        self.generator = torch.Generator().manual_seed(seed * 7919 + 17)
+        self.generator = torch.Generator().manual_seed(seed * 7919 + 17 + 1_000_003 * self.ranks.rank)
         fixed = torch.Generator().manual_seed(seed * 7919 + 29)
         self.projections = [_on(orthonormal(size, config.projection, fixed), device) for size in sizes]
         self.condition_projection = _on(orthonormal(condition, config.projection, fixed), device) if condition else None
@@ -96,13 +100,15 @@ class Game:
             # judge equal rows by two slightly different networks.
             condition = None if rows.condition is None else rows.condition.repeat(2, 1)
             on_real, on_fake = self.critic(torch.cat([real, fake]), condition, rows.tap.repeat(2)).chunk(2)
-            self.monitor.observe(pair_accuracy(on_real.detach(), on_fake.detach()))
+            accuracy = pair_accuracy(on_real.detach(), on_fake.detach())
             if config.mode == "shuffled":
                 swap = (torch.rand(len(on_real), generator=self.generator) < 0.5).to(on_real.device)
                 on_real, on_fake = torch.where(swap, on_fake, on_real), torch.where(swap, on_real, on_fake)
             loss = discriminator_loss(config.loss, on_real, on_fake)
+        seen = self.ranks.numbers({"accuracy": accuracy, "loss": float(loss.detach())}, self.device)
+        self.monitor.observe(seen["accuracy"])
         event = None
-        finite = bool(torch.isfinite(loss.detach()))
+        finite = math.isfinite(seen["loss"])
         if not finite or (self.monitor.stuck and config.mode == "trained"):
             event = "discriminator restarted: " + ("too strong for too long" if finite else "its loss is not finite")
             self.resets += 1
@@ -115,8 +121,9 @@ class Game:
                 loss = loss + 4 * config.penalty * penalty
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()
+            self.ranks.mean_gradients_(list(self.critic.parameters()))
             self.optimiser.step()
-        return {"loss": float(loss.detach()), "accuracy": self.monitor.accuracy, "event": event}
+        return {"loss": seen["loss"], "accuracy": self.monitor.accuracy, "event": event}
 
     def pull(self, rows: Rows) -> Tensor:
         """L_adv of the student's rows through the discriminator held still."""
@@ -131,13 +138,14 @@ class Game:
 
     def weigh(self, distillation: Tensor, adversarial: Tensor, features: Sequence[Tensor]) -> None:
         """Measures both gradients at the student's features and moves the adversarial weight."""
-        pulls = []
-        for value in (distillation, adversarial):
+        pulls = {}
+        for name, value in (("distillation", distillation), ("adversarial", adversarial)):
             if not value.requires_grad:
                 return
             grads = torch.autograd.grad(value, list(features), retain_graph=True, allow_unused=True)
-            pulls.append(math.sqrt(sum(float(g.float().square().sum()) for g in grads if g is not None)))
-        self.balance.observe(*pulls)
+            pulls[name] = sum(float(g.float().square().sum()) for g in grads if g is not None)
+        pulls = self.ranks.numbers(pulls, self.device)  # squares: norms over the rows of all processes
+        self.balance.observe(math.sqrt(pulls["distillation"]), math.sqrt(pulls["adversarial"]))
 
     def _noisy(self, rows: Tensor, sigma: float) -> Tensor:
         if sigma <= 0:

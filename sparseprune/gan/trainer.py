@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import io
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from .._files import replacing
 from ..nn.filters import FilterFn, prunable_linears
 from ..optim import AdamW
 from ..pruning.compensation import collect_inputs, compensate
+from ..pruning.ranks import Ranks
 from .config import DiscriminatorConfig, GANConfig
 from .evaluate import evaluate
 from .features import Batch, Taps, choose_taps, normalise, rows_of, split_batch
@@ -31,12 +33,13 @@ from .losses import LossLike, distillation, is_classification, make_loss, real_r
 
 __all__ = ["GANPruner"]
 
-_FORMAT = 1
+_FORMAT = 2
 _SNAPSHOT_EVERY = 50
 _BAD_STEPS = 3
 _RESTORES = 3
 _WEIGH_EVERY = 8
 _CALIBRATION = 8
+_FIT_ROWS = 4096
 
 
 class GANPruner:
@@ -45,10 +48,26 @@ class GANPruner:
     :meth:`fit` trains, :meth:`finalize` returns the same model with hard zeros and no trace of the loop. The student
     runs without dropout unless ``config.dropout``, for dropout on one side only would give the discriminator its
     answer.
+
+    Data-parallel: where torch.distributed is initialised (by ``torchrun``, or by ``accelerate launch``, which sets the
+    same environment), every process makes its pruner on the bare model, not wrapped in DistributedDataParallel, and
+    calls :meth:`fit` with its own share of the data: ``TokenLoader(..., rank=, world=)``, a ``DistributedSampler``, or
+    a loader that accelerate has prepared. Gradients of weights, scores and discriminator, and every figure a decision
+    hangs on, are averaged over ``group`` (None: all processes), so that masks and weights are the same everywhere.
+    distributed: "off" lets each process train alone.
     """
 
-    def __init__(self, model: nn.Module, config: GANConfig | None = None, teacher: nn.Module | None = None,
-                 filter_fn: FilterFn | None = None):  # fmt: skip
+    def __init__(
+        self, model: nn.Module, config: GANConfig | None = None, teacher: nn.Module | None = None,
+        filter_fn: FilterFn | None = None, distributed: Literal["auto", "off"] = "auto", group: Any = None,
+    ):  # fmt: skip
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            raise ValueError(
+                f"GANPruner: expected the bare model, got {type(model).__name__}; pass its .module, gradients are "
+                "averaged by the pruner"
+            )
+        if distributed not in ("auto", "off"):
+            raise ValueError(f"GANPruner: distributed expected 'auto' or 'off', got {distributed!r}")
         self.model, self.config = model, config or GANConfig()
         self.teacher = copy.deepcopy(model) if teacher is None else teacher
         if self.teacher is model:
@@ -58,6 +77,8 @@ class GANPruner:
         if first is None:
             raise ValueError("GANPruner: the model has no parameters")
         self.device = first.device
+        self._distributed, self._group = distributed, group
+        self._ranks = Ranks(active=False)  # until fit, for the processes may not have met yet
         linears = prunable_linears(model, filter_fn)
         self.gates = Gates(model, linears, self.config)
         self.features = self.config.features
@@ -103,30 +124,36 @@ class GANPruner:
         it exists the run resumes from it, bit for bit as if it had never stopped (without ``max_seconds``, at the same
         thread count). callback: called with the record of each step.
 
-        Raises RuntimeError, with what was seen, when the loss stays non-finite after three restores.
+        With several processes: train_loader yields this process's share, as many batches as everywhere; valid_loader
+        the whole split, or shares of equal size; the first process writes the checkpoint and the only one to need the
+        file; history and callbacks see the same figures everywhere.
+
+        Raises RuntimeError, with what was seen, when the loss stays non-finite after three restores, and ValueError
+        where the processes disagree on the length of the run.
         """
         if self._finished:
             raise RuntimeError("GANPruner.fit: this run is over; make a new pruner to train again")
         compute = make_loss(loss)
-        total = self.total_steps(train_loader)
+        self._ranks = Ranks(self._group, active=self._distributed == "auto")
+        total = self._agreed_steps(train_loader)
         path = None if checkpoint is None else Path(checkpoint)
-        if path is not None and path.exists():
-            self._load(path)
+        saved = None if path is None else self._read(path)
+        if path is not None and saved is not None:
+            self._load(path, saved)
         elif self._step == 0:
+            self._meet()
             self._prepare(train_loader)
         every = self.config.evaluate_every or max(1, total // 10)
         began = time.monotonic() - self._elapsed
         batches = self._batches(train_loader)
         while not self._finished:
-            self._elapsed = time.monotonic() - began
-            self._progress = self._share(total)
+            self._clock(began, total)
             group = list(islice(batches, self.config.accumulate))
             if not self.gates.frozen and self._progress >= self.config.freeze_at:
                 self._freeze(group)
             record = self._train_step(group, compute)
             self._step += 1
-            self._elapsed = time.monotonic() - began
-            self._progress = self._share(total)
+            self._clock(began, total)
             over = self._progress >= 1
             if over and not self.gates.frozen:
                 self._freeze(group)
@@ -218,16 +245,42 @@ class GANPruner:
             raise ValueError("GANPruner.fit: the training loader is empty")
         return max(1, round(self.config.epochs * size / self.config.accumulate))
 
-    def _share(self, total: int) -> float:
+    def _agreed_steps(self, loader: Iterable[Any]) -> int:
+        total = self.total_steps(loader)
+        low, high = self._ranks.extremes(total, self.device)
+        if low != high:
+            raise ValueError(
+                f"GANPruner.fit: the processes expected one number of steps, got {low:g} to {high:g}; give each as "
+                "many batches (TokenLoader with rank and world, DistributedSampler), or set GANConfig(steps=...)"
+            )
+        return total
+
+    def _clock(self, began: float, total: int) -> None:
+        self._elapsed = time.monotonic() - began
         share = self._step / total
         if self.config.max_seconds is not None:
+            self._elapsed = self._ranks.extremes(self._elapsed, self.device)[1]
             share = max(share, self._elapsed / self.config.max_seconds)
-        return min(1.0, share)
+        self._progress = min(1.0, share)
+
+    @torch.no_grad()
+    def _meet(self) -> None:
+        """Before the first step every process takes the first one's student and teacher."""
+        if self._ranks.size == 1:
+            return
+        for model in (self.model, self.teacher):
+            self._ranks.copy_first_([*model.parameters(), *model.buffers()])
+        for name, weight in self.gates.weights.items():
+            self.gates.masters[name].copy_(weight)
 
     def _prepare(self, loader: Iterable[Any]) -> None:
         if self.config.learned:
             with torch.random.fork_rng(devices=[]):
                 norms = input_norms(self.teacher, self._teacher_linears(), islice(iter(loader), _CALIBRATION))
+            squares = {name: norm.square() for name, norm in norms.items()}
+            self._ranks.mean_(squares.values())
+            if self._ranks.size > 1:
+                norms = {name: square.sqrt() for name, square in squares.items()}
             if hasattr(loader, "set_epoch"):
                 loader.set_epoch(0)
             self.gates.start_scores(norms)
@@ -298,7 +351,10 @@ class GANPruner:
     def _freeze(self, group: list[Any]) -> None:
         """The final masks, and what they removed made up for on the inputs of ``group``, the step's own batches."""
         dense = {name: w.detach().clone() for name, w in self.gates.masters.items()}
+        # What the masks are chosen from is equal to the bit first, also where the processes run on unlike machines.
+        self._ranks.mean_([*self.gates.masters.values(), *self.gates.scores.values()])
         self.gates.freeze(self.config.final_density)
+        self._ranks.check_masks(self.gates.masks, "GANPruner")
         if self.config.compensation == "survivors":
             self._compensate(dense, group)
         self._heal_from = self._progress
@@ -307,16 +363,24 @@ class GANPruner:
 
     @torch.no_grad()
     def _compensate(self, dense: dict[str, Tensor], group: list[Any]) -> None:
-        inputs = collect_inputs(self.model, dense, [split_batch(batch, self.device).inputs for batch in group])
-        for name, weight in dense.items():
-            linear = self.model.get_submodule(name)
-            bias = linear._parameters["bias"]
-            found = compensate(
-                weight, inputs[name], mask=self.gates.masks[name], bias_shift=bias is not None, ranks=()
-            )
-            linear.get_parameter("weight").copy_(found.weight)
-            if found.bias_shift is not None and bias is not None:
-                bias.add_(found.bias_shift)
+        """Fitted to the inputs that all processes saw; each fits a part of the layers."""
+        ranks = self._ranks
+        batches = [split_batch(batch, self.device).inputs for batch in group]
+        inputs = collect_inputs(self.model, dense, batches, rows=_FIT_ROWS // ranks.size)
+        own = {}
+        for i, (name, weight) in enumerate(dense.items()):
+            rows = torch.cat([part.to(self.device) for part in ranks.gather(inputs[name].cpu())])
+            if i % ranks.size == ranks.rank:
+                bias = self.model.get_submodule(name)._parameters["bias"]
+                own[name] = compensate(
+                    weight, rows, mask=self.gates.masks[name], bias_shift=bias is not None, ranks=()
+                )
+        for fits in ranks.gather(own):
+            for name, found in fits.items():
+                linear = self.model.get_submodule(name)
+                linear.get_parameter("weight").copy_(found.weight)
+                if found.bias_shift is not None:
+                    linear.get_parameter("bias").add_(found.bias_shift.to(self.device))
 
     def _lr_factor(self) -> float:
         """Linear warm-up, constant while the masks move, then from 1 down to 0.02 while the rest heals."""
@@ -339,7 +403,7 @@ class GANPruner:
 
     def _new_game(
         self, features: list[Tensor], entry: Tensor | None, mask: Tensor | None,
-        config: DiscriminatorConfig | None = None,
+        config: DiscriminatorConfig | None = None, ranks: Ranks | None = None,
     ) -> Game:  # fmt: skip
         config = config or self.config.discriminator
         rows = [len(rows_of(f, mask)) for f in features]
@@ -349,7 +413,7 @@ class GANPruner:
             self.history.events.append({"step": self._step, "event": "unconditional: the embedding has other rows"})
         condition = entry.shape[-1] if usable and entry is not None else 0
         sizes = [f.shape[-1] for f in features]
-        return Game(config, self.config.kappa, sizes, condition, self.config.seed, self.device)
+        return Game(config, self.config.kappa, sizes, condition, self.config.seed, self.device, ranks)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.autocast == "none":
@@ -380,6 +444,8 @@ class GANPruner:
                 sums[key] = sums.get(key, 0.0) + value / len(group)
         if not gates.frozen:
             gates.collect()
+        self._ranks.mean_gradients_([*self.trained, *(() if gates.frozen else gates.scores.values())])
+        sums = self._ranks.numbers(sums, self.device)
         norm = float(nn.utils.clip_grad_norm_(self.trained, config.clip))
         if not (math.isfinite(norm) and math.isfinite(sums["loss"])):
             self._not_finite(sums, norm)
@@ -446,7 +512,7 @@ class GANPruner:
         self, features: list[Tensor], teacher: list[Tensor], entry: Tensor | None, mask: Tensor | None, pull: Tensor
     ) -> tuple[Tensor, dict[str, float], str | None]:
         if self.game is None:
-            self.game = self._new_game(teacher, entry, mask)
+            self.game = self._new_game(teacher, entry, mask, ranks=self._ranks)
         game = self.game
         rows = game.rows(teacher, features, entry, mask)
         played = game.play(rows, self._progress)
@@ -490,7 +556,8 @@ class GANPruner:
         rng = torch.get_rng_state()
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(0)  # the same order each time, so that a resumed run sums in the same order
-        found = evaluate(self.model, loader, compute)
+        self._agree_buffers()
+        found = self._ranks.numbers(evaluate(self.model, loader, compute), self.device)
         torch.set_rng_state(rng)
         phase = "heal" if self.gates.frozen else "prune"
         self.history.evaluations.append({"step": self._step, "phase": phase, "density": self.density, **found})
@@ -508,8 +575,13 @@ class GANPruner:
             return True
         return False
 
+    def _agree_buffers(self) -> None:
+        """Running statistics, where the model keeps any, are those of all processes."""
+        self._ranks.mean_([b for b in self.model.buffers() if b.is_floating_point()])
+
     def _finish(self) -> None:
         self._finished = True
+        self._agree_buffers()
         if self._best is not None:
             self.model.load_state_dict(self._best["state"])
             self.history.events.append(
@@ -546,9 +618,16 @@ class GANPruner:
         return digest.hexdigest()
 
     def _save(self, path: Path) -> None:
-        """One file, written beside its place and renamed into it."""
+        """One file, written by the first process beside its place and renamed into it."""
         game = self.game
         self._snapshot = self._tensors()  # and the point to go back to, so that it need not be stored twice
+        own = {
+            "rng": torch.get_rng_state(), "epoch_rng": self._epoch_rng, "loader_rng": self._loader_rng,
+            "game_generator": None if game is None else game.generator.get_state(),
+        }  # fmt: skip
+        first, *others = self._ranks.gather(own)
+        if self._ranks.rank:
+            return
         state = {
             "format": _FORMAT, "config": repr(self.config), "teacher": self._teacher_digest(),
             "tensors": self._snapshot,
@@ -556,16 +635,20 @@ class GANPruner:
             "step": self._step, "epoch": self._epoch, "batch": self._batch, "elapsed": self._elapsed,
             "progress": self._progress, "lr_scale": self._lr_scale, "bad": self._bad, "restores": self._restores,
             "heal_from": self._heal_from, "best": self._best, "waited": self._waited, "finished": self._finished,
-            "history": self.history.to_dict(), "generator": self._generator.get_state(),
-            "rng": torch.get_rng_state(), "epoch_rng": self._epoch_rng, "loader_rng": self._loader_rng,
+            "history": self.history.to_dict(), "generator": self._generator.get_state(), "ranks": [first, *others],
         }  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as unfinished:
             torch.save(state, unfinished)
 
-    def _load(self, path: Path) -> None:
+    def _read(self, path: Path) -> bytes | None:
+        """The checkpoint as the first process sees it; None where there is none."""
+        own = path.read_bytes() if self._ranks.rank == 0 and path.exists() else None
+        return self._ranks.gather(own)[0]
+
+    def _load(self, path: Path, saved: bytes) -> None:
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state = torch.load(io.BytesIO(saved), map_location=self.device, weights_only=True)
         except Exception as error:
             raise ValueError(
                 f"{path}: not a readable training checkpoint ({type(error).__name__}); delete it"
@@ -576,18 +659,29 @@ class GANPruner:
             raise ValueError(f"{path}: written under another configuration; delete it or restore the configuration")
         if state["teacher"] != self._teacher_digest():
             raise ValueError(f"{path}: written with another teacher; delete it to start again")
+        if len(state["ranks"]) != self._ranks.size:
+            raise ValueError(
+                f"{path}: written by {len(state['ranks'])} processes, expected {self._ranks.size}; start as many, or "
+                "delete it to start again"
+            )
+        own = state["ranks"][self._ranks.rank]
         if state["game_shape"] is not None:
             sizes, condition = state["game_shape"]
             seed = self.config.seed
-            self.game = Game(self.config.discriminator, self.config.kappa, sizes, condition, seed, self.device)
+            self.game = Game(
+                self.config.discriminator, self.config.kappa, sizes, condition, seed, self.device, self._ranks
+            )
         self._restore_tensors(state["tensors"])
         for key in ("step", "epoch", "batch", "elapsed", "progress", "lr_scale", "bad", "restores", "heal_from", "best",
-                    "waited", "finished", "epoch_rng", "loader_rng"):  # fmt: skip
+                    "waited", "finished"):  # fmt: skip
             setattr(self, f"_{key}", state[key])
         self._snapshot = state["tensors"]
         self.history = History.from_dict(state["history"])
         self._generator.set_state(state["generator"].cpu())
-        torch.set_rng_state(state["rng"].cpu())
+        self._epoch_rng, self._loader_rng = own["epoch_rng"], own["loader_rng"]
+        if self.game is not None:
+            self.game.generator.set_state(own["game_generator"].cpu())
+        torch.set_rng_state(own["rng"].cpu())
 
 
 def _forever(loader: Iterable[Any]) -> Iterator[Any]:

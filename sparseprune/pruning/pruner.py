@@ -18,6 +18,7 @@ from .criteria import Criterion, PruneContext, make_criterion
 from .granularity import DistributedSelector, Granularity, Plan, Selector
 from .masks import MaskSet
 from .prune import PruneReport, make_report, trim_
+from .ranks import Ranks
 from .schedules import Cubic, Schedule
 
 __all__ = ["PruneConfig", "Pruner"]
@@ -277,17 +278,18 @@ class Pruner:
         sparsity = 1 - density
         context = PruneContext(self.model, layers, weights, self._plan, sparsity, self.data)
         mode = self._mode()
+        ranks = Ranks(self._group, active=mode == "replicated")
         if type(self.criterion).masks is Criterion.masks:
             scores = self.criterion.scores(context)
-            if mode == "replicated":
-                scores = self._averaged(scores)
+            if mode == "replicated":  # equal to the bit everywhere, so the masks are
+                scores = {fqn: scores[fqn].detach().float().clone() for fqn in self._names}
+                ranks.mean_(scores.values())
             selector = DistributedSelector(self._group) if mode == "sharded" else Selector()
             self._masks = self._plan.masks(scores, sparsity, selector)
         else:
             self._masks = dict(self.criterion.masks(context))
             weights = {fqn: self._dense(fqn, linear) for fqn, linear in layers.items()}
-        if mode == "replicated":
-            self._compare()
+        ranks.check_masks(self._masks, 'Pruner (distributed="sharded" is for parts of a model)')
         for fqn, linear in layers.items():
             mask = self._masks[fqn]
             if not final:  # before the weight is written, for the first time the two are one tensor
@@ -324,24 +326,3 @@ class Pruner:
         if self._distributed == "auto":
             return "replicated" if ready and torch.distributed.get_world_size(self._group) > 1 else "off"
         return self._distributed
-
-    def _averaged(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The mean over the processes: bit-identical everywhere, so the masks are."""
-        averaged = {}
-        for fqn in self._names:
-            mean = scores[fqn].detach().float().clone()
-            torch.distributed.all_reduce(mean, group=self._group)
-            averaged[fqn] = mean / torch.distributed.get_world_size(self._group)
-        return averaged
-
-    def _compare(self) -> None:
-        digest = int(MaskSet(self._masks).mask_hash()[:12], 16)
-        device = next(iter(self._masks.values())).device
-        lowest, highest = torch.tensor([digest], device=device), torch.tensor([digest], device=device)
-        torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN, group=self._group)
-        torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, group=self._group)
-        if int(lowest) != int(highest):
-            raise RuntimeError(
-                "Pruner: the masks differ between the processes; each must prune the same model with the same "
-                "criterion and data (or use distributed='sharded' for parts of a model)"
-            )

@@ -1,0 +1,115 @@
+"""One of two processes that train a GANPruner together; started by torchrun from test_parallel.py.
+
+Argument: the folder that takes what this rank found. The first rank also trains alone, on the same global batches.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseprune import RetentionSchedule
+from sparseprune.data import Augment, TokenLoader
+from sparseprune.encoder import TextEncoder
+from sparseprune.gan import DiscriminatorConfig, GANConfig, GANPruner
+from sparseprune.pruning import MaskSet
+
+BATCH = 8
+#: Everything that is random, at once.
+RANDOM: dict[str, Any] = {
+    "gumbel": 0.02, "dropout": True, "accumulate": 2, "compensation": "survivors",
+    "discriminator": DiscriminatorConfig(depth=1, width=16, rows=8),
+}  # fmt: skip
+
+
+class Killed(Exception):
+    pass
+
+
+def loader(batch_size: int, rank: int = 0, world: int = 1, augment: Augment | None = None) -> TokenLoader:
+    """96 sequences of one length, so that a mean over half the rows weighs as much as one over the other half."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(4, 20, (96, 6), generator=generator)
+    labels = torch.randint(0, 3, (96,), generator=generator)
+    ids[:, 0] = ids[:, -1] = 20 + labels
+    return TokenLoader(ids.tolist(), labels.tolist(), batch_size, True, 1, augment, rank=rank, world=world)
+
+
+def pruner_of(seed: int, distributed: Any = "auto", **settings: Any) -> GANPruner:
+    torch.manual_seed(seed)
+    model = TextEncoder(23, 3, hidden=16, ffn=32, layers=2, heads=2, max_length=8)
+    base: dict[str, Any] = {
+        "schedule": RetentionSchedule(0.1, 0.2), "epochs": 5.0, "lr": 2e-3, "evaluate_every": 10,
+        "discriminator": DiscriminatorConfig(depth=1, width=16, rows=10_000, noise=0.0),
+    }  # fmt: skip
+    return GANPruner(model, GANConfig(**{**base, **settings}), distributed=distributed)
+
+
+def found(pruner: GANPruner) -> dict[str, Any]:
+    model = pruner.finalize()
+    return {
+        "state": {name: value.clone() for name, value in model.state_dict().items()},
+        "masks": {name: mask.clone() for name, mask in pruner.masks.items()},
+        "hash": MaskSet(pruner.masks).mask_hash(), "steps": pruner.history.steps,
+        "evaluations": pruner.history.evaluations, "events": pruner.history.events,
+    }  # fmt: skip
+
+
+def together(rank: int, folder: Path) -> dict[str, Any]:
+    results = {}
+    for method in ("scores", "gan"):
+        pruner = pruner_of(rank, method=method)  # unlike starts: the first one's is taken
+        pruner.fit(loader(BATCH, rank, 2), loader(BATCH))
+        results[method] = found(pruner)
+
+    # Without a stop, and killed in the middle: the processes go on as if nothing had been.
+    for name, stop in (("whole", None), ("killed", 9)):
+
+        def kill(record: dict[str, Any], stop: int | None = stop) -> None:
+            if record["step"] == stop:
+                raise Killed
+
+        data = loader(BATCH, rank, 2, Augment(drop=0.1, mask=0.1))
+        torch.manual_seed(10 + rank)
+        path = folder / f"{name}.ckpt"
+        pruner = pruner_of(0, **RANDOM)
+        try:
+            pruner.fit(data, loader(BATCH), checkpoint=path, checkpoint_every=4, callback=kill)
+        except Killed:
+            torch.distributed.barrier()
+            torch.manual_seed(77)
+            pruner = pruner_of(0, **RANDOM)
+            pruner.fit(data, loader(BATCH), checkpoint=path, checkpoint_every=4)
+        results[name] = found(pruner)
+
+    pruner = pruner_of(0)
+    try:
+        pruner.fit(loader(BATCH, rank, 2) if rank else loader(BATCH))
+    except ValueError as error:
+        results["uneven"] = str(error)
+    return results
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    results = together(rank, folder)
+    torch.distributed.destroy_process_group()
+    if rank == 0:
+        for method in ("scores", "gan"):
+            alone = pruner_of(0, "off", method=method)
+            alone.fit(loader(2 * BATCH), loader(BATCH))
+            results[f"{method} alone"] = found(alone)
+        try:
+            pruner_of(0, "off", **RANDOM).fit(loader(BATCH), checkpoint=folder / "whole.ckpt")
+        except ValueError as error:
+            results["alone on theirs"] = str(error)
+    torch.save(results, folder / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
