@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["replacing", "write_bytes", "write_text"]
+__all__ = ["remove_unfinished", "replacing", "write_bytes", "write_text"]
 
 
 @contextlib.contextmanager
@@ -30,6 +31,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: str | os.PathLike[str]) -> None:
+    """Removes what writers of ``path`` left behind that were killed while they wrote. For a path with one writer."""
+    target = Path(path)
+    made = re.compile(re.escape(f".{target.name}.") + r"[a-z0-9_]{8}" + re.escape(target.suffix))  # as by mkstemp
+    for found in target.parent.glob(f".{target.name}.*") if target.parent.is_dir() else ():
+        if made.fullmatch(found.name):
+            found.unlink(missing_ok=True)
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

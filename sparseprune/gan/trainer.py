@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._files import replacing
+from .._files import remove_unfinished, replacing
 from ..nn.filters import FilterFn, prunable_linears
 from ..optim import AdamW
 from ..pruning.compensation import collect_inputs, compensate
@@ -643,7 +643,10 @@ class GANPruner:
 
     def _read(self, path: Path) -> bytes | None:
         """The checkpoint as the first process sees it; None where there is none."""
-        own = path.read_bytes() if self._ranks.rank == 0 and path.exists() else None
+        own = None
+        if self._ranks.rank == 0:
+            remove_unfinished(path)
+            own = path.read_bytes() if path.exists() else None
         return self._ranks.gather(own)[0]
 
     def _load(self, path: Path, saved: bytes) -> None:
