@@ -7,7 +7,7 @@ static void spmm(const Packed& w, const float* x, int64_t x_stride, int64_t n, f
   // an entry costs a cycle at least, however few the tokens; x and y cost about a cycle every four floats
   const int64_t products = entries * w.height * (w.height >= 8 ? n + 1 : n < 8 ? 8 : n) / 10;
   const int threads = threads_for_cycles(products + (w.rows + w.columns) * n / 4);
-  if (w.height >= 8) return spmm_rows(w, x, x_stride, n, y, y_stride, e, threads);
+  if (w.height >= 8 && n < kTallTokens) return spmm_rows(w, x, x_stride, n, y, y_stride, e, threads);
   if (n == 1 && w.height == 1) return spmm_dot(w, x, y, e, threads);
   spmm_tokens(w, x, x_stride, n, y, y_stride, e, threads);
 }

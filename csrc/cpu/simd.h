@@ -43,6 +43,17 @@ template <class F>
 static inline F broadcast(float s) {
   return F{} + s;
 }
+// The float at p in every lane: one load, where F{} + *p takes a shuffle too, on the port of a multiply-add.
+template <class F>
+static inline F broadcast_at(const float* p) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 64) return reinterpret_cast<F>(_mm512_set1_ps(*p));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(F) == 32) return reinterpret_cast<F>(_mm256_broadcast_ss(p));
+#endif
+  return F{} + *p;
+}
 template <class F>
 constexpr int lanes_of() {
   return static_cast<int>(sizeof(F) / 4);

@@ -7,13 +7,17 @@
 // height 1, 2, 4: vectorised over tokens. A tile of T tokens is transposed to a panel [K][T]; an entry is `height` broadcasts and
 // T / lanes multiply-adds each. The panel's K-block stays in L1 while the entries of a row block pass, whose sums wait in L2. Slots
 // are sorted by their count, so that the loops' ends are predicted.
-// height 8, 16: vectorised over outputs. A group is one vector of sums a token; an entry is one load of its values and a multiply-
+// height 8, 16, few tokens: vectorised over outputs. A group is one vector of sums a token; an entry is one load of its values and a multiply-
 // add with a broadcast x for each token. The sums stay in registers over the whole of K, and y is written as it lies.
+// height 8, 16, more tokens: vectorised over tokens again. The sums of 8 rows (AVX2: 4) and two vectors of tokens fill the registers,
+// so that a load of x serves 8 multiply-adds: the one plan here that the multiply-adds themselves can bound, not the loads.
 // One token, height 1: dot products.
 
 constexpr int64_t kTokensEach = 32;         // fewer tokens a thread, and the threads share the outputs instead
-constexpr int64_t kTile = 64;               // tokens of a panel at height 1, 2 and 4
+constexpr int64_t kTile = 64;               // tokens of a panel where tokens are vectorised
+constexpr int64_t kTallTokens = 32;         // from here on heights 8 and 16 are vectorised over tokens too
 constexpr int64_t kPanelFloats = 1 << 18;   // a panel that several tiles share stays below this where it can
+constexpr int64_t kWriteRows = 128;      // of sums that are written to y at a time
 constexpr bool kManyRegisters = SP_LANES == 16;
 
 // x rows [0, n) (n <= T, T a multiple of 8), columns [k0, k1) -> panel [k1 - k0][T]; places without a token are zero.
@@ -51,31 +55,30 @@ static inline float finish_one(float sum, const Epilogue& e, int64_t token, int6
   return sum;
 }
 
-// sums [rows][T] of the outputs [out, out + rows) -> y[token + j][out ...] for the tokens j in [0, n), n <= T.
+// sums [rows][T] of the outputs [out, out + rows) -> y[token + j][out ...] for the tokens j in [0, n), n <= T. Eight tokens at a
+// time along their rows of y, which the hardware follows; few enough rows that the sums stay in L1 from one eight to the next.
 static void write_rows(const float* sums, int T, int64_t n, int64_t rows, float* y, int64_t stride, int64_t token, int64_t out,
                        const Epilogue& e) {
-  int64_t r = 0;
-  for (; r + 8 <= rows; r += 16) {  // a whole cache line of y where both halves are there
-    const int halves = r + 16 <= rows ? 2 : 1;
+  for (int64_t r0 = 0; r0 < rows; r0 += kWriteRows) {
+    const int64_t r1 = r0 + kWriteRows < rows ? r0 + kWriteRows : rows;
     for (int64_t j = 0; j < n; j += 8) {
       const int here = n - j < 8 ? static_cast<int>(n - j) : 8;
-      for (int half = 0; half < halves; ++half) {
-        const int64_t o = out + r + 8 * half;
+      float* to = y + (token + j) * stride + out;
+      int64_t r = r0;
+      for (; r + 8 <= r1; r += 8) {
         v8 v[8];
-        for (int i = 0; i < 8; ++i) v[i] = read<v8>(sums + (r + 8 * half + i) * T + j);
+        for (int i = 0; i < 8; ++i) v[i] = read<v8>(sums + (r + i) * T + j);
         transpose8(v);
-        float* to = y + (token + j) * stride + o;
         if (here == 8) {
-          for (int i = 0; i < 8; ++i) write(to + i * stride, finish(v[i], e, token + j + i, o));
+          for (int i = 0; i < 8; ++i) write(to + i * stride + r, finish(v[i], e, token + j + i, out + r));
         } else {
-          for (int i = 0; i < here; ++i) write(to + i * stride, finish(v[i], e, token + j + i, o));
+          for (int i = 0; i < here; ++i) write(to + i * stride + r, finish(v[i], e, token + j + i, out + r));
         }
       }
+      for (; r < r1; ++r) {
+        for (int i = 0; i < here; ++i) to[i * stride + r] = finish_one(sums[r * T + j + i], e, token + j + i, out + r);
+      }
     }
-    if (halves == 1) r -= 8;
-  }
-  for (; r < rows; ++r) {
-    for (int64_t j = 0; j < n; ++j) y[(token + j) * stride + out + r] = finish_one(sums[r * T + j], e, token + j, out + r);
   }
 }
 
@@ -109,13 +112,13 @@ static inline __attribute__((always_inline)) void panel_group(const float* panel
   const auto entry = [&](int64_t p, F(&to)[V][R]) __attribute__((always_inline)) {
     const float* q = panel + static_cast<size_t>(index[p]) * T;
     if constexpr (V == 1) {
-      const F w = broadcast<F>(values[p]);
+      const F w = broadcast_at<F>(values + p);
       for (int i = 0; i < R; ++i) to[0][i] += w * read<F>(q + i * L);
     } else {
       F x[R];
       for (int i = 0; i < R; ++i) x[i] = read<F>(q + i * L);
       for (int v = 0; v < V; ++v) {
-        const F w = broadcast<F>(values[p * height + v]);
+        const F w = broadcast_at<F>(values + p * height + v);
         for (int i = 0; i < R; ++i) to[v][i] += w * x[i];
       }
     }
@@ -165,12 +168,43 @@ static void panel_slots(const Packed& w, const int32_t* slots, int64_t groups, c
   }
 }
 
+// The groups of a row block of height 8 or 16 against one tile: V rows and R vectors of tokens are summed in registers at a time.
+template <class F, int T>
+static void tall_groups(const Packed& w, int64_t row, int64_t rows, const float* panel, int64_t n, float* sums, float* scratch,
+                        float* y, int64_t y_stride, int64_t token, const Epilogue& e) {
+  constexpr int L = lanes_of<F>(), V = kManyRegisters ? 8 : 4, R = T / L % 2 == 0 ? 2 : T / L;  // 1, 2 or 3
+  const int64_t groups = rows / w.height, at_once = kWriteRows / w.height;
+  const int32_t* slots = w.slots + 2 * (row / w.height * w.k_blocks);
+  for (int64_t g0 = 0; g0 < groups; g0 += at_once) {
+    const int64_t g1 = g0 + at_once < groups ? g0 + at_once : groups;
+    for (int64_t g = g0; g < g1; ++g) {
+      float* to = sums + (g - g0) * w.height * T;
+      for (int64_t k = 0; k < w.k_blocks; ++k) {
+        const int32_t* slot = slots + 2 * (k * groups + g);
+        const int64_t begin = slot[0], count = slot[2] - begin;
+        const float* values = float_values(w, begin * w.height, count * w.height, scratch);
+        for (int v = 0; v < w.height; v += V) {
+          for (int c = 0; c < T; c += R * L) {
+            panel_group<F, T, R, V>(panel + k * w.k_block * T + c, w.index + begin, values + v, w.height, count, to + v * T + c,
+                                    k == 0);
+          }
+        }
+      }
+    }
+    write_rows(sums, T, n, (g1 - g0) * w.height, y, y_stride, token, row + g0 * w.height, e);
+  }
+}
+
 // The row blocks [b0, b1) against one tile of n <= T tokens, whose panel is packed.
 template <class F, int T>
 static void panel_tile(const Packed& w, const float* panel, int64_t n, float* sums, float* scratch, int64_t b0, int64_t b1,
                        float* y, int64_t y_stride, int64_t token, const Epilogue& e) {
   for (int64_t b = b0; b < b1; ++b) {
     const int64_t row = b * w.row_block, rows = row + w.row_block < w.rows ? w.row_block : w.rows - row;
+    if (w.height >= 8) {
+      tall_groups<F, T>(w, row, rows, panel, n, sums, scratch, y, y_stride, token, e);
+      continue;
+    }
     const int64_t groups = rows / w.height;
     const int32_t* slots = w.slots + 2 * (row / w.height * w.k_blocks);
     for (int64_t k = 0; k < w.k_blocks; ++k, slots += 2 * groups) {
@@ -264,7 +298,7 @@ static inline void rows_group(const Packed& w, const int32_t* slots, int64_t gro
       for (int g = 0; g < G; ++g) v[g] = read<F>(values + p * H + g * L);
 #pragma GCC unroll 24
       for (int m = 0; m < M; ++m) {
-        const F s = broadcast<F>(q[m]);
+        const F s = broadcast_at<F>(q + m);
         for (int g = 0; g < G; ++g) to[m][g] += s * v[g];
       }
     };
