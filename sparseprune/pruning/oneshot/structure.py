@@ -155,38 +155,76 @@ def run_block(block: nn.Module, hidden: Tensor, calls: dict[str, Any], index: in
     return output
 
 
-def _record(
-    model: nn.Module, stack: Stack, batch: Batch, passing: Callable[[Any], Any] | None
-) -> tuple[list[tuple[Tensor, dict[str, Any]]], list[Any]] | None:
+def _head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    if not callable(get):
+        return None
+    with suppress(NotImplementedError):
+        found = get()
+        return found if isinstance(found, nn.Module) else None
+    return None
+
+
+@dataclass
+class _Record:
+    """inputs: for each block (hidden states, the other arguments), the hidden states of all but the first block only
+    while the blocks are passed over. feeding: each output was the next input; kinds: "tensor", the length of a tuple
+    that holds nothing else, or None, for each output.
+    """
+
+    inputs: list[tuple[Tensor, dict[str, Any]]] = field(default_factory=list)
+    feeding: bool = True
+    kinds: list[str | int | None] = field(default_factory=list)
+
+
+def _record(model: nn.Module, stack: Stack, batch: Batch, passing: Callable[[Any], Any] | None) -> _Record | None:
     """What each block is called with, in order, and what it returns; None when the blocks are not called once each in
     order.
 
-    passing: builds a stand-in output from the hidden states, so that the blocks need not be computed.
+    passing: builds a stand-in output from the hidden states, so that the blocks need not be computed. Without it the
+    blocks run for real, one output in memory at a time; a language model's head never runs, since its logits may take
+    more memory than all the blocks.
     """
-    inputs: list[tuple[Tensor, dict[str, Any]]] = []
-    outputs: list[Any] = []
+    record = _Record()
     order: list[int] = []
+    sent: Any = None
     hooks = []
     last = len(stack.blocks) - 1
 
     def before(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal sent
             order.append(index)
             split = _split(args, kwargs)
             if split is None or order != list(range(len(order))):
                 order.append(-1)
                 raise Stopped
-            inputs.append(split)
+            hidden = split[0]
+            if passing is None and index > 0:
+                same = isinstance(sent, Tensor) and sent.shape == hidden.shape and torch.equal(sent, hidden)
+                record.feeding &= same or not bool(torch.isfinite(hidden).all())
+                sent = None
+                split = (hidden.new_empty(0), split[1])
+            record.inputs.append(split)
             if passing is not None and index == last:
                 raise Stopped
 
         return hook
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
-        outputs.append(output)
+        nonlocal sent
+        first, sent = record.inputs[0][0], _first(output)
+        alike = isinstance(sent, Tensor) and sent.shape == first.shape and sent.dtype == first.dtype
+        alone = isinstance(output, (tuple, list)) and all(e is None for e in output[1:])
+        record.kinds.append("tensor" if alike and output is sent else len(output) if alike and alone else None)
+
+    def stop(*_: Any) -> None:
+        raise Stopped
 
     saved = []
     try:
+        if (head := _head(model)) is not None:
+            hooks.append(head.register_forward_pre_hook(stop))
         for i, block in enumerate(stack.blocks):
             hooks.append(block.register_forward_pre_hook(before(i), with_kwargs=True))
             if passing is None:
@@ -210,9 +248,7 @@ def _record(
                 del block.forward
             else:
                 block.forward = original
-    if order != list(range(len(stack.blocks))):
-        return None
-    return inputs, outputs
+    return record if order == list(range(len(stack.blocks))) else None
 
 
 def capture(
@@ -232,32 +268,23 @@ def capture(
             if result is not None:
                 result.close()
             return None
-        inputs, outputs = record
         if i == 0:
-            for j in range(1, len(inputs)):
-                received, sent = inputs[j][0], _first(outputs[j - 1])
-                same = isinstance(sent, Tensor) and sent.shape == received.shape and torch.equal(sent, received)
-                if not same and bool(torch.isfinite(received).all()):
-                    return None
-            plain = [o for o in outputs if isinstance(o, Tensor)]
-            single = [o for o in outputs if isinstance(o, (tuple, list)) and all(e is None for e in o[1:])]
-            first = inputs[0][0]
-            same_shape = all(_first(o).shape == first.shape and _first(o).dtype == first.dtype for o in outputs)
-            if same_shape and len(plain) == len(outputs):
-                passing = _identity
-            elif same_shape and len(single) == len(outputs):
-                passing = _tupled(len(single[0]))
+            if not record.feeding:
+                return None
+            kind = record.kinds[0]
+            if all(k == kind for k in record.kinds):
+                passing = _identity if kind == "tensor" else _tupled(kind) if isinstance(kind, int) else None
             result = Capture(ChunkStore(spill), ChunkStore(spill))
         assert result is not None
         table: list[dict[str, Any]] = []
         index: list[int] = []
-        for _, call in inputs:
+        for _, call in record.inputs:
             known = next((t for t, other in enumerate(table) if _same(other, call)), None)
             if known is None:
                 known = len(table)
                 table.append(call)
             index.append(known)
-        result.hidden.append(inputs[0][0].detach())
+        result.hidden.append(record.inputs[0][0].detach())
         result.calls.append({"table": table, "index": index})
         result.positions.append(batch.positions)
     return result
