@@ -166,7 +166,8 @@ def _how(layer: SparseLinear) -> dict[str, Any]:
         "nm": list(layer.nm) if layer.nm else None,
         "activation": layer.activation,
         "value_dtype": layer.value_dtype,
-        "tokens": layer.tokens,
+        "tokens": list(layer.tokens),
+        "dense_from": layer.dense_from,
     }
 
 
@@ -362,10 +363,17 @@ def _check_how(fqn: str, how: Any, state: _State) -> None:
         value = how.get(key)
         return isinstance(value, list) and len(value) == 2 and all(type(v) is int and v >= 1 for v in value)
 
+    def count(value: Any, lists: bool = False) -> bool:
+        if lists and isinstance(value, list):  # one number before several call sizes had a form each
+            return bool(value) and all(count(v) for v in value)
+        return type(value) is int and value >= 1
+
     good = isinstance(how, dict) and fqn in state.linears
-    good = good and set(how) == {"layout", "blocksize", "nm", "activation", "value_dtype", "tokens"}
+    expected = {"layout", "blocksize", "nm", "activation", "value_dtype", "tokens"}
+    good = good and set(how) - {"dense_from"} == expected
     good = good and how["layout"] in ("csr", "bsr", "nm") and how["activation"] in ACTIVATIONS
-    good = good and how["value_dtype"] in VALUES and type(how["tokens"]) is int and how["tokens"] >= 1
+    good = good and how["value_dtype"] in VALUES and count(how["tokens"], lists=True)
+    good = good and (how.get("dense_from") is None or count(how["dense_from"]))
     good = good and (pair("blocksize") if how["layout"] == "bsr" else how["blocksize"] is None)
     good = good and (pair("nm") if how["layout"] == "nm" else how["nm"] is None)
     if not good:
@@ -515,6 +523,7 @@ def _sparse_layer(
             low_rank_b=low_rank_b,
             value_dtype=how["value_dtype"],
             tokens=how["tokens"],
+            dense_from=how.get("dense_from"),
         )
     except ValueError as error:
         raise ValueError(f"{fqn}: {error}") from None

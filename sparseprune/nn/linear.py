@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _native, backends, layouts, native, ops
-from ..native.matmul import Packed
 
 __all__ = ["ACTIVATIONS", "VALUES", "SparseLinear"]
 
@@ -74,7 +74,9 @@ class SparseLinear(nn.Module):
     layer's layout.
 
     ``value_dtype`` is how the inference kernels hold the values: "float32" (exact), "bfloat16", or "int8" (one scale
-    an output). ``tokens`` is the number of rows of x the packed form is tuned for; any number works.
+    an output). ``tokens``: the numbers of rows of x that packed forms are tuned for, one form each; any number of rows
+    works, and takes the form whose number is nearest by ratio. ``dense_from``: inference with that many rows or more
+    multiplies with the unpacked weight instead, which is kept too (4 bytes a weight); None: never.
     """
 
     values: nn.Parameter
@@ -94,9 +96,15 @@ class SparseLinear(nn.Module):
         low_rank_b: Tensor | None = None,
         activation: str = "none",
         value_dtype: str = "float32",
-        tokens: int = 128,
+        tokens: int | Sequence[int] = 128,
+        dense_from: int | None = None,
     ) -> None:
         super().__init__()
+        counts = (tokens,) if isinstance(tokens, int) else tuple(sorted(set(tokens)))
+        if not counts or counts[0] < 1:
+            raise ValueError(f"SparseLinear: tokens expected one or more numbers >= 1, got {tokens!r}")
+        if dense_from is not None and dense_from < 1:
+            raise ValueError(f"SparseLinear: dense_from expected at least 1 or None, got {dense_from}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"SparseLinear: activation expected one of {ACTIVATIONS}, got {activation!r}")
         if value_dtype not in VALUES:
@@ -108,7 +116,8 @@ class SparseLinear(nn.Module):
         self.layout = layout.layout
         self.blocksize = layout.blocksize if isinstance(layout, layouts.BSR) else None
         self.nm = (layout.n, layout.m) if isinstance(layout, layouts.NM) else None
-        self.activation, self.value_dtype, self.tokens = activation, value_dtype, tokens
+        self.activation, self.value_dtype = activation, value_dtype
+        self.tokens, self.dense_from = counts, dense_from
         self.values = nn.Parameter(layout.values.detach())
         for name, tensor in layout.tensors().items():
             if name != "values":
@@ -116,7 +125,7 @@ class SparseLinear(nn.Module):
         self.register_parameter("bias", _parameter(bias))
         self.register_parameter("low_rank_a", None)
         self.register_parameter("low_rank_b", None)
-        self._packs: dict[str, tuple[Any, Packed]] = {}
+        self._packs: dict[str, tuple[Any, Any]] = {}
         if (low_rank_a is None) != (low_rank_b is None):
             raise ValueError("SparseLinear: low_rank_a and low_rank_b expected together, got one of them")
         if low_rank_a is not None and low_rank_b is not None:
@@ -231,7 +240,10 @@ class SparseLinear(nn.Module):
 
     def _sparse(self, input: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
         if why_not_direct(input, residual, bias, self.values) is None and backends.forced_backend() in (None, "native"):
-            packed = self._packed("inference")
+            rows = input.numel() // max(1, self.in_features)
+            if self.dense_from is not None and rows >= self.dense_from:
+                return self._unpacked(input, bias, residual, activation)
+            packed = self._packed(self._form(rows))
             if not native.matmul.why_not_linear(input, packed):
                 return native.matmul.linear(input, packed, bias, residual, activation)
         return self._dispatched(input, bias, residual, activation)
@@ -246,7 +258,24 @@ class SparseLinear(nn.Module):
         if needs_grad or self.training:
             forward, backward = self._packed("forward"), self._packed("backward")
             return ops.trained_linear(input, self.values, forward, backward, bias, activation, residual)
-        return ops.packed_linear(input, self._packed("inference"), bias, residual, activation)
+        rows = input.numel() // max(1, self.in_features)
+        if self.dense_from is not None and rows >= self.dense_from:
+            return self._unpacked(input, bias, residual, activation)
+        return ops.packed_linear(input, self._packed(self._form(rows)), bias, residual, activation)
+
+    def _form(self, rows: int) -> str:
+        """The name of the packed form whose number of tokens is nearest to ``rows``, by ratio."""
+        for small, large in itertools.pairwise(self.tokens):
+            if rows * rows <= small * large:
+                return f"inference {small}"
+        return f"inference {self.tokens[-1]}"
+
+    def _unpacked(self, input: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
+        weight = self._packed("unpacked")
+        if not torch.is_autocast_enabled(input.device.type):
+            weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
+        result = _activate(F.linear(input, weight, bias), activation)
+        return result if residual is None else result + residual
 
     def _packs_serve(self, input: Tensor) -> bool:
         """True where the compiled core runs this call and its packed forms are there or may be made now."""
@@ -254,14 +283,20 @@ class SparseLinear(nn.Module):
             return False
         if backends.forced_backend() not in (None, "native"):
             return False
-        needed = ("forward", "backward") if self.training or torch.is_grad_enabled() else ("inference",)
-        return not torch.compiler.is_compiling() or all(name in self._packs for name in needed)
+        if not torch.compiler.is_compiling():
+            return True
+        if self.training or torch.is_grad_enabled():
+            needed = ["forward", "backward"]
+        else:
+            needed = [f"inference {count}" for count in self.tokens] + ["unpacked"] * (self.dense_from is not None)
+        return all(name in self._packs for name in needed)
 
-    def _packed(self, purpose: str) -> Packed:
-        """The packed form for "inference" (with fresh values) or for training "forward" and "backward" (structure
-        only).
+    def _packed(self, purpose: str) -> Any:
+        """For inference, with fresh values: the packed form "inference N" for N of ``tokens``, or "unpacked", the dense
+        weight float32 `[N, K]` with values rounded as the packed ones are. For training, structure only: "forward" and
+        "backward".
         """
-        stamp = None if purpose != "inference" else self._stamp()
+        stamp = None if purpose in ("forward", "backward") else self._stamp(purpose)
         found = self._packs.get(purpose)
         if found is not None and found[0] == stamp:
             return found[1]
@@ -272,21 +307,39 @@ class SparseLinear(nn.Module):
                 self._packs[purpose] = found
         return found[1]
 
-    def _pack(self, purpose: str, previous: Packed | None) -> Packed:
+    def _pack(self, purpose: str, previous: Any) -> Any:
         with torch.no_grad():
+            if purpose == "unpacked":
+                return self._rounded()
             if previous is not None:
                 return ops.repack(previous, self.values.detach())
             layout = self.to_layout()
-            if purpose == "inference":
-                return ops.pack(layout, tokens=self.tokens, values=self.value_dtype)
-            return ops.pack(layout, tokens=max(self.tokens, 128), transpose=purpose == "backward")
+            if purpose.startswith("inference"):
+                return ops.pack(layout, tokens=int(purpose.split()[1]), values=self.value_dtype)
+            return ops.pack(layout, tokens=max(*self.tokens, 128), transpose=purpose == "backward")
 
-    def _stamp(self) -> tuple[Any, ...]:
+    def _rounded(self) -> Tensor:
+        dense = self.to_layout().to_dense().detach().float()
+        if self.value_dtype == "bfloat16":
+            return dense.bfloat16().float()
+        if self.value_dtype == "int8":
+            scale = dense.abs().amax(1, keepdim=True) / 127
+            scale = torch.where(scale > 0, scale, 1.0)
+            return (dense / scale).round().clamp(-127, 127) * scale
+        return dense
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes of what inference has packed so far, the unpacked weight included; 0 before the first call."""
+        found = [entry for name, (_, entry) in self._packs.items() if name not in ("forward", "backward")]
+        return sum(e.numel() * e.element_size() if isinstance(e, Tensor) else e.nbytes for e in found)
+
+    def _stamp(self, purpose: str) -> tuple[Any, ...]:
         values = self.values
         if torch.compiler.is_compiling():  # a compiled graph holds the packed form it was traced with
-            return self._packs["inference"][0] if "inference" in self._packs else ()
+            return self._packs[purpose][0] if purpose in self._packs else ()
         # The version of an inference tensor cannot be read: such a tensor counts as frozen.
-        return values.data_ptr(), -1 if values.is_inference() else values._version, self.tokens, self.value_dtype
+        return values.data_ptr(), -1 if values.is_inference() else values._version, self.value_dtype
 
     def repack(self) -> None:
         """Drops what was packed: needed after a write through ``values.data``, which leaves the version counter
@@ -311,6 +364,8 @@ class SparseLinear(nn.Module):
         text += f", density={self.density:.4f}, bias={self.bias is not None}"
         text += f", rank={self.low_rank_a.shape[0]}" if self.low_rank_a is not None else ""
         text += f", activation={self.activation}" if self.activation != "none" else ""
+        text += f", tokens={self.tokens}" if len(self.tokens) > 1 else ""
+        text += f", dense from {self.dense_from} rows" if self.dense_from is not None else ""
         return text + (f", values={self.value_dtype}" if self.value_dtype != "float32" else "")
 
     def __getstate__(self) -> dict[str, Any]:

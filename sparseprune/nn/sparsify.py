@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,6 +25,12 @@ _BLOCKSIZES = ((16, 1), (8, 1), (4, 1))
 _PATTERNS = ((2, 4), (4, 8), (1, 4))
 _MIN_FILL = 0.8  # share of non-zeros in the stored blocks below which a bsr layout is not tried
 _MIN_RATIO = 1.1
+
+# A decode step passes over the whole model between two calls of a layer. Its weights are then in memory unless all of
+# them fit what one program can count on of the last cache, however large a shared one says it is.
+_FEW = 8
+_CACHED = 32 << 20
+_EVICT = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -104,16 +111,20 @@ def sparsify_(
     blocksize: tuple[int, int] | None = None,
     nm: tuple[int, int] | None = None,
     values: str = "float32",
+    per_call: bool = True,
 ) -> SparsifyReport:
     """Replaces in place the model's pruned Linears by :class:`SparseLinear` where that pays, and reports why or why
     not.
 
     ``layout="auto"`` times dense and every layout that fits the zeros of a layer, at its shape and density, with
-    ``tokens`` rows of x (several numbers: the worst case decides), interleaved, on this machine with the threads torch
-    is set to; a sparse one is taken from a ratio of 1.1 up, else the layer stays dense. "csr" | "bsr" (``blocksize``,
-    16x1 by default) | "nm" (``nm``, 2:4 by default) forces one on every selected Linear without measuring. ``fuse``:
-    activations, residuals and LayerNorms that follow move into the kernels' epilogues where that is safe. ``values``:
-    how inference holds the weights, "float32" (exact), "bfloat16" or "int8".
+    ``tokens`` rows of x, interleaved, on this machine with the threads torch is set to; a sparse one is taken from a
+    ratio of 1.1 up, else the layer stays dense. Several numbers, with ``per_call``: each gets the packed form that
+    suits it, and from where dense wins the unpacked weight serves, which is kept beside it (4 bytes a weight; the
+    reason says so); without ``per_call`` one packed form serves all and the worst case decides. Up to 8 rows are timed
+    with the weight coming from memory where the selected Linears take more than 32 MiB together. "csr" | "bsr"
+    (``blocksize``, 16x1 by default) | "nm" (``nm``, 2:4 by default) forces one on every selected Linear without
+    measuring. ``fuse``: activations, residuals and LayerNorms that follow move into the kernels' epilogues where that
+    is safe. ``values``: how inference holds the weights, "float32" (exact), "bfloat16" or "int8".
 
     ``filter_fn(module, fqn)`` replaces the default choice of Linears. Raises ValueError on an unknown layout, a layout
     that does not fit, a filter that selects nothing, and for a model that is itself a Linear (use
@@ -131,7 +142,10 @@ def sparsify_(
     if not counts or min(counts) < 1:
         raise ValueError(f"sparsify_: tokens expected one or more numbers >= 1, got {tokens!r}")
     selection = select_linears(model, filter_fn)
-    options: dict[str, Any] = {"tokens": max(counts), "value_dtype": values}
+    per_call = per_call and len(counts) > 1
+    options: dict[str, Any] = {"tokens": counts if per_call else max(counts), "value_dtype": values}
+    weights = sum(linear.weight.numel() * linear.weight.element_size() for linear in selection.selected.values())
+    evict = _EVICT if weights > _CACHED else 0
     choices: list[LayerChoice] = []
     replacements: dict[int, nn.Module] = {}
     memo: dict[Any, tuple[str, dict[str, Any], float | None, str]] = {}
@@ -140,7 +154,7 @@ def sparsify_(
         density = kept.float().mean().item()
         shape = (linear.out_features, linear.in_features)
         if layout == "auto":
-            chosen, arguments, ratio, reason = _measure(linear, kept, density, counts, options, memo)
+            chosen, arguments, ratio, reason = _measure(linear, kept, density, counts, options, memo, evict)
         else:
             arguments = (
                 {"layout": layout}
@@ -201,9 +215,13 @@ def explain(layer: nn.Module, input: Tensor) -> str:
     if reason is None and forced not in (None, "native"):
         reason = f"SPARSEPRUNE_BACKEND={forced} asks for another backend"
     if reason is None:
-        reason = "; ".join(native.matmul.why_not_linear(input, layer._packed("inference")))
+        rows = input.numel() // max(1, layer.in_features)
+        if layer.dense_from is not None and rows >= layer.dense_from:
+            lines.append(f"F.linear on the unpacked weight: {rows} rows, dense from {layer.dense_from}")
+            return "\n".join(lines)
+        packed = layer._packed(layer._form(rows))
+        reason = "; ".join(native.matmul.why_not_linear(input, packed))
     if not reason:
-        packed = layer._packed("inference")
         lines.append(f"direct call, past torch's dispatcher: native.matmul.linear, tier {_native.require_c().tier()}")
         lines.append(
             f"  packed: {packed.nbytes} bytes, plan {packed.plan}, values {packed.values.dtype}"
@@ -258,6 +276,7 @@ def _measure(
     counts: tuple[int, ...],
     options: dict[str, Any],
     memo: dict[Any, tuple[str, dict[str, Any], float | None, str]],
+    evict: int,
 ) -> tuple[str, dict[str, Any], float | None, str]:
     """(label, arguments of from_linear, ratio, reason): what runs this layer fastest, "dense" included."""
     if density == 1.0:
@@ -278,22 +297,57 @@ def _measure(
 
     def sparse(label: str) -> bench.choose.Setup:
         def setup(rows: int) -> Callable[[], object]:
-            layer = SparseLinear.from_linear(linear, **fitting[label], **options).eval()
+            tuned = rows if isinstance(options["tokens"], tuple) else options["tokens"]
+            layer = SparseLinear.from_linear(linear, **fitting[label], **{**options, "tokens": tuned}).eval()
             x = inputs(rows)
             return _without_grad(lambda: layer(x))
 
         return setup
 
-    choice = bench.choose_fastest(
-        {"dense": dense, **{label: sparse(label) for label in fitting}},
-        tokens=counts,
-        min_ratio=_MIN_RATIO,
-        key=lambda label, rows: bench.layer_key(
-            shape, round(density, 2), label, rows, weight.dtype, f"values={options['value_dtype']}"
-        ),
-    )
-    memo[known] = choice.name, fitting.get(choice.name, {}), choice.ratio, choice.reason
+    def choose(sizes: tuple[int, ...], evicted: int) -> bench.Choice:
+        note = f"values={options['value_dtype']}" + (",cold" if evicted else "")
+        return bench.choose_fastest(
+            {"dense": dense, **{label: sparse(label) for label in fitting}},
+            tokens=sizes,
+            min_ratio=_MIN_RATIO,
+            key=lambda label, rows: bench.layer_key(shape, round(density, 2), label, rows, weight.dtype, note),
+            evict_bytes=evicted,
+        )
+
+    if isinstance(options["tokens"], tuple):
+        choices = {rows: choose((rows,), evict if rows <= _FEW else 0) for rows in sorted(counts)}
+        ratios = {rows: {label: per[rows] for label, per in c.ratios.items()} for rows, c in choices.items()}
+        memo[known] = _by_call(ratios, fitting)
+    else:
+        choice = choose(counts, evict if max(counts) <= _FEW else 0)
+        memo[known] = choice.name, fitting.get(choice.name, {}), choice.ratio, choice.reason
     return memo[known]
+
+
+def _by_call(
+    ratios: dict[int, dict[str, float]], fitting: dict[str, dict[str, Any]]
+) -> tuple[str, dict[str, Any], float | None, str]:
+    """ratios: rows of x, rising -> label -> dense time / its time. The layout that gains most in the product over the
+    call sizes, each of which takes what is faster; dense may win from some size on, not below it.
+    """
+    best, arguments, gain, reason = "dense", {}, 1.0, ""
+    for label in fitting:
+        found = {rows: per[label] for rows, per in ratios.items() if label in per}
+        wins = [rows for rows, ratio in found.items() if ratio >= 1.0]
+        losing = [rows for rows in found if rows not in wins]
+        table = ", ".join(f"{ratio:.2f} at {rows} tokens" for rows, ratio in found.items())
+        reason = reason or f"dense wins: {label} runs {table}"
+        if not wins or max(found.values()) < _MIN_RATIO or (losing and min(losing) < max(wins)):
+            continue
+        product = math.prod(max(1.0, ratio) for ratio in found.values())
+        if product > gain:
+            best, gain, arguments = label, product, dict(fitting[label])
+            reason = f"{label} runs {table}"
+            if losing:
+                arguments["dense_from"] = math.isqrt(max(wins) * min(losing)) + 1
+                reason += f"; dense from {arguments['dense_from']} on"
+    top = max((per.get(best, 1.0) for per in ratios.values()), default=1.0)
+    return best, arguments, top if best != "dense" else 1.0, reason or "dense wins"
 
 
 def _without_grad(call: Callable[[], object]) -> Callable[[], object]:

@@ -378,3 +378,45 @@ def test_wrong_widths_never_reach_a_kernel(x, residual, message):
     sparse = SparseLinear.from_linear(pruned()).eval()
     with pytest.raises(ValueError, match=message), torch.no_grad():
         sparse(x, residual)
+
+
+@pytest.mark.parametrize("values, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2), ("int8", 2e-2)])
+@pytest.mark.parametrize("dense_from", [None, 12])
+def test_each_call_size_has_its_form(values, tolerance, dense_from):
+    linear = pruned(37, 61)
+    sparse = SparseLinear.from_linear(linear, value_dtype=values, tokens=(128, 1), dense_from=dense_from).eval()
+    assert sparse.tokens == (1, 128)
+    outputs = []
+    with torch.no_grad():
+        for rows in (1, 2, 11, 12, 67):
+            x = torch.randn(rows, 61)
+            y = sparse(x)
+            torch.testing.assert_close(y, linear(x), rtol=tolerance, atol=4 * tolerance)
+            outputs.append((x, y))
+        for x, y in outputs:  # one function, whatever form ran it
+            each = torch.cat([sparse(row[None]) for row in x])
+            torch.testing.assert_close(y, each, rtol=1e-4, atol=1e-4)
+    forms = {"inference 1", "inference 128" if dense_from is None else "unpacked"}
+    assert set(sparse._packs) - {"forward", "backward"} == forms
+    assert sparse.packed_nbytes > (0 if dense_from is None else 4 * 37 * 61)
+    with torch.no_grad():
+        assert ("F.linear" in explain(sparse, torch.randn(67, 61))) == (dense_from is not None)
+
+
+def test_every_form_follows_the_values_and_copies_are_whole(close):
+    sparse = SparseLinear.from_linear(pruned(21, 33), tokens=(1, 128), dense_from=40).eval()
+    x = torch.randn(67, 33)
+    with torch.no_grad():
+        sparse(x), sparse(x[:1])
+        sparse.values.mul_(2)
+        for copied in (sparse, copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse))):
+            for rows in (1, 30, 67):
+                close(copied(x[:rows]), F.linear(x[:rows], sparse.weight, sparse.bias))
+    sparse(x).sum().backward()
+    assert sparse.values.grad is not None and bool(torch.isfinite(sparse.values.grad).all())
+
+
+@pytest.mark.parametrize("options", [{"tokens": ()}, {"tokens": (0, 3)}, {"dense_from": 0}])
+def test_call_sizes_are_checked(options):
+    with pytest.raises(ValueError, match=r"(tokens|dense_from) expected"):
+        SparseLinear.from_linear(pruned(), **options)

@@ -241,3 +241,33 @@ def test_a_hook_prevents_fusion():
     assert "hook" in report.fusions[0].reason
     model(torch.randn(2, 16))
     assert len(seen) == 1
+
+
+def test_auto_gives_each_call_size_what_is_faster(monkeypatch):
+    from sparseprune import bench
+    from sparseprune.nn import sparsify
+
+    ratios = {1: 2.0, 128: 0.8}
+
+    def choose(candidates, *, tokens, evict_bytes=0, **_):
+        (rows,) = tokens
+        assert evict_bytes == (sparsify._EVICT if rows == 1 else 0)
+        return bench.Choice("csr", ratios[rows], "", {"csr": {rows: ratios[rows]}})
+
+    monkeypatch.setattr(bench, "choose_fastest", choose)
+    monkeypatch.setattr(sparsify, "_CACHED", 0)
+    model = prune(nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8)), 0.5).eval()
+    x = torch.randn(3, 50, 24)
+    with torch.no_grad():
+        expected = [model(x), model(x[:1, :1])]
+    report = sp.sparsify_(model, tokens=(1, 128), fuse=False)
+    assert report["0"].ratio == 2.0 and "0.80 at 128 tokens; dense from 12 on" in report["0"].reason
+    assert model[0].tokens == (1, 128) and model[0].dense_from == 12
+    with torch.no_grad():
+        for got, want in zip([model(x), model(x[:1, :1])], expected):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    ratios[1] = 0.9
+    sp.densify_(model)
+    assert sp.sparsify_(model, tokens=(1, 128)).converted == []
+    ratios.update({1: 0.9, 128: 3.0})  # dense for the small calls only: one form cannot say that, so the layer stays
+    assert sp.sparsify_(model, tokens=(1, 128)).converted == []
