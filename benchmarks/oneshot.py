@@ -47,6 +47,9 @@ def load(name: str) -> tuple[Any, Any]:
         folder = str(Path(found.origin).parent)
         options = {"gguf_file": next(Path(folder).rglob("*.gguf")).name}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    if getattr(model, "hf_quantizer", None) is not None:  # the weights are float32 now, and may be saved as such
+        model.hf_quantizer = None
+        del model.config.quantization_config
     return model.eval(), AutoTokenizer.from_pretrained(folder, **options)
 
 
