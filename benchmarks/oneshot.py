@@ -150,7 +150,7 @@ def generation(dense: Any, folders: list[Path], prompt: torch.Tensor, peers: boo
             model = copy.deepcopy(pruned)
             report = sp.sparsify_(model, tokens=(1, prompt.numel()), values=values)
             models[f"{folder.name} {values}, {len(report.converted)} of {len(linears)} sparse"] = model
-    speeds = evaluate.tokens_per_second(models, prompt, new_tokens=32, repeats=repeats)
+    speeds = evaluate.tokens_per_second(models, prompt, new_tokens=64, repeats=repeats)
     print(evaluate.speed_table(speeds))
     for row in files:
         of = f"{row['bytes']:,} of {row['dense_bytes']:,} bytes"

@@ -41,7 +41,6 @@ def choose_fastest(
     cache: TimingCache | None = None,
     rounds: int = 5,
     min_time: float = 0.004,
-    evict_bytes: int = 0,
 ) -> Choice:
     """Times every candidate beside the baseline at each token count; the worst token count decides.
 
@@ -49,7 +48,6 @@ def choose_fastest(
     building a layout may be put off into it. ``candidates`` must hold ``baseline``. A candidate is taken from
     ``min_ratio`` up; else the baseline is. ``key(name, tokens)``: the cache key
     (:func:`sparseprune.bench.layer_key`); without it nothing is cached. ``cache``: the default cache where None.
-    ``evict_bytes``: as for :func:`interleave`, for layers that find their weight in memory; say so in the key.
 
     ValueError where the baseline is not among the candidates or tokens is empty or below 1.
     """
@@ -75,7 +73,7 @@ def choose_fastest(
             continue
         measured = True
         ready = {name: candidates[name](count) for name in [baseline, *missing]}
-        found = interleave(ready, rounds, min_time, evict_bytes=evict_bytes)
+        found = interleave(ready, rounds, min_time)
         base = 1e3 * found.time(baseline).median
         times[baseline][count] = base
         for name in missing:

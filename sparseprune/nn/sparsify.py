@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,9 +29,10 @@ _MIN_RATIO = 1.1
 
 # A decode step passes over the whole model between two calls of a layer. Its weights are then in memory unless all of
 # them fit what one program can count on of the last cache, however large a shared one says it is.
+# Timing a call right after a flush would count the interpreter's own misses; copies of the layer in turn do not.
 _FEW = 8
 _CACHED = 32 << 20
-_EVICT = 64 << 20
+_IN_TURN = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def sparsify_(
     per_call = per_call and len(counts) > 1
     options: dict[str, Any] = {"tokens": counts if per_call else max(counts), "value_dtype": values}
     weights = sum(linear.weight.numel() * linear.weight.element_size() for linear in selection.selected.values())
-    evict = _EVICT if weights > _CACHED else 0
+    cold = weights > _CACHED
     choices: list[LayerChoice] = []
     replacements: dict[int, nn.Module] = {}
     memo: dict[Any, tuple[str, dict[str, Any], float | None, str]] = {}
@@ -154,7 +156,7 @@ def sparsify_(
         density = kept.float().mean().item()
         shape = (linear.out_features, linear.in_features)
         if layout == "auto":
-            chosen, arguments, ratio, reason = _measure(linear, kept, density, counts, options, memo, evict)
+            chosen, arguments, ratio, reason = _measure(linear, kept, density, counts, options, memo, cold)
         else:
             arguments = (
                 {"layout": layout}
@@ -276,7 +278,7 @@ def _measure(
     counts: tuple[int, ...],
     options: dict[str, Any],
     memo: dict[Any, tuple[str, dict[str, Any], float | None, str]],
-    evict: int,
+    cold: bool,
 ) -> tuple[str, dict[str, Any], float | None, str]:
     """(label, arguments of from_linear, ratio, reason): what runs this layer fastest, "dense" included."""
     if density == 1.0:
@@ -291,35 +293,40 @@ def _measure(
     def inputs(rows: int) -> Tensor:
         return torch.randn(rows, shape[1], device=weight.device).to(weight.dtype)
 
+    def copies(rows: int) -> int:
+        in_memory = cold and rows <= _FEW
+        return max(1, _IN_TURN // (weight.numel() * weight.element_size())) if in_memory else 1
+
     def dense(rows: int) -> Callable[[], object]:
         x, bias = inputs(rows), None if linear.bias is None else linear.bias.detach()
-        return _without_grad(lambda: F.linear(x, weight, bias))
+        weights = [weight, *(weight.clone() for _ in range(copies(rows) - 1))]
+        return _without_grad(lambda: [F.linear(x, each, bias) for each in weights])
 
     def sparse(label: str) -> bench.choose.Setup:
         def setup(rows: int) -> Callable[[], object]:
             tuned = rows if isinstance(options["tokens"], tuple) else options["tokens"]
             layer = SparseLinear.from_linear(linear, **fitting[label], **{**options, "tokens": tuned}).eval()
             x = inputs(rows)
-            return _without_grad(lambda: layer(x))
+            layers = [layer, *(copy.deepcopy(layer) for _ in range(copies(rows) - 1))]
+            return _without_grad(lambda: [each(x) for each in layers])
 
         return setup
 
-    def choose(sizes: tuple[int, ...], evicted: int) -> bench.Choice:
-        note = f"values={options['value_dtype']}" + (",cold" if evicted else "")
+    def choose(sizes: tuple[int, ...]) -> bench.Choice:
+        note = f"values={options['value_dtype']}" + (",in turn" if cold and max(sizes) <= _FEW else "")
         return bench.choose_fastest(
             {"dense": dense, **{label: sparse(label) for label in fitting}},
             tokens=sizes,
             min_ratio=_MIN_RATIO,
             key=lambda label, rows: bench.layer_key(shape, round(density, 2), label, rows, weight.dtype, note),
-            evict_bytes=evicted,
         )
 
     if isinstance(options["tokens"], tuple):
-        choices = {rows: choose((rows,), evict if rows <= _FEW else 0) for rows in sorted(counts)}
+        choices = {rows: choose((rows,)) for rows in sorted(counts)}
         ratios = {rows: {label: per[rows] for label, per in c.ratios.items()} for rows, c in choices.items()}
         memo[known] = _by_call(ratios, fitting)
     else:
-        choice = choose(counts, evict if max(counts) <= _FEW else 0)
+        choice = choose(counts)
         memo[known] = choice.name, fitting.get(choice.name, {}), choice.ratio, choice.reason
     return memo[known]
 
