@@ -7,6 +7,10 @@
 //   kApart        step i of each kSteps / kApart ... holds columns that lie kApart apart: x is laid out in that order (in_order)
 //   sixty_four    the values from place `at` on, spread to the set bits: kSteps vectors; returns how many values that were
 
+//   kCycles       about how many of them 16 columns take at one token
+//   kBytes        of a value
+constexpr int value_bytes(int dtype) { return dtype == kFloat32 ? 4 : dtype == kBfloat16 ? 2 : 1; }
+
 // Every tier: a permute whose lanes a table gives for each byte of bits; 0x80 where a bit is not set.
 struct SpreadTable {
   uint8_t lane[256][8];
@@ -36,7 +40,7 @@ static inline v8 spread(v8 packed, unsigned bits) {
 template <int kDtype>
 struct ByTable {
   typedef v8 F;
-  static constexpr int kSteps = 8, kApart = 1;
+  static constexpr int kSteps = 8, kApart = 1, kCycles = 6, kBytes = value_bytes(kDtype);
   static inline int64_t sixty_four(const void* values, int64_t at, uint64_t bits, F* out) {
     const int64_t first = at;
 #pragma GCC unroll 8
@@ -57,7 +61,7 @@ static inline __attribute__((always_inline)) void bitmask_rows(const Packed& w, 
                                                                int64_t r1, float* y, int64_t y_stride, int64_t token,
                                                                const Epilogue& e) {
   typedef typename Spread::F F;
-  constexpr int L = lanes_of<F>(), U = M >= 4 ? 1 : 4 / M;
+  constexpr int L = lanes_of<F>(), U = M >= 4 ? 1 : 4 / M, kBytes = Spread::kBytes;
   const int64_t row_bytes = (w.columns + 63) / 64 * 8;
   v8 parts[M][8];  // of eight rows, so that their lanes are summed together
   for (int64_t r = r0; r < r1; ++r) {
@@ -70,6 +74,11 @@ static inline __attribute__((always_inline)) void bitmask_rows(const Packed& w, 
     for (int64_t k = 0; k < row_bytes * 8; k += 64) {
       uint64_t bits;
       __builtin_memcpy(&bits, bytes + k / 8, 8);
+      // the hardware stops at each page, and a row's end is no end of the values
+      if ((k & 448) == 0) __builtin_prefetch(bytes + k / 8 + 512);
+      const char* ahead = static_cast<const char*>(w.values) + at * kBytes + 2048;
+      __builtin_prefetch(ahead);
+      if constexpr (kBytes == 4) __builtin_prefetch(ahead + 64);
       F v[Spread::kSteps];
       at += Spread::sixty_four(w.values, at, bits, v);
 #pragma GCC unroll 8
@@ -125,7 +134,7 @@ template <class Spread>
 static void spmm_spread(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride,
                         const Epilogue& e) {
   const int64_t width = (w.columns + 63) / 64 * 64, at_once = 64;
-  const int threads = threads_for_cycles(w.rows * width / 16 * (n + 4));
+  const int threads = threads_for_cycles(w.rows * width / 16 * (n + Spread::kCycles - 1));
   const bool copied = w.columns != width || n > 1 || Spread::kApart > 1;
   Workspace& shared = shared_workspace();
   float* own_x = copied ? shared.reserve(width * (n < at_once ? n : at_once)) : nullptr;
@@ -169,6 +178,7 @@ template <int kDtype>
 struct ByExpand {
   typedef vf F;
   static constexpr int kSteps = 4, kApart = kDtype == kFloat32 ? 1 : kDtype == kBfloat16 ? 2 : 4;
+  static constexpr int kCycles = 2, kBytes = value_bytes(kDtype);
   static inline __attribute__((always_inline)) int64_t sixty_four(const void* values, int64_t at, uint64_t bits, F* out) {
     if constexpr (kDtype == kFloat32) {
       const float* from = static_cast<const float*>(values) + at;
