@@ -191,7 +191,8 @@ def run(config: RunConfig, *, out: str | Path = "runs", name: str = "run", quiet
     model = setup.make()
     filter_fn = matching_filter(model, config.prune_layers)
     # A granularity that does not fit this model fails here, before anything is trained or written.
-    Plan.build(model, prunable_linears(model, filter_fn), config.gan.granularity, config.gan.scope)
+    linears, gan = prunable_linears(model, filter_fn), config.gan
+    Plan.build(model, linears, gan.granularity, gan.scope, floor=gan.floor)
     folder = Path(out) / name
     _enter(folder, config)
     began = time.monotonic()

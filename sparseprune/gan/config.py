@@ -73,7 +73,7 @@ class GANConfig(Config):
     method: where the scores come from: "gan" and "scores" learn them (with and without the adversarial term),
     "magnitude" takes |W|, "movement" sums -W dL/dW. schedule: the density over the pruning window; density: checked
     against it. granularity: a name, a granularity, or a dict from name patterns (fnmatch) to them. scope: "global" or
-    "layer".
+    "layer"; floor: the least density of a layer under "global", as a share of the density of all.
 
     The run lasts ``steps`` (default: ``epochs`` times the loader), or until ``max_seconds`` are over, whichever comes
     first; its progress runs from 0 to 1. Up to ``warmup`` the adversarial weight is 0 while the discriminator learns;
@@ -118,6 +118,7 @@ class GANConfig(Config):
     evaluate_every: int | None = None
     patience: int | None = None
     seed: int = 0
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         name = "GANConfig"

@@ -61,7 +61,7 @@ class Gates:
 
     def __init__(self, model: nn.Module, linears: dict[str, nn.Linear], config: GANConfig):
         self.config, self.linears = config, linears
-        self.plan = Plan.build(model, linears, config.granularity, scope=config.scope)
+        self.plan = Plan.build(model, linears, config.granularity, config.scope, floor=config.floor)
         self.maps = {unit_map.key: unit_map for unit_map in self.plan.unit_maps}
         self.weights: dict[str, Tensor] = {name: linears[name].weight for name in self.plan.layers}
         self.masters = {name: nn.Parameter(w.detach().clone()) for name, w in self.weights.items()}

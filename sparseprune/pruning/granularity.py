@@ -138,10 +138,10 @@ class Granularity(Config):
 
     def choose(
         self, maps: Sequence[UnitMap], scores: Sequence[Tensor], sparsity: float, scope: str,
-        densities: Mapping[str, float] | None, selector: Selector,
+        densities: Mapping[str, float] | None, selector: Selector, floor: float = 0.0,
     ) -> list[Tensor]:  # fmt: skip
         """scores: one tensor a map, of its shape; returns bool tensors, True = kept, exact in count."""
-        return _topk_units(maps, scores, sparsity, scope, densities, selector)
+        return _topk_units(maps, scores, sparsity, scope, densities, selector, floor)
 
     def mask(self, scores: Tensor, k: int) -> Tensor:
         """scores: `[N, K]` of one weight; returns its bool mask with exactly k whole units kept."""
@@ -157,7 +157,7 @@ class Granularity(Config):
 
 def _topk_units(
     maps: Sequence[UnitMap], scores: Sequence[Tensor], sparsity: float, scope: str,
-    densities: Mapping[str, float] | None, selector: Selector,
+    densities: Mapping[str, float] | None, selector: Selector, floor: float = 0.0,
 ) -> list[Tensor]:  # fmt: skip
     units = [selector.total(m.units) for m in maps]
     if densities is not None:
@@ -165,8 +165,36 @@ def _topk_units(
     elif scope == "layer":
         counts = [kept_count(n, sparsity) for n in units]
     else:
-        return selector.topk(scores, kept_count(sum(units), sparsity))
+        return _topk_above(scores, units, kept_count(sum(units), sparsity), selector, floor)
     return [selector.topk([s], k)[0] for s, k in zip(scores, counts)]
+
+
+def _topk_above(
+    scores: Sequence[Tensor], units: Sequence[int], k: int, selector: Selector, floor: float
+) -> list[Tensor]:
+    """The k highest of all, but of each tensor at least ``floor * k / sum(units)`` of its own units, rounded down.
+
+    A tensor that falls short is held at its least and leaves the competition, which starts anew for the rest: their
+    threshold rises, so that none that was short would come back.
+    """
+    kept = selector.topk(scores, k)
+    if floor == 0:
+        return kept
+    least = [math.floor(floor * k * n / max(1, sum(units))) for n in units]
+    for i, s in enumerate(scores):  # what an earlier stage has taken away cannot be kept
+        least[i] = min(least[i], selector.total(int((s > -math.inf).sum())))
+    held: set[int] = set()
+    while True:
+        short = [i for i in range(len(scores)) if i not in held and selector.total(int(kept[i].sum())) < least[i]]
+        if not short:
+            return kept
+        held.update(short)
+        for i in short:
+            kept[i] = selector.topk([scores[i]], least[i])[0]
+        free = [i for i in range(len(scores)) if i not in held]
+        chosen = selector.topk([scores[i] for i in free], k - sum(least[i] for i in held))
+        for i, mask in zip(free, chosen):
+            kept[i] = mask
 
 
 @dataclass(frozen=True)
@@ -250,7 +278,7 @@ class NM(Granularity):
 
     def choose(
         self, maps: Sequence[UnitMap], scores: Sequence[Tensor], sparsity: float, scope: str,
-        densities: Mapping[str, float] | None, selector: Selector,
+        densities: Mapping[str, float] | None, selector: Selector, floor: float = 0.0,
     ) -> list[Tensor]:  # fmt: skip
         if densities is not None:
             raise ValueError(f"{self}: densities cannot change a pattern that is the same everywhere; leave them out")
@@ -279,7 +307,7 @@ class _Structured(Granularity):
 
     def choose(
         self, maps: Sequence[UnitMap], scores: Sequence[Tensor], sparsity: float, scope: str,
-        densities: Mapping[str, float] | None, selector: Selector,
+        densities: Mapping[str, float] | None, selector: Selector, floor: float = 0.0,
     ) -> list[Tensor]:  # fmt: skip
         if self.per_axis:
             if densities is not None:
@@ -289,7 +317,9 @@ class _Structured(Granularity):
         chosen: dict[int, Tensor] = dict(
             zip(
                 units,
-                _topk_units([maps[i] for i in units], [scores[i] for i in units], sparsity, scope, densities, selector),
+                _topk_units(
+                    [maps[i] for i in units], [scores[i] for i in units], sparsity, scope, densities, selector, floor
+                ),
             )
         )
         for i, m in enumerate(maps):
@@ -453,19 +483,19 @@ class Mixture(Granularity):
 
     def choose(
         self, maps: Sequence[UnitMap], scores: Sequence[Tensor], sparsity: float, scope: str,
-        densities: Mapping[str, float] | None, selector: Selector,
+        densities: Mapping[str, float] | None, selector: Selector, floor: float = 0.0,
     ) -> list[Tensor]:  # fmt: skip
         count = sum(m.stage == 0 for m in maps)
         first, then = maps[:count], maps[count:]
         density = 1 - sparsity
         share = max(density, self.first_density if self.first_density is not None else math.sqrt(density))
-        kept = self.first.choose(first, scores[:count], 1 - share, scope, None, selector)
+        kept = self.first.choose(first, scores[:count], 1 - share, scope, None, selector, floor)
         alive = _combine(first, kept)
         masked = []
         for m, s in zip(then, scores[count:]):
             live = {fqn: alive[fqn].to(s.dtype) for fqn in m.layers if fqn in alive}
             masked.append(s.masked_fill(m.reduce(live) <= 0, -math.inf) if live else s)
-        chosen = _topk_units(then, masked, sparsity, scope, densities, selector)
+        chosen = _topk_units(then, masked, sparsity, scope, densities, selector, floor)
         for m, s, c in zip(then, masked, chosen):
             if bool((c & (s == -math.inf)).any()):
                 raise ValueError(
@@ -518,22 +548,29 @@ class Plan:
     skipped: dict[str, str]
     scope: str
     densities: dict[str, float] | None
+    floor: float = 0.0
 
     @classmethod
     def build(
         cls, model: nn.Module, layers: Layers,
         granularity: str | Granularity | Mapping[str, str | Granularity] = "element", scope: str = "global",
-        densities: Mapping[str, float] | None = None,
+        densities: Mapping[str, float] | None = None, floor: float = 0.0,
     ) -> Plan:  # fmt: skip
         """layers: fqn -> Linear. granularity: one for all, or name pattern (``fnmatch``) -> granularity, first match
         wins; layers that no pattern fits stay dense. scope: ``"global"`` compares the units of all layers of a part,
         ``"layer"`` keeps the same share of each. densities: name pattern -> relative density, see ``weighted_counts``.
+        floor: the least density of a layer under ``"global"``, as a share of the density of all, in [0, 1] (counts
+        rounded down, the total exact; of heads and neurons, of each block; N:M keeps its pattern everywhere).
 
         Raises ValueError on an unknown granularity, scope or pattern, on shapes that do not divide, and where no
         layer is left.
         """
         if scope not in ("global", "layer"):
             raise ValueError(f"scope: expected 'global' or 'layer', got {scope!r}")
+        if not (isinstance(floor, int | float) and 0 <= floor <= 1):
+            raise ValueError(f"floor: expected a share in [0, 1], got {floor!r}")
+        if floor and (scope != "global" or densities is not None):
+            raise ValueError("floor: expected scope='global' and no densities, which fix every layer's count")
         skipped: dict[str, str] = {}
         if isinstance(granularity, Mapping):
             made = {pattern: make_granularity(spec) for pattern, spec in granularity.items()}
@@ -549,6 +586,10 @@ class Plan:
             skipped.update(reasons)
             if maps:
                 parts.append(Part(kind, tuple(maps)))
+        keys = [m.key for part in parts for m in part.maps]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"granularity: expected keys that are unique in a plan, got {twice!r} twice")
         if not parts:
             raise ValueError(f"granularity: {granularity!r} covers none of the layers: {_shown(skipped)}")
         relative = None
@@ -558,7 +599,7 @@ class Plan:
             missing = [fqn for fqn in covered if fqn not in relative]
             if missing:
                 raise ValueError(f"densities: no pattern fits {', '.join(missing[:10])}; add '*' as the last pattern")
-        return cls(tuple(parts), skipped, scope, relative)
+        return cls(tuple(parts), skipped, scope, relative, float(floor))
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -611,7 +652,9 @@ class Plan:
                 raise ValueError(f"Plan: scores of {m.key} expected shape {list(m.shape)}, got {list(s.shape)}")
             if bool(s.isnan().any()):
                 raise ValueError(f"Plan: scores of {m.key} hold NaN, which has no rank; check the weights and the data")
-        kept = part.granularity.choose(part.maps, scores, sparsity, self.scope, self.densities, selector or Selector())
+        kept = part.granularity.choose(
+            part.maps, scores, sparsity, self.scope, self.densities, selector or Selector(), self.floor
+        )
         return _combine(part.maps, kept)
 
 

@@ -14,7 +14,7 @@ from .criteria import Criterion, PruneContext, ScoreFn, make_criterion
 from .granularity import Granularity, Heads, Neurons, Plan
 from .masks import MaskSet
 
-__all__ = ["LayerRow", "PruneReport", "make_report", "prune_", "trim_"]
+__all__ = ["LayerRow", "PruneReport", "check_floor", "make_report", "prune_", "trim_"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def prune_(
     *,
     densities: Mapping[str, float] | None = None,
     criterion_options: Mapping[str, Any] | None = None,
+    floor: float = 0.0,
 ) -> PruneReport:
     """Zeroes weights of the model's Linears in place and returns the report; the modules stay ``nn.Linear``.
 
@@ -117,8 +118,9 @@ def prune_(
     ``scope="layer"``. ``NM`` fixes its own sparsity, which may be left out. criterion: a name, a ``Criterion`` or
     ``fn(linear, fqn) -> scores [N, K]``; some names need ``data``. granularity: ``"element"``, ``Block(r, c)``,
     ``NM(n, m)``, ``Heads()``, ``Neurons()``, ``Mixture(...)``, or a dict from name patterns to them. densities: name
-    pattern -> relative density, scaled so that the total is exact. filter_fn(module, fqn): which Linears, instead of
-    the default.
+    pattern -> relative density, scaled so that the total is exact. floor: the least density of a layer under
+    ``scope="global"``, as a share of the density of all, in [0, 1], so that no layer starves. filter_fn(module, fqn):
+    which Linears, instead of the default.
 
     Raises ValueError, before anything is changed, on arguments that do not fit the model; scores that are NaN name
     their layer.
@@ -127,7 +129,8 @@ def prune_(
     made = make_criterion(criterion, criterion_options)
     if made.needs_data and data is None:
         raise ValueError(f"prune_: criterion {made.name!r} needs data; pass data=batches of the model's inputs")
-    plan = Plan.build(model, selection.selected, granularity, scope, densities)
+    plan = Plan.build(model, selection.selected, granularity, scope, densities, floor)
+    check_floor(made, floor)
     sparsity = plan.check_sparsity(sparsity)
     layers = {fqn: selection.selected[fqn] for fqn in plan.layers}
     weights: dict[str, Tensor] = {fqn: linear.weight.detach() for fqn, linear in layers.items()}
@@ -140,6 +143,12 @@ def prune_(
         masks.apply_(model)
         trim_(layers, plan, sparsity)
     return make_report(plan, masks, {**selection.skipped, **plan.skipped}, made.name)
+
+
+def check_floor(criterion: Criterion, floor: float) -> None:
+    """ValueError where a criterion that chooses its masks by itself would pass the floor over."""
+    if floor and type(criterion).masks is not Criterion.masks:
+        raise ValueError(f"floor: criterion {criterion.name!r} chooses its masks by itself; leave floor out")
 
 
 def make_report(plan: Plan, masks: MaskSet, skipped: dict[str, str], criterion: str) -> PruneReport:

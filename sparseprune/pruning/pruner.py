@@ -17,7 +17,7 @@ from ..optim import AdamW
 from .criteria import Criterion, PruneContext, make_criterion
 from .granularity import DistributedSelector, Granularity, Plan, Selector
 from .masks import MaskSet
-from .prune import PruneReport, make_report, trim_
+from .prune import PruneReport, check_floor, make_report, trim_
 from .ranks import Ranks
 from .schedules import Cubic, Schedule
 
@@ -33,7 +33,7 @@ class PruneConfig(Config):
     ``schedule``: the density over the window from step ``begin`` to step ``end`` (optimiser steps); masks are chosen
     anew every ``every`` steps of it and are fixed from ``end`` on. ``density``: the final one, by default the
     schedule's; another value is an error. ``criterion``, ``criterion_options``, ``granularity``, ``scope``,
-    ``densities``: as in ``prune_``.
+    ``densities``, ``floor``: as in ``prune_``.
     """
 
     schedule: Schedule = field(default_factory=lambda: Cubic(0.1))
@@ -46,6 +46,7 @@ class PruneConfig(Config):
     every: int = 10
     densities: dict[str, float] | None = None
     criterion_options: dict[str, Any] = field(default_factory=dict)
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, Schedule):
@@ -112,8 +113,10 @@ class Pruner:
             raise ValueError(f"Pruner: criterion {self.criterion.name!r} needs data; pass data=batches of inputs")
         selection = select_linears(model, filter_fn)
         self._plan = Plan.build(
-            model, selection.selected, self.config.granularity, self.config.scope, self.config.densities
-        )
+            model, selection.selected, self.config.granularity, self.config.scope, self.config.densities,
+            self.config.floor,
+        )  # fmt: skip
+        check_floor(self.criterion, self.config.floor)
         self._plan.check_sparsity(1 - self.config.schedule.final_density)
         self._skipped = {**selection.skipped, **self._plan.skipped}
         self._names = self._plan.layers

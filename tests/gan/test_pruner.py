@@ -16,6 +16,7 @@ from sparseprune import NM, Block, Cubic, Heads, Neurons, RetentionSchedule
 from sparseprune.data import Augment, TokenLoader
 from sparseprune.encoder import TextEncoder
 from sparseprune.gan import DiscriminatorConfig, GANConfig, GANPruner, compare, evaluate
+from sparseprune.pruning import Mixture
 from sparseprune.pruning.masks import MaskSet
 
 SMALL = DiscriminatorConfig(depth=2, width=32, rows=32)
@@ -109,6 +110,18 @@ def test_granularities_in_the_loop(trained, granularity, schedule):
         assert (ffn.view(64, 8, 4).sum(-1) == 2).all()
     if isinstance(granularity, dict) and "*.ffn.*" in granularity and granularity["*.ffn.*"] == Neurons():
         assert torch.equal(ffn.any(1), model.get_submodule("layers.0.ffn.contract").weight.ne(0).any(0))
+
+
+def test_both_stages_of_a_mixture_have_scores_of_their_own_and_a_floor_holds(trained):
+    settings = config(granularity=Mixture(Block(4, 4)), schedule=RetentionSchedule(0.1, 0.2), floor=0.5)
+    pruner = GANPruner(copy.deepcopy(trained), settings)
+    shapes = {key: tuple(score.shape) for key, score in pruner.gates.scores.items()}
+    assert shapes["layers.0.query"] == (8, 8) and shapes["layers.0.query:then"] == (32, 32)
+    assert len(shapes) == 2 * len(pruner.masks)
+    pruner.fit(loader())
+    total = pruner.gates.total
+    assert pruner.gates.kept == total - round(0.8 * total)
+    assert all(float(mask.float().mean()) >= 0.099 for mask in pruner.masks.values())
 
 
 def test_a_pattern_that_fixes_its_density_refuses_another(trained):

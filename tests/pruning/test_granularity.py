@@ -36,9 +36,9 @@ def scores_of(layers):
     return {fqn: linear.weight.detach().abs() for fqn, linear in layers.items()}
 
 
-def planned(model, granularity, scope="global", densities=None):
+def planned(model, granularity, scope="global", densities=None, floor=0.0):
     layers = prunable_linears(model)
-    return Plan.build(model, layers, granularity, scope, densities), scores_of(layers)
+    return Plan.build(model, layers, granularity, scope, densities, floor), scores_of(layers)
 
 
 def count(masks):
@@ -205,6 +205,86 @@ def test_densities_are_relative_and_exact_in_total():
     with pytest.raises(ValueError, match=r"densities: no pattern fits 1, 2"):
         planned(model, "element", densities={"0": 0.1})
     assert set(erk_densities({"a": (4, 4), "b": (2, 8)})) == {"a", "b"}
+
+
+def starving(model, scale=1e-3):
+    """The same model, with one layer whose weights are all smaller than those of the others."""
+    with torch.no_grad():
+        model.layers[0].output.weight.mul_(scale)
+    return model
+
+
+@pytest.mark.parametrize("granularity", ["element", Block(4, 2), Mixture(Block(4, 4)), Mixture(Heads(), Block(2, 2))])
+def test_a_floor_feeds_the_starving_layer_and_keeps_the_total(granularity):
+    plain, scores = planned(starving(small()), granularity)
+    plan, _ = planned(starving(small()), granularity, floor=0.5)
+    total = sum(s.numel() for s in scores.values())
+    for sparsity in (0.0, 0.5, 0.8, 0.9):
+        without, masks = plain.masks(scores, sparsity), plan.masks(scores, sparsity)
+        assert count(masks) == count(without)
+        least = (total - round(sparsity * total)) / total / 2
+        held = [name for name, mask in masks.items() if int(mask.sum()) < math.floor(least * mask.numel() / 8) * 8]
+        if not isinstance(granularity, Mixture):  # which may have dropped the layer's units before
+            assert held == []
+        if sparsity == 0.8:
+            starved = "layers.0.output"
+            assert int(without[starved].sum()) == 0
+            assert isinstance(granularity, Mixture) or int(masks[starved].sum()) in (24, 25)  # of 256, at density 0.2
+
+
+def test_a_floor_of_one_is_the_same_share_everywhere_and_one_of_zero_changes_nothing():
+    (plan, scores), (layered, _) = planned(small(), "element", floor=1.0), planned(small(), "element", "layer")
+    (none, _), (plain, _) = planned(small(), "element", floor=0.0), planned(small(), "element")
+    for sparsity in (0.5, 0.75):
+        shares = [plan.masks(scores, sparsity), layered.masks(scores, sparsity)]
+        assert all(torch.equal(shares[0][f], shares[1][f]) for f in scores if f in shares[0])
+        same = [none.masks(scores, sparsity), plain.masks(scores, sparsity)]
+        assert all(torch.equal(same[0][f], same[1][f]) for f in same[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.floats(0, 4)), min_size=1, max_size=6), st.floats(0, 1), st.floats(0, 1)
+)
+def test_a_floor_is_exact_and_best_among_what_it_leaves_free(layers, sparsity, floor):
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(n, 3, bias=False) for n, _ in layers))
+    scores = {str(i): torch.rand(3, n, generator=generator) ** p for i, (n, p) in enumerate(layers)}
+    masks = Plan.build(model, dict(model.named_children()), floor=floor).masks(scores, sparsity)
+    total = sum(s.numel() for s in scores.values())
+    kept = kept_count(total, sparsity)
+    least = {f: math.floor(floor * kept * s.numel() / total) for f, s in scores.items()}
+    assert count(masks) == kept and all(int(masks[f].sum()) >= least[f] for f in scores)
+    above = [f for f in scores if int(masks[f].sum()) > least[f]]  # no swap with any of these would gain
+    threshold = min((float(scores[f][masks[f]].min()) for f in above), default=0.0)
+    for f in scores:
+        if masks[f].any() and not masks[f].all():
+            assert float(scores[f][masks[f]].min()) >= float(scores[f][~masks[f]].max())
+        if not masks[f].all() and above:
+            assert float(scores[f][~masks[f]].max()) <= threshold
+
+
+def test_a_floor_is_refused_where_it_would_mean_nothing():
+    for options in ({"scope": "layer"}, {"densities": {"*": 1.0}}):
+        with pytest.raises(ValueError, match="floor: expected scope='global' and no densities"):
+            planned(small(), "element", floor=0.5, **options)
+    for floor in (-0.1, 1.1, "half"):
+        with pytest.raises(ValueError, match=r"floor: expected a share in \[0, 1\]"):
+            planned(small(), "element", floor=floor)
+
+
+def test_keys_are_unique_in_a_plan():
+    plan, _ = planned(small(), Mixture(Block(4, 4), Block(2, 2)))
+    keys = [m.key for m in plan.unit_maps]
+    assert len(set(keys)) == len(keys) == 2 * len(plan.layers)
+
+    class Twice(Element):
+        def unit_maps(self, model, layers):
+            maps, reasons = super().unit_maps(model, layers)
+            return maps + maps, reasons
+
+    with pytest.raises(ValueError, match=r"unique in a plan, got 'layers\.0\.query' twice"):
+        planned(small(), Twice())
 
 
 @settings(max_examples=60, deadline=None)
