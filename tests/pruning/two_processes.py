@@ -5,6 +5,7 @@ Arguments: the mode of the Pruner, and the folder that takes what this rank foun
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def main(mode: str, folder: str) -> None:
     torch.distributed.init_process_group("gloo")
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.save(replicated(rank, world) if mode == "replicated" else sharded(rank), Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    # At once: when torch takes its threads down, now and then a process aborts, with its work done and saved.
+    os._exit(0)
 
 
 if __name__ == "__main__":
