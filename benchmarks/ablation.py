@@ -33,11 +33,11 @@ from torch import nn
 
 from sparseprune._files import replacing
 from sparseprune.bench import describe
-from sparseprune.cli import _granularity
 from sparseprune.data import SETS, Augment, TextData, TokenLoader, Vocabulary, load_files, load_set
 from sparseprune.encoder import TextEncoder
 from sparseprune.gan import DiscriminatorConfig, GANConfig, GANPruner, compare, predictions
 from sparseprune.nn.filters import FilterFn, matching_filter
+from sparseprune.pruning.granularity import make_granularity
 from sparseprune.pruning.masks import MaskSet
 from sparseprune.pruning.schedules import Cubic, RetentionSchedule
 
@@ -129,7 +129,7 @@ def arm_config(
     density = round(1 - sparsity, 10)
     common: dict[str, Any] = {
         "schedule": Cubic(density) if setting.pretrained else RetentionSchedule(r0=0.1, z_min=density),
-        "seed": seed, "epochs": setting.epochs, "granularity": _granularity(granularity), **dict(setting.changes),
+        "seed": seed, "epochs": setting.epochs, "granularity": make_granularity(granularity), **dict(setting.changes),
     }  # fmt: skip
     if arm == "gmp":
         return GANConfig(method="magnitude", ce=1.0, kd=0.0, hidden=0.0, **common)

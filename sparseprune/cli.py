@@ -174,20 +174,6 @@ def _density(arguments: argparse.Namespace) -> float:
     return arguments.density
 
 
-def _granularity(text: str) -> Any:
-    """ "element", "16x1", "2:4", "heads" or "neurons" as a granularity."""
-    from .pruning import NM, Block, Element, Heads, Neurons
-
-    named = {"element": Element, "heads": Heads, "neurons": Neurons}
-    if text in named:
-        return named[text]()
-    for sign, build in (("x", Block), (":", NM)):
-        parts = text.split(sign)
-        if len(parts) == 2 and all(part.isdigit() for part in parts):
-            return build(int(parts[0]), int(parts[1]))
-    raise ValueError(f"--granularity expected element, RxC, N:M, heads or neurons, got {text!r}")
-
-
 def _config(arguments: argparse.Namespace) -> Any:
     from .runner import RunConfig
 
@@ -197,6 +183,7 @@ def _config(arguments: argparse.Namespace) -> Any:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    from .pruning import make_granularity
     from .runner import run_demo
 
     run_demo(
@@ -204,7 +191,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         name=arguments.name,
         data=arguments.data,
         density=_density(arguments),
-        granularity=_granularity(arguments.granularity),
+        granularity=make_granularity(arguments.granularity),
         layers=arguments.layers,
         seed=arguments.seed,
         epochs=arguments.epochs,
@@ -217,6 +204,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _prune(arguments: argparse.Namespace) -> int:
+    from .pruning import make_granularity
     from .runner import run, run_prune
 
     config = _config(arguments)
@@ -231,7 +219,7 @@ def _prune(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         name=arguments.name,
         density=_density(arguments),
-        granularity=_granularity(arguments.granularity),
+        granularity=make_granularity(arguments.granularity),
         layers=arguments.layers,
         method=arguments.method,
         teacher=arguments.teacher,

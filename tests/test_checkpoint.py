@@ -114,6 +114,30 @@ def test_sparse_layers_come_back_as_they_ran(tmp_path, layout, options):
     assert same_state(fresh, dense)
 
 
+def test_the_forms_of_each_call_size_come_back(tmp_path):
+    path, model = tmp_path / "a.safetensors", pruned(0.1)
+    model.up = sp.SparseLinear.from_linear(model.up, tokens=(1, 128), dense_from=9).eval()
+    model.down = sp.SparseLinear.from_linear(model.down, tokens=40).eval()
+    sp.save(model, path)
+    fresh = sp.load(Net().eval(), path)
+    assert (fresh.up.tokens, fresh.up.dense_from) == ((1, 128), 9)
+    assert (fresh.down.tokens, fresh.down.dense_from) == ((40,), None)
+    with torch.no_grad():
+        assert torch.equal(fresh(IDS), model(IDS))
+
+    def before_there_were_several(structure):  # a file of the first version: one number, no dense_from
+        structure["sparse"]["down"] = {**structure["sparse"]["down"], "tokens": 40}
+        del structure["sparse"]["down"]["dense_from"]
+
+    rewrite(path, before_there_were_several)
+    assert sp.load(Net().eval(), path).down.tokens == (40,)
+    for wrong in ({"tokens": []}, {"tokens": [0]}, {"tokens": [[1]]}, {"dense_from": 0}, {"dense_from": [9]}):
+        sp.save(model, path)
+        rewrite(path, lambda structure, wrong=wrong: structure["sparse"]["up"].update(wrong))
+        with pytest.raises(CheckpointError, match="ran sparse"):
+            sp.load(Net(), path)
+
+
 def test_fusions_come_back(tmp_path):
     def make():
         return nn.Sequential(nn.Linear(32, 96), nn.GELU(), nn.Linear(96, 32)).eval()

@@ -4,11 +4,11 @@
 // A row's bits take `row_bytes` (a multiple of 8: 64 columns). Each step spreads the next values to the places of the set bits of a
 // vector's worth of columns and multiplies with x. What spreads is a policy with these members:
 //   F, kSteps     the vector of columns of one step, and how many make 64 columns
-//   kApart        step i of each kSteps / kApart ... holds columns that lie kApart apart: x is laid out in that order (in_order)
+//   kApart        neighbours in a vector are columns that lie kApart apart; in_order lays x out alike
+//   kCycles       about how many cycles 16 columns take at one token
+//   kBytes        of a value
 //   sixty_four    the values from place `at` on, spread to the set bits: kSteps vectors; returns how many values that were
 
-//   kCycles       about how many of them 16 columns take at one token
-//   kBytes        of a value
 constexpr int value_bytes(int dtype) { return dtype == kFloat32 ? 4 : dtype == kBfloat16 ? 2 : 1; }
 
 // Every tier: a permute whose lanes a table gives for each byte of bits; 0x80 where a bit is not set.
@@ -57,9 +57,8 @@ struct ByTable {
 
 // Rows [r0, r1) against M tokens whose rows of x are `stride` long, zero-padded to 64 columns and in the policy's order.
 template <class Spread, int M>
-static inline __attribute__((always_inline)) void bitmask_rows(const Packed& w, const float* x, int64_t stride, int64_t r0,
-                                                               int64_t r1, float* y, int64_t y_stride, int64_t token,
-                                                               const Epilogue& e) {
+static void bitmask_rows(const Packed& w, const float* x, int64_t stride, int64_t r0, int64_t r1, float* y, int64_t y_stride,
+                         int64_t token, const Epilogue& e) {
   typedef typename Spread::F F;
   constexpr int L = lanes_of<F>(), U = M >= 4 ? 1 : 4 / M, kBytes = Spread::kBytes;
   const int64_t row_bytes = (w.columns + 63) / 64 * 8;
@@ -107,7 +106,7 @@ static inline __attribute__((always_inline)) void bitmask_rows(const Packed& w, 
   }
 }
 
-// x [n, stride] of the policy's order: each kApart * 16 columns become kApart runs of 16 that lie kApart apart.
+// Puts `count` floats of x into the policy's order: of each kApart vectors, the first gets the columns 0, kApart, 2 kApart ...
 template <class Spread>
 static void in_order(float* x, int64_t count) {
   if constexpr (Spread::kApart > 1) {
@@ -208,7 +207,6 @@ struct ByExpand {
     return __builtin_popcountll(bits);
   }
 };
-
 #endif
 
 template <template <int> class By>
@@ -224,8 +222,8 @@ static void spmm_spread_dtype(const Packed& w, const float* x, int64_t x_stride,
 static void spmm_bitmask(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride,
                          const Epilogue& e) {
 #if SP_LANES == 16 && defined(__AVX512F__)
-  static const bool expands = __builtin_cpu_supports("avx512vbmi2") != 0;
-  if (expands) return spmm_spread_dtype<ByExpand>(w, x, x_stride, n, y, y_stride, e);
+  static const bool narrow = __builtin_cpu_supports("avx512vbmi2") != 0;
+  if (narrow || w.values_dtype == kFloat32) return spmm_spread_dtype<ByExpand>(w, x, x_stride, n, y, y_stride, e);
 #endif
   spmm_spread_dtype<ByTable>(w, x, x_stride, n, y, y_stride, e);
 }

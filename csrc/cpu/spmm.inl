@@ -7,8 +7,8 @@
 // height 1, 2, 4: vectorised over tokens. A tile of T tokens is transposed to a panel [K][T]; an entry is `height` broadcasts and
 // T / lanes multiply-adds each. The panel's K-block stays in L1 while the entries of a row block pass, whose sums wait in L2. Slots
 // are sorted by their count, so that the loops' ends are predicted.
-// height 8, 16, few tokens: vectorised over outputs. A group is one vector of sums a token; an entry is one load of its values and a multiply-
-// add with a broadcast x for each token. The sums stay in registers over the whole of K, and y is written as it lies.
+// height 8, 16, few tokens: vectorised over outputs. A group is one vector of sums a token; an entry is one load of its values and
+// a multiply-add with a broadcast x for each token. The sums stay in registers over the whole of K, and y is written as it lies.
 // height 8, 16, more tokens: vectorised over tokens again. The sums of 8 rows (AVX2: 4) and two vectors of tokens fill the registers,
 // so that a load of x serves 8 multiply-adds: the one plan here that the multiply-adds themselves can bound, not the loads.
 // One token, height 1: dot products.
@@ -17,7 +17,7 @@ constexpr int64_t kTokensEach = 32;         // fewer tokens a thread, and the th
 constexpr int64_t kTile = 64;               // tokens of a panel where tokens are vectorised
 constexpr int64_t kTallTokens = 32;         // from here on heights 8 and 16 are vectorised over tokens too
 constexpr int64_t kPanelFloats = 1 << 18;   // a panel that several tiles share stays below this where it can
-constexpr int64_t kWriteRows = 128;      // of sums that are written to y at a time
+constexpr int64_t kWriteRows = 128;         // of sums that are written to y at a time
 constexpr bool kManyRegisters = SP_LANES == 16;
 
 // x rows [0, n) (n <= T, T a multiple of 8), columns [k0, k1) -> panel [k1 - k0][T]; places without a token are zero.

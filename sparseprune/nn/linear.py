@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _native, backends, layouts, native, ops
+from .. import _native, backends, layouts, native, ops, reference
 
 __all__ = ["ACTIVATIONS", "VALUES", "SparseLinear"]
 
@@ -76,7 +76,7 @@ class SparseLinear(nn.Module):
     ``value_dtype`` is how the inference kernels hold the values: "float32" (exact), "bfloat16", or "int8" (one scale
     an output). ``tokens``: the numbers of rows of x that packed forms are tuned for, one form each; any number of rows
     works, and takes the form whose number is nearest by ratio. ``dense_from``: inference with that many rows or more
-    multiplies with the unpacked weight instead, which is kept too (4 bytes a weight); None: never.
+    multiplies with the unpacked weight instead, which is kept too, dense in the dtype of ``values``; None: never.
     """
 
     values: nn.Parameter
@@ -240,10 +240,10 @@ class SparseLinear(nn.Module):
 
     def _sparse(self, input: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
         if why_not_direct(input, residual, bias, self.values) is None and backends.forced_backend() in (None, "native"):
-            rows = input.numel() // max(1, self.in_features)
-            if self.dense_from is not None and rows >= self.dense_from:
+            form = self._form(input)
+            if form == "unpacked":
                 return self._unpacked(input, bias, residual, activation)
-            packed = self._packed(self._form(rows))
+            packed = self._packed(form)
             if not native.matmul.why_not_linear(input, packed):
                 return native.matmul.linear(input, packed, bias, residual, activation)
         return self._dispatched(input, bias, residual, activation)
@@ -258,13 +258,18 @@ class SparseLinear(nn.Module):
         if needs_grad or self.training:
             forward, backward = self._packed("forward"), self._packed("backward")
             return ops.trained_linear(input, self.values, forward, backward, bias, activation, residual)
+        form = self._form(input)
+        if form == "unpacked":
+            return self._unpacked(input, bias, residual, activation)
+        return ops.packed_linear(input, self._packed(form), bias, residual, activation)
+
+    def _form(self, input: Tensor) -> str:
+        """What inference multiplies `[..., K]` with: "unpacked" from ``dense_from`` rows on, below it the packed form
+        whose number of tokens is nearest by ratio, "inference N".
+        """
         rows = input.numel() // max(1, self.in_features)
         if self.dense_from is not None and rows >= self.dense_from:
-            return self._unpacked(input, bias, residual, activation)
-        return ops.packed_linear(input, self._packed(self._form(rows)), bias, residual, activation)
-
-    def _form(self, rows: int) -> str:
-        """The name of the packed form whose number of tokens is nearest to ``rows``, by ratio."""
+            return "unpacked"
         for small, large in itertools.pairwise(self.tokens):
             if rows * rows <= small * large:
                 return f"inference {small}"
@@ -293,7 +298,7 @@ class SparseLinear(nn.Module):
 
     def _packed(self, purpose: str) -> Any:
         """For inference, with fresh values: the packed form "inference N" for N of ``tokens``, or "unpacked", the dense
-        weight float32 `[N, K]` with values rounded as the packed ones are. For training, structure only: "forward" and
+        weight `[N, K]` with values rounded as the packed ones are. For training, structure only: "forward" and
         "backward".
         """
         stamp = None if purpose in ("forward", "backward") else self._stamp(purpose)
@@ -309,24 +314,16 @@ class SparseLinear(nn.Module):
 
     def _pack(self, purpose: str, previous: Any) -> Any:
         with torch.no_grad():
-            if purpose == "unpacked":
-                return self._rounded()
-            if previous is not None:
+            if purpose != "unpacked" and previous is not None:
                 return ops.repack(previous, self.values.detach())
             layout = self.to_layout()
+            if purpose == "unpacked":
+                p = ops.pack(layout, tokens=self.tokens[-1], values=self.value_dtype)
+                dense = reference.packed_to_dense(p.index, p.offsets, p.values, p.scale, p.plan)
+                return dense.to(self.values.dtype)
             if purpose.startswith("inference"):
                 return ops.pack(layout, tokens=int(purpose.split()[1]), values=self.value_dtype)
             return ops.pack(layout, tokens=max(*self.tokens, 128), transpose=purpose == "backward")
-
-    def _rounded(self) -> Tensor:
-        dense = self.to_layout().to_dense().detach().float()
-        if self.value_dtype == "bfloat16":
-            return dense.bfloat16().float()
-        if self.value_dtype == "int8":
-            scale = dense.abs().amax(1, keepdim=True) / 127
-            scale = torch.where(scale > 0, scale, 1.0)
-            return (dense / scale).round().clamp(-127, 127) * scale
-        return dense
 
     @property
     def packed_nbytes(self) -> int:

@@ -121,8 +121,8 @@ def sparsify_(
     ``layout="auto"`` times dense and every layout that fits the zeros of a layer, at its shape and density, with
     ``tokens`` rows of x, interleaved, on this machine with the threads torch is set to; a sparse one is taken from a
     ratio of 1.1 up, else the layer stays dense. Several numbers, with ``per_call``: each gets the packed form that
-    suits it, and from where dense wins the unpacked weight serves, which is kept beside it (4 bytes a weight; the
-    reason says so); without ``per_call`` one packed form serves all and the worst case decides. Up to 8 rows are timed
+    suits it, and from where dense wins the unpacked weight serves, which is kept beside it (the reason
+    says so); without ``per_call`` one packed form serves all and the worst case decides. Up to 8 rows are timed
     with the weight coming from memory where the selected Linears take more than 32 MiB together. "csr" | "bsr"
     (``blocksize``, 16x1 by default) | "nm" (``nm``, 2:4 by default) forces one on every selected Linear without
     measuring. ``fuse``: activations, residuals and LayerNorms that follow move into the kernels' epilogues where that
@@ -217,11 +217,11 @@ def explain(layer: nn.Module, input: Tensor) -> str:
     if reason is None and forced not in (None, "native"):
         reason = f"SPARSEPRUNE_BACKEND={forced} asks for another backend"
     if reason is None:
-        rows = input.numel() // max(1, layer.in_features)
-        if layer.dense_from is not None and rows >= layer.dense_from:
-            lines.append(f"F.linear on the unpacked weight: {rows} rows, dense from {layer.dense_from}")
+        form = layer._form(input)
+        if form == "unpacked":
+            lines.append(f"F.linear on the unpacked weight: dense from {layer.dense_from} rows on")
             return "\n".join(lines)
-        packed = layer._packed(layer._form(rows))
+        packed = layer._packed(form)
         reason = "; ".join(native.matmul.why_not_linear(input, packed))
     if not reason:
         lines.append(f"direct call, past torch's dispatcher: native.matmul.linear, tier {_native.require_c().tier()}")

@@ -514,14 +514,21 @@ _NAMED: dict[str, Callable[[], Granularity]] = {"element": Element, "heads": Hea
 
 
 def make_granularity(spec: str | Granularity) -> Granularity:
-    """spec: a :class:`Granularity`, or the name of one without parameters. ValueError lists what exists."""
+    """spec: a :class:`Granularity`, or its name: "element", "heads", "neurons", "16x1" for ``Block(16, 1)``, "2:4" for
+    ``NM(2, 4)``. ValueError lists what exists.
+    """
     if isinstance(spec, Granularity):
         return spec
-    if isinstance(spec, str) and spec in _NAMED:
-        return _NAMED[spec]()
+    if isinstance(spec, str):
+        if spec in _NAMED:
+            return _NAMED[spec]()
+        for sign, build in (("x", Block), (":", NM)):
+            parts = spec.split(sign)
+            if len(parts) == 2 and all(part.isdecimal() for part in parts):
+                return build(int(parts[0]), int(parts[1]))
     raise ValueError(
-        f"granularity: expected one of {', '.join(map(repr, _NAMED))}, Block(r, c), NM(n, m), Mixture(first, then) or "
-        f"a dict from layer name patterns to them, got {spec!r}"
+        f"granularity: expected one of {', '.join(map(repr, _NAMED))}, 'RxC' or Block(r, c), 'N:M' or NM(n, m), "
+        f"Mixture(first, then) or a dict from layer name patterns to them, got {spec!r}"
     )
 
 

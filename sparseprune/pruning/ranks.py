@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,14 +31,12 @@ class Ranks:
 
     def mean_(self, tensors: Iterable[Tensor]) -> None:
         """Replaces each tensor by its mean over the processes, a bucket an exchange."""
-        if self.size == 1:
-            return
-        for bucket in _buckets([t for t in tensors if t.numel()]):
-            flat = torch.cat([t.detach().reshape(-1) for t in bucket])
+
+        def mean(flat: Tensor) -> None:
             torch.distributed.all_reduce(flat, group=self.group)
             flat /= self.size
-            for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket])):
-                tensor.detach().copy_(part.view(tensor.shape))
+
+        self._exchange(tensors, mean)
 
     def mean_gradients_(self, parameters: Sequence[nn.Parameter]) -> None:
         """Averages ``.grad``: one that is None counts as zero where another process has it, and stays None where none
@@ -72,12 +70,20 @@ class Ranks:
 
     def copy_first_(self, tensors: Iterable[Tensor]) -> None:
         """Every process takes the values of the first."""
+
+        def copy(flat: Tensor) -> None:
+            source = 0 if self.group is None else torch.distributed.get_global_rank(self.group, 0)
+            torch.distributed.broadcast(flat, source, group=self.group)
+
+        self._exchange(tensors, copy)
+
+    def _exchange(self, tensors: Iterable[Tensor], agree: Callable[[Tensor], None]) -> None:
+        """``agree`` makes a flat tensor the same everywhere, in place; called for a bucket of neighbours at a time."""
         if self.size == 1:
             return
-        source = 0 if self.group is None else torch.distributed.get_global_rank(self.group, 0)
         for bucket in _buckets([t for t in tensors if t.numel()]):
             flat = torch.cat([t.detach().reshape(-1) for t in bucket])
-            torch.distributed.broadcast(flat, source, group=self.group)
+            agree(flat)
             for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket])):
                 tensor.detach().copy_(part.view(tensor.shape))
 

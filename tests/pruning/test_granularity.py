@@ -315,11 +315,18 @@ def test_bad_scores_name_their_layer():
         plan.masks({**scores, "1": torch.ones(3, 2)}, 0.5)
     with pytest.raises(ValueError, match="scores of '1' are missing"):
         plan.masks({"0": scores["0"]}, 0.5)
-    for spec in ("blocks", 3, None):
+    for spec in ("blocks", "16x", "x1", "2:4:8", "-1x4", 3, None):
         with pytest.raises(ValueError, match="granularity: expected one of"):
             make_granularity(spec)
     with pytest.raises(ValueError, match="scope: expected"):
         planned(nn.Sequential(nn.Linear(4, 3)), "element", "model")
+
+
+def test_granularities_go_by_the_names_that_the_command_line_takes():
+    assert make_granularity("16x1") == Block(16, 1) and make_granularity("2:4") == NM(2, 4)
+    assert make_granularity("heads") == Heads() and make_granularity(Block(3, 2)) == Block(3, 2)
+    with pytest.raises(ValueError, match=r"Block.*got"):
+        make_granularity("0x4")
 
 
 def test_infinite_scores_are_ranks_like_others():
