@@ -6,6 +6,7 @@ Every command prints one clear line and exits with 2 on bad input, and with 1 wh
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -122,7 +123,10 @@ def parser() -> argparse.ArgumentParser:
         "sparseprune eval --model folder --checkpoint pruned.safetensors --text test.txt",
     )
     _model_options(evaluate)
-    evaluate.add_argument("--checkpoint", type=Path, help="a pruned checkpoint of the same model, written by sp.save")
+    evaluate.add_argument(
+        "--checkpoint", type=Path,
+        help="a pruned checkpoint of the same model, by sp.save; without it the zeros of --model itself run sparse",
+    )  # fmt: skip
     evaluate.add_argument("--text", required=True, type=Path, help="plain text to judge on")
     evaluate.add_argument("--context", type=int, default=512, help="tokens a window (default 512)")
     evaluate.add_argument("--windows", type=int, help="at most that many windows, spread over the text")
@@ -278,18 +282,22 @@ def _text_windows(arguments: argparse.Namespace, tokenizer: Any) -> Any:
 
 def _eval(arguments: argparse.Namespace) -> int:
     from .evaluate import perplexity, speed_table, tokens_per_second
-    from .nn import sparsify_
+    from .nn import prunable_linears, sparsify_
 
     model, tokenizer = _language_model(arguments)
     windows = _text_windows(arguments, tokenizer)
     models = {"dense": model}
     print(f"dense: {perplexity(model, windows)}")
+    pruned = None
     if arguments.checkpoint is not None:
         from . import checkpoint
 
         pruned, _ = _language_model(arguments)
         checkpoint.load(pruned, arguments.checkpoint)
         print(f"pruned: {perplexity(pruned, windows)}")
+    elif any(bool((linear.weight == 0).any()) for linear in prunable_linears(model).values()):
+        pruned = copy.deepcopy(model)
+    if pruned is not None:
         report = sparsify_(pruned, tokens=(1, 128), values=arguments.values)
         print(f"sparse ({arguments.values}): {perplexity(pruned, windows)}, {len(report.converted)} sparse layers")
         models["sparse"] = pruned

@@ -226,6 +226,18 @@ def test_eval_shows_dense_beside_sparse(language_model, tmp_path, capsys):
     assert text.count("perplexity") == 3 and "sparse" in text
 
 
+def test_eval_runs_the_zeros_of_the_model_itself_sparse(language_model, tmp_path, capsys):
+    folder, model, text = language_model
+    argv = [str(a) for a in ["eval", "--model", folder, "--text", text, "--context", "64", "--new-tokens", "4"]]
+    assert main(argv) == 0
+    assert "sparse" not in capsys.readouterr().out
+    sp.prune_(model, sparsity=0.5)
+    model.save_pretrained(folder)
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert out.count("perplexity") == 2 and "sparse (float32)" in out and "sparse layers" in out
+
+
 def test_a_checkpoint_of_another_model(language_model, tmp_path, capsys):
     folder, _, text = language_model
     sp.save(nn.Sequential(nn.Linear(8, 8)), tmp_path / "other.safetensors")
