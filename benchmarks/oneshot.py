@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--speed", type=Path, nargs="+", help="only time generation of these saved models")
     parser.add_argument("--peers", action="store_true", help="with --speed: torch in bfloat16 and int8 too")
     parser.add_argument("--repeats", type=int, default=5, help="with --speed: rounds")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/oneshot.json"))
+    parser.add_argument("--out", type=Path, help="default: results/oneshot.json here, with --speed oneshot_speed.json")
     parser.add_argument("--plot", type=Path, help="only draw this result")
     parser.add_argument("--image", type=Path, default=Path("docs/oneshot.svg"))
     arguments = parser.parse_args()
@@ -207,6 +207,9 @@ def main() -> None:
         return
     if arguments.text is None:
         raise SystemExit("--text FILE is needed")
+    if arguments.out is None:  # two kinds of results: one must not be written over the other
+        name = "oneshot.json" if arguments.speed is None else "oneshot_speed.json"
+        arguments.out = Path(__file__).parent / "results" / name
     model, tokenizer = load(arguments.model)
     if arguments.speed is not None:
         prompt = torch.tensor(tokenizer(arguments.text.read_text(encoding="utf-8")[:4000])["input_ids"])[:128]
