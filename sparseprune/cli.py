@@ -84,7 +84,6 @@ def parser() -> argparse.ArgumentParser:
             f"--{split}", required=True, metavar="FILE", help="TSV (text, label) or JSONL (text and label keys)"
         )
     prune.add_argument("--teacher", help="folder or name of an already fine-tuned classifier")
-    prune.add_argument("--method", default="gan", choices=("gan", "scores", "magnitude", "movement"))
     prune.add_argument("--lr", type=float, default=3e-5, help="learning rate of the weights (default 3e-5)")
     prune.add_argument("--dense-epochs", type=int, default=3, help="epochs of dense fine-tuning (default 3)")
     prune.add_argument("--batch-size", type=int, default=32)
@@ -156,6 +155,12 @@ def _run_options(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument(
         "--granularity", default="element", help="element, RxC blocks such as 16x1, N:M such as 2:4, heads, neurons"
     )
+    command.add_argument(
+        "--method",
+        default="magnitude",
+        choices=("magnitude", "scores", "gan", "movement"),
+        help="what decides which weights stay; all but gan without the adversary (default magnitude)",
+    )
     command.add_argument("--layers", metavar="PATTERN", action="append", help="prune only Linears whose name matches")
     command.add_argument("--layout", default="auto", choices=("auto", "csr", "bsr", "nm", "dense"))
     command.add_argument("--epochs", type=float, help="epochs of pruning and healing")
@@ -197,6 +202,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         density=_density(arguments),
         granularity=make_granularity(arguments.granularity),
         layers=arguments.layers,
+        method=arguments.method,
         seed=arguments.seed,
         epochs=arguments.epochs,
         max_seconds=arguments.max_seconds,

@@ -128,16 +128,20 @@ class _Setup:
 
 def run_demo(
     *, out: str | Path = "runs", name: str = "demo", data: str = "clinc10", density: float = 0.1,
-    granularity: Any = "element", layers: Sequence[str] | None = None, seed: int = 0, epochs: float | None = None,
-    max_seconds: float | None = None, layout: str = "auto", quiet: bool = False, config: RunConfig | None = None,
+    granularity: Any = "element", layers: Sequence[str] | None = None, method: str = "magnitude", seed: int = 0,
+    epochs: float | None = None, max_seconds: float | None = None, layout: str = "auto", quiet: bool = False,
+    config: RunConfig | None = None,
 ) -> RunResult:  # fmt: skip
     """The built-in encoder on a built-in set, from nothing to the table; about five minutes on two cores.
 
     config: replaces every other setting. Raises ValueError on a setting that is wrong, before anything is written.
     """
     if config is None:
-        gan = GANConfig(schedule=_schedule(density), granularity=granularity, seed=seed, max_seconds=max_seconds,
-                        epochs=_DEMO_EPOCHS if epochs is None else epochs)  # fmt: skip
+        gan = GANConfig(
+            method=method,  # type: ignore[arg-type]
+            schedule=_schedule(density), granularity=granularity, seed=seed, max_seconds=max_seconds,
+            epochs=_DEMO_EPOCHS if epochs is None else epochs,
+        )  # fmt: skip
         config = RunConfig(gan=gan, data=data, layout=layout, seed=seed, prune_layers=tuple(layers or ()))
         if data == "crosswoz_zh":
             config = replace(config, dense_epochs=8, gan=replace(gan, epochs=12.0 if epochs is None else epochs))
@@ -147,7 +151,7 @@ def run_demo(
 def run_prune(
     model: str, train: str | Path, valid: str | Path, test: str | Path, *, out: str | Path = "runs",
     name: str = "prune", density: float = 0.1, granularity: Any = "element", layers: Sequence[str] | None = None,
-    method: str = "gan", teacher: str | None = None, seed: int = 0, epochs: float = 5.0, dense_epochs: int = 3,
+    method: str = "magnitude", teacher: str | None = None, seed: int = 0, epochs: float = 5.0, dense_epochs: int = 3,
     lr: float = 3e-5,
     batch_size: int = 32, max_length: int = 128, max_seconds: float | None = None, layout: str = "auto",
     quiet: bool = False, config: GANConfig | None = None,

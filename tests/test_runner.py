@@ -20,7 +20,7 @@ TINY = {
 
 
 def tiny(**settings):
-    gan = settings.pop("gan", GANConfig(epochs=2.0))
+    gan = settings.pop("gan", GANConfig(method="gan", epochs=2.0))
     return RunConfig(gan=gan, **{**TINY, **settings})
 
 
@@ -60,7 +60,7 @@ def test_one_run_leaves_a_record_a_checkpoint_and_plots(tmp_path, capsys):
 def test_the_same_seed_gives_the_same_masks(tmp_path):
     one = tiny(layout="dense", train_limit=160)
     hashes = [run(one, out=tmp_path, name=name, quiet=True).record["mask_hash"] for name in ("a", "b")]
-    gan = GANConfig(epochs=2.0, seed=1)
+    gan = GANConfig(method="gan", epochs=2.0, seed=1)
     other = run(tiny(layout="dense", train_limit=160, seed=1, gan=gan), out=tmp_path, name="c", quiet=True)
     assert hashes[0] == hashes[1] != other.record["mask_hash"]
 

@@ -70,8 +70,9 @@ class DiscriminatorConfig(Config):
 class GANConfig(Config):
     """One training run that prunes. Every arm of the ablation is a setting of this.
 
-    method: where the scores come from: "gan" and "scores" learn them (with and without the adversarial term),
-    "magnitude" takes |W|, "movement" sums -W dL/dW. schedule: the density over the pruning window; density: checked
+    method: where the scores come from: "magnitude" takes |W|, the default, because no costlier method has beaten it
+    beyond its interval (docs/gan.md); "gan" and "scores" learn them, with and without the adversarial term; "movement"
+    sums -W dL/dW. schedule: the density over the pruning window; density: checked
     against it. granularity: a name, a granularity, or a dict from name patterns (fnmatch) to them. scope: "global" or
     "layer"; floor: the least density of a layer under "global", as a share of the density of all.
 
@@ -88,7 +89,7 @@ class GANConfig(Config):
     dropout on, in teacher and student alike.
     """
 
-    method: Literal["gan", "scores", "magnitude", "movement"] = "gan"
+    method: Literal["gan", "scores", "magnitude", "movement"] = "magnitude"
     schedule: Schedule = field(default_factory=lambda: RetentionSchedule(r0=0.1, z_min=0.1))
     density: float | None = None
     granularity: str | Granularity | dict[str, str | Granularity] = "element"

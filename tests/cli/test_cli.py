@@ -73,9 +73,17 @@ def test_prune_writes_a_run_that_report_reads(files, tmp_path, capsys):
     assert "test" in capsys.readouterr().out
     assert main(["report", str(folder / "pruned.safetensors")]) == 0
     assert "layers.0" in capsys.readouterr().out
-    before = record["mask_hash"]
     assert main(prune_arguments(files, tmp_path / "runs", "--density", "0.25", "--name", "two")) == 0
-    assert json.loads((tmp_path / "runs" / "two" / "run.json").read_text())["mask_hash"] == before
+    assert json.loads((tmp_path / "runs" / "two" / "run.json").read_text())["mask_hash"] == record["mask_hash"]
+
+
+@pytest.mark.parametrize(("more", "method"), [((), "magnitude"), (("--method", "gan"), "gan")])
+def test_the_adversary_plays_only_when_asked_for(files, tmp_path, more, method):
+    assert main(prune_arguments(files, tmp_path, "--name", "one", *more)) == 0
+    record = json.loads((tmp_path / "one" / "run.json").read_text())
+    assert record["config"]["gan"]["method"] == method
+    steps = json.loads((tmp_path / "one" / record["history"]).read_text())["steps"]
+    assert ("discriminator_accuracy" in steps[-1]) == (method == "gan")
 
 
 def test_only_the_layers_that_match_are_pruned(files, tmp_path):

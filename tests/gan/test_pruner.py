@@ -58,7 +58,7 @@ def trained():
 
 
 def config(**settings):
-    base = {"schedule": RetentionSchedule(0.1, 0.1), "discriminator": SMALL, "epochs": 4.0, "lr": 2e-3}
+    base = {"method": "gan", "schedule": RetentionSchedule(0.1, 0.1), "discriminator": SMALL, "epochs": 4.0, "lr": 2e-3}
     return GANConfig(**{**base, **settings})
 
 

@@ -43,7 +43,7 @@ def pruner_of(seed: int, distributed: Any = "auto", **settings: Any) -> GANPrune
     torch.manual_seed(seed)
     model = TextEncoder(23, 3, hidden=16, ffn=32, layers=2, heads=2, max_length=8)
     base: dict[str, Any] = {
-        "schedule": RetentionSchedule(0.1, 0.2), "epochs": 5.0, "lr": 2e-3, "evaluate_every": 10,
+        "method": "gan", "schedule": RetentionSchedule(0.1, 0.2), "epochs": 5.0, "lr": 2e-3, "evaluate_every": 10,
         "discriminator": DiscriminatorConfig(depth=1, width=16, rows=10_000, noise=0.0),
     }  # fmt: skip
     return GANPruner(model, GANConfig(**{**base, **settings}), distributed=distributed)
