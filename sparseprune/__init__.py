@@ -34,6 +34,7 @@ _PUBLIC = {
     "densify_": "nn",
     "explain": "nn",
     "sparsify_": "nn",
+    "use_linears_": "nn",
     "load": "checkpoint",
     "save": "checkpoint",
     "sparsity_report": "report",

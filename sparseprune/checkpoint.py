@@ -29,7 +29,8 @@ from .nn import MaskedLinear, SparseLinear, fuse_, unfuse_
 from .nn.filters import take_slow_path_
 from .nn.fusion import FusedActivation, FusedOutput
 from .nn.linear import ACTIVATIONS, VALUES
-from .pruning.structures import restore_shapes
+from .nn.unpack import is_conv1d, using_linears
+from .pruning.structures import position_biases, restore_shapes
 from .report import LayerSparsity, SparsityReport
 
 __all__ = ["FORMAT", "VERSION", "CheckpointError", "convert", "describe", "load", "save"]
@@ -391,6 +392,17 @@ def _prefixed(fqn: str, name: str) -> str:
 def _fill(model: nn.Module, state: _State) -> None:
     """Checks everything, builds everything, and only then writes to the model."""
     content = {**state.tensors, **{name: state.tensors[other] for name, other in state.ties.items()}}
+    unpacked = [
+        fqn
+        for fqn, module in model.named_modules()
+        if (is_conv1d(module) and fqn in state.linears)
+        or (isinstance(module, nn.MultiheadAttention) and _prefixed(fqn, "q_proj") in state.linears)
+    ]
+    with using_linears(model, unpacked):
+        _fill_linears(model, state, content)
+
+
+def _fill_linears(model: nn.Module, state: _State, content: Mapping[str, Tensor]) -> None:
     linears = {
         fqn: module
         for fqn, module in model.named_modules(remove_duplicate=False)
@@ -410,7 +422,12 @@ def _fill(model: nn.Module, state: _State) -> None:
         text += [f"the model has no {_names(unexpected)}"] if unexpected else []
         raise ValueError("; ".join([*text, "load into the architecture it was saved from"]))
     resized = _resized(linears, state, content)
-    by_linear = {_prefixed(fqn, name) for fqn in resized for name in ("weight", "bias", "mask")}
+    biases = {  # of positions, one column a head, which is cut with the heads
+        fqn: tuple(content[f"{fqn}.weight"].shape)
+        for fqn in position_biases(model)
+        if f"{fqn}.weight" in content and content[f"{fqn}.weight"].shape != wanted[f"{fqn}.weight"].shape
+    }
+    by_linear = {_prefixed(fqn, name) for fqn in (*resized, *biases) for name in ("weight", "bias", "mask")}
     for name, value in wanted.items():
         if name in content and content[name].shape != value.shape and name not in by_linear | optional:
             raise ValueError(
@@ -418,8 +435,8 @@ def _fill(model: nn.Module, state: _State) -> None:
                 "load into the architecture it was saved from"
             )
     replacements = _replacements(model, linears, state, content)
-    if resized:
-        restore_shapes(model, {fqn: tuple(state.linears[fqn]) for fqn in resized})
+    if resized or biases:
+        restore_shapes(model, {**{fqn: tuple(state.linears[fqn]) for fqn in resized}, **biases})
     if any(isinstance(m, FusedActivation | FusedOutput) for m in model.modules()):
         unfuse_(model)
     with torch.no_grad():

@@ -5,8 +5,10 @@ from .fusion import Fusion, fuse_, unfuse_
 from .linear import SparseLinear
 from .masked import MaskedLinear
 from .sparsify import DensifyReport, LayerChoice, SparsifyReport, densify_, explain, sparsify_
+from .unpack import Attention, use_linears_
 
 __all__ = [
+    "Attention",
     "DensifyReport",
     "Fusion",
     "LayerChoice",
@@ -21,4 +23,5 @@ __all__ = [
     "select_linears",
     "sparsify_",
     "unfuse_",
+    "use_linears_",
 ]

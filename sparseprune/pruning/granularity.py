@@ -22,7 +22,7 @@ from .. import ops
 from .._config import Config
 from .allocation import kept_count, match_patterns, weighted_counts
 from .factors import Factors
-from .structures import attention_blocks, feed_forwards
+from .structures import Share, attention_blocks, feed_forwards, head_groups
 
 __all__ = [
     "NM",
@@ -327,18 +327,14 @@ class _Structured(Granularity):
                 chosen[i] = selector.topk([scores[i]], kept_count(selector.total(m.units), sparsity))[0]
         return [chosen[i] for i in range(len(maps))]
 
-    def _axes(self, layers: Layers, rows: Sequence[str], columns: Sequence[str]) -> list[UnitMap]:
+    def _axes(self, layers: Layers, shares: Sequence[Share]) -> list[UnitMap]:
         """Maps over the other axis: the columns of the matrices whose rows are units, the rows of those whose
         columns are.
         """
-        maps = []
-        for fqn in rows:
-            shape = (layers[fqn].out_features, layers[fqn].in_features)
-            maps.append(_line_map(fqn, shape, 1))
-        for fqn in columns:
-            shape = (layers[fqn].out_features, layers[fqn].in_features)
-            maps.append(_line_map(fqn, shape, 0))
-        return maps if self.per_axis else []
+        if not self.per_axis:
+            return []
+        shapes = {s.layer: (layers[s.layer].out_features, layers[s.layer].in_features) for s in shares}
+        return [_line_map(s.layer, shapes[s.layer], 1 - s.dim) for s in shares]
 
 
 def _line_map(fqn: str, shape: tuple[int, int], dim: int) -> UnitMap:
@@ -348,12 +344,12 @@ def _line_map(fqn: str, shape: tuple[int, int], dim: int) -> UnitMap:
     return UnitMap(key, (fqn,), (shape[dim],), shape[1 - dim], reduce, expand, axis=True)
 
 
-def _shared_map(key: str, layers: Layers, rows: Mapping[str, int], columns: Mapping[str, int], units: int) -> UnitMap:
-    """Units that are `rows[fqn]` consecutive rows of some weights and `columns[fqn]` consecutive columns of others."""
-    parts = [(fqn, n, 0) for fqn, n in rows.items()] + [(fqn, n, 1) for fqn, n in columns.items()]
+def _shared_map(key: str, layers: Layers, shares: Sequence[Share], units: int) -> UnitMap:
+    """Units that own lines of several weights."""
+    parts = [(share.layer, share.lines(units), share.dim) for share in shares]
     shapes = {fqn: (layers[fqn].out_features, layers[fqn].in_features) for fqn, _, _ in parts}
-    weights = sum(n * shapes[fqn][1 - dim] for fqn, n, dim in parts)
-    reduce, expand = partial(_shared_sums, parts, units), partial(_shared_masks, parts, shapes)
+    weights = sum(lines.shape[1] * shapes[fqn][1 - dim] for fqn, lines, dim in parts)
+    reduce, expand = partial(_shared_sums, parts), partial(_shared_masks, parts, shapes)
     return UnitMap(key, tuple(shapes), (units,), weights, reduce, expand)
 
 
@@ -380,17 +376,19 @@ def _lines(fqn: str, shape: tuple[int, int], dim: int, units: Tensor) -> dict[st
     return {fqn: units.unsqueeze(1 - dim).expand(shape).contiguous()}
 
 
-def _shared_sums(parts: Sequence[tuple[str, int, int]], units: int, scores: Mapping[str, Tensor]) -> Tensor:
-    sums = [scores[fqn].float().sum(1 - dim).reshape(units, -1).sum(1) for fqn, _, dim in parts]
+def _shared_sums(parts: Sequence[tuple[str, Tensor, int]], scores: Mapping[str, Tensor]) -> Tensor:
+    sums = [scores[fqn].float().sum(1 - dim)[lines].sum(1) for fqn, lines, dim in parts]
     return torch.stack([s.to(sums[0].device) for s in sums]).sum(0)
 
 
 def _shared_masks(
-    parts: Sequence[tuple[str, int, int]], shapes: Mapping[str, tuple[int, int]], units: Tensor
+    parts: Sequence[tuple[str, Tensor, int]], shapes: Mapping[str, tuple[int, int]], units: Tensor
 ) -> dict[str, Tensor]:
     masks: dict[str, Tensor] = {}
-    for fqn, width, dim in parts:
-        masks |= _lines(fqn, shapes[fqn], dim, units.repeat_interleave(width))
+    for fqn, lines, dim in parts:
+        kept = torch.zeros(shapes[fqn][dim], dtype=torch.bool, device=units.device)
+        kept[lines.to(units.device)[units].flatten()] = True
+        masks |= _lines(fqn, shapes[fqn], dim, kept)
     return masks
 
 
@@ -405,21 +403,21 @@ def _covered(layers: Layers, wanted: Sequence[str], what: str, reasons: dict[str
 @dataclass(frozen=True)
 class Heads(_Structured):
     """Whole attention heads: their rows of query, key and value and their columns of the output, in every attention
-    block found by structure. Heads that share a key and a value go together. ``H - round(sparsity * H)`` of H stay;
-    ``shrink_`` then cuts them out.
+    block found by structure. Heads that share a key and a value go together, and so does one head in all layers that
+    read one position bias (T5). ``H - round(sparsity * H)`` of H stay; ``shrink_`` then cuts them out. Weights that are
+    no ``nn.Linear`` (Conv1D, ``nn.MultiheadAttention``) want ``use_linears_`` first.
     """
 
     def unit_maps(self, model: nn.Module, layers: Layers) -> tuple[list[UnitMap], dict[str, str]]:
         maps: list[UnitMap] = []
         reasons: dict[str, str] = {}
         blocks, unfit = attention_blocks(model)
-        for block in blocks:
-            if not _covered(layers, block.layers, "attention", reasons):
+        for group in head_groups(blocks):
+            shares = [share for block in group for share in block.shares]
+            if not _covered(layers, [share.layer for share in shares], "attention", reasons):
                 continue
-            wide, narrow = block.queries * block.head_dim, block.head_dim
-            rows = {block.query: wide, block.key: narrow, block.value: narrow}
-            maps.append(_shared_map(f"{block.name}:heads", layers, rows, {block.output: wide}, block.units))
-            maps += self._axes(layers, list(rows), [block.output])
+            maps.append(_shared_map(f"{group[0].name}:heads", layers, shares, group[0].units))
+            maps += self._axes(layers, shares)
         return maps, _uncovered(layers, maps, reasons, unfit, "no attention block")
 
 
@@ -436,9 +434,8 @@ class Neurons(_Structured):
         for block in blocks:
             if not _covered(layers, block.layers, "feed-forward", reasons):
                 continue
-            rows = dict.fromkeys(block.ups, 1)
-            maps.append(_shared_map(f"{block.name}:neurons", layers, rows, {block.down: 1}, block.neurons))
-            maps += self._axes(layers, block.ups, [block.down])
+            maps.append(_shared_map(f"{block.name}:neurons", layers, block.shares, block.neurons))
+            maps += self._axes(layers, block.shares)
         return maps, _uncovered(layers, maps, reasons, unfit, "no feed-forward block")
 
 

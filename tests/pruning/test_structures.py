@@ -169,7 +169,7 @@ def test_what_cannot_be_cut_has_a_reason():
 
     assert "number of heads is not known" in attention_blocks(Odd(0))[1][""]
     assert "number of heads is not known" in attention_blocks(Odd(3))[1][""]
-    biased = nn.ModuleDict({"attention": Odd(2), "relative_attention_bias": nn.Embedding(4, 2)})
+    biased = nn.ModuleDict({"attention": Odd(2), "relative_attention_bias": nn.Embedding(4, 3)})
     assert "position bias" in attention_blocks(biased)[1]["attention"]
 
     class Normed(nn.Module):
