@@ -69,7 +69,7 @@ class Criterion:
         """fqn -> scores `[N, K]`, larger = kept, no NaN."""
         raise NotImplementedError(f"{type(self).__name__} must define scores(context) or masks(context)")
 
-    def masks(self, context: PruneContext) -> dict[str, Tensor]:
+    def masks(self, context: PruneContext) -> Mapping[str, Tensor]:
         """fqn -> bool `[N, K]`. A criterion that also updates the surviving weights does so here, in place."""
         return context.plan.masks(self.scores(context), context.sparsity)
 

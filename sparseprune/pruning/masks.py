@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,19 +23,57 @@ __all__ = ["MaskSet"]
 _VERSION = 1
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """One mask, one bit a weight, row after row."""
+
+    bits: np.ndarray
+    shape: torch.Size
+    device: torch.device
+
+    @classmethod
+    def of(cls, mask: Tensor) -> _Packed:
+        flat = mask.detach().cpu().contiguous().numpy().reshape(-1)
+        return cls(np.packbits(flat), mask.shape, mask.device)
+
+    def mask(self) -> Tensor:
+        bits = np.unpackbits(self.bits, count=self.shape.numel()).view(np.bool_)
+        return torch.from_numpy(bits).view(self.shape).to(self.device)
+
+    def kept(self) -> int:
+        return int(_ONES[self.bits].sum(dtype=np.int64))
+
+
+_ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
+
+
 class MaskSet(Mapping[str, Tensor]):
     """fqn of a Linear -> bool mask `[N, K]`, True = kept; read-only. Raises ValueError on masks that are not bool
     `[N, K]`.
+
+    Held as one bit a weight: each look-up makes a tensor of its own, on the device the mask came from.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
-        for fqn, mask in masks.items():
+    def __init__(self, masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+        self._masks: dict[str, _Packed] = {}
+        if isinstance(masks, MaskSet):
+            self._masks.update(masks._masks)
+            return
+        for fqn, mask in masks.items() if isinstance(masks, Mapping) else masks:
             if mask.dtype != torch.bool or mask.dim() != 2:
                 raise ValueError(f"MaskSet: mask of {fqn!r} expected bool [N, K], got {mask.dtype} {list(mask.shape)}")
-        self._masks = dict(masks)
+            self._masks[fqn] = _Packed.of(mask)
 
     def __getitem__(self, fqn: str) -> Tensor:
-        return self._masks[fqn]
+        return self._masks[fqn].mask()
+
+    @classmethod
+    def joined(cls, sets: Iterable[MaskSet]) -> MaskSet:
+        """All masks of the sets, in their order, without unpacking them."""
+        result = cls({})
+        for each in sets:
+            result._masks.update(each._masks)
+        return result
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._masks)
@@ -48,17 +87,27 @@ class MaskSet(Mapping[str, Tensor]):
     @classmethod
     def from_model(cls, model: nn.Module, filter_fn: FilterFn | None = None) -> MaskSet:
         """The non-zero weights of the Linears selected."""
-        return cls({fqn: linear.weight.detach() != 0 for fqn, linear in prunable_linears(model, filter_fn).items()})
+        linears = prunable_linears(model, filter_fn)
+        return cls((fqn, linear.weight.detach() != 0) for fqn, linear in linears.items())
 
     @property
     def kept(self) -> int:
         """The number of weights kept."""
-        return sum(int(torch.count_nonzero(mask)) for mask in self._masks.values())
+        return sum(packed.kept() for packed in self._masks.values())
 
     @property
     def total(self) -> int:
         """The number of weights."""
-        return sum(mask.numel() for mask in self._masks.values())
+        return sum(packed.shape.numel() for packed in self._masks.values())
+
+    def shape(self, fqn: str) -> tuple[int, int]:
+        """(N, K) of one mask."""
+        rows, columns = self._masks[fqn].shape
+        return rows, columns
+
+    def kept_of(self, fqn: str) -> int:
+        """The number of weights kept in one layer."""
+        return self._masks[fqn].kept()
 
     def density(self) -> float:
         """kept / total, 1 for no weights at all."""
@@ -71,7 +120,7 @@ class MaskSet(Mapping[str, Tensor]):
         digest = hashlib.sha256()
         for fqn in sorted(self._masks):
             digest.update(json.dumps([fqn, list(self._masks[fqn].shape)]).encode())
-            digest.update(_packed(self._masks[fqn]).tobytes())
+            digest.update(self._masks[fqn].bits.data)
         return digest.hexdigest()
 
     def apply_(self, model: nn.Module) -> None:
@@ -79,7 +128,7 @@ class MaskSet(Mapping[str, Tensor]):
         shape.
         """
         for fqn, linear in self.layers_of(model).items():
-            mask = self._masks[fqn].to(linear.weight.device)
+            mask = self[fqn].to(linear.weight.device)
             with torch.no_grad():
                 ops.apply_mask_(linear.weight, mask)
 
@@ -100,8 +149,8 @@ class MaskSet(Mapping[str, Tensor]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, one bit a weight, in one step (a reader sees all of it or nothing)."""
-        tensors = {fqn: torch.from_numpy(_packed(mask)) for fqn, mask in self._masks.items()}
-        shapes = {fqn: list(mask.shape) for fqn, mask in self._masks.items()}
+        tensors = {fqn: torch.from_numpy(packed.bits) for fqn, packed in self._masks.items()}
+        shapes = {fqn: list(packed.shape) for fqn, packed in self._masks.items()}
         header = {"format": "sparseprune-masks", "version": str(_VERSION), "shapes": json.dumps(shapes)}
         with replacing(path) as temporary:
             save_file({fqn: t for fqn, t in tensors.items() if t.numel()}, temporary, metadata=header)
@@ -115,16 +164,13 @@ class MaskSet(Mapping[str, Tensor]):
                 raise ValueError(f"MaskSet.load: {path} is no mask file of version {_VERSION}, got {dict(header)}")
             shapes = json.loads(header["shapes"])
             names = set(file.keys())
-            masks = {}
+            loaded = cls({})
             for fqn, shape in shapes.items():
                 count = int(np.prod(shape))
-                packed = file.get_tensor(fqn).numpy() if fqn in names else np.zeros(0, dtype=np.uint8)
-                if packed.dtype != np.uint8 or packed.shape != ((count + 7) // 8,):
-                    raise ValueError(f"MaskSet.load: {fqn!r} expected {(count + 7) // 8} bytes, got {packed.shape}")
-                bits = np.unpackbits(packed, count=count).astype(bool)
-                masks[fqn] = torch.from_numpy(bits.reshape(shape))
-        return cls(masks)
-
-
-def _packed(mask: Tensor) -> np.ndarray:
-    return np.packbits(mask.detach().cpu().contiguous().numpy().reshape(-1))
+                bits = file.get_tensor(fqn).numpy() if fqn in names else np.zeros(0, dtype=np.uint8)
+                if bits.dtype != np.uint8 or bits.shape != ((count + 7) // 8,):
+                    raise ValueError(f"MaskSet.load: {fqn!r} expected {(count + 7) // 8} bytes, got {bits.shape}")
+                if count % 8 and bits[-1] & (0xFF >> count % 8):
+                    raise ValueError(f"MaskSet.load: {fqn!r} has bits set behind its last weight")
+                loaded._masks[fqn] = _Packed(bits, torch.Size(shape), torch.device("cpu"))
+        return loaded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,7 +139,7 @@ def prune_(
         made.observe({fqn: weights[fqn] for fqn in gradients}, gradients)
     context = PruneContext(model, layers, weights, plan, sparsity, data)
     with torch.no_grad():
-        masks = MaskSet(_checked(made.masks(context), layers, made))
+        masks = _checked(made.masks(context), layers, made)
         masks.apply_(model)
         trim_(layers, plan, sparsity)
     return make_report(plan, masks, {**selection.skipped, **plan.skipped}, made.name)
@@ -155,9 +155,9 @@ def make_report(plan: Plan, masks: MaskSet, skipped: dict[str, str], criterion: 
     """The report on these masks under this plan."""
     kinds = {fqn: str(part.granularity) for part in plan.parts for fqn in part.layers}
     rows = []
-    for fqn, mask in masks.items():
-        shape = (mask.shape[0], mask.shape[1])
-        rows.append(LayerRow(fqn, shape, kinds[fqn], int(torch.count_nonzero(mask)), mask.numel()))
+    for fqn in masks:
+        shape = masks.shape(fqn)
+        rows.append(LayerRow(fqn, shape, kinds[fqn], masks.kept_of(fqn), shape[0] * shape[1]))
     return PruneReport(tuple(rows), masks, skipped, criterion, plan.scope)
 
 
@@ -172,12 +172,16 @@ def trim_(layers: Mapping[str, nn.Linear], plan: Plan, sparsity: float) -> None:
                 layers[fqn].weight.mul_(part.granularity.trim(1 - sparsity))
 
 
-def _checked(masks: Mapping[str, Tensor], layers: Mapping[str, nn.Linear], criterion: Criterion) -> dict[str, Tensor]:
-    for fqn, linear in layers.items():
-        mask = masks.get(fqn)
-        if mask is None or mask.shape != linear.weight.shape:
-            got = "none" if mask is None else list(mask.shape)
-            raise ValueError(
-                f"criterion {criterion.name!r}: mask of {fqn!r} expected shape {list(linear.weight.shape)}, got {got}"
-            )
-    return {fqn: masks[fqn] for fqn in layers}
+def _checked(masks: Mapping[str, Tensor], layers: Mapping[str, nn.Linear], criterion: Criterion) -> MaskSet:
+    def each() -> Iterator[tuple[str, Tensor]]:
+        for fqn, linear in layers.items():
+            mask = masks.get(fqn)
+            if mask is None or mask.shape != linear.weight.shape:
+                got = "none" if mask is None else list(mask.shape)
+                raise ValueError(
+                    f"criterion {criterion.name!r}: mask of {fqn!r} expected shape {list(linear.weight.shape)}, "
+                    f"got {got}"
+                )
+            yield fqn, mask
+
+    return MaskSet(each())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from typing import Any
 
 import pytest
@@ -107,14 +108,24 @@ def test_the_walk_follows_the_pruned_model() -> None:
         assert torch.equal(mask, other.get_submodule(fqn).weight != 0), fqn
 
 
-@pytest.mark.parametrize("spill", [False, True])
-def test_chunks_and_spilling_change_nothing(tmp_path: Any, spill: bool) -> None:
+@pytest.mark.parametrize("spill", ["memory", "system", "folder"])
+def test_chunks_and_spilling_change_nothing(tmp_path: Any, spill: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    system, folder = tmp_path / "system", tmp_path / "new" / "folder"
+    system.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(system))
     expected = sp.prune_(llama(), 0.5, criterion="wanda", data=tokens(), criterion_options={"chunk_tokens": 10_000})
-    options: dict[str, Any] = {"chunk_tokens": 48, "spill": tmp_path if spill else None}
+    stores: list[set[str]] = []
+
+    def look(_: driver.Progress) -> None:
+        stores.append({p.parent.name for p in tmp_path.rglob("*") if p.name.startswith("hidden.")})
+
+    where = {"memory": False, "system": True, "folder": folder}[spill]
+    options: dict[str, Any] = {"chunk_tokens": 48, "spill": where, "progress": look}
     got = sp.prune_(llama(), 0.5, criterion="wanda", data=tokens(), criterion_options=options)
+    assert stores == [{"memory": set(), "system": {"system"}, "folder": {"folder"}}[spill]] * 3
     agree = sum(int((got.masks[f] == expected.masks[f]).sum()) for f in expected.masks)
     assert agree >= 0.999 * expected.total
-    assert not list(tmp_path.iterdir())
+    assert not list(system.iterdir()) and not (folder.exists() and list(folder.iterdir()))
 
 
 def test_encoder_pads_do_not_count() -> None:
@@ -202,8 +213,9 @@ def test_blocks_rerun_alone_give_the_models_own_outputs(kind: str, tmp_path: Any
             for i, expected in enumerate(outputs):
                 hidden = captured.hidden[i]
                 for b, block in enumerate(stack.blocks):
-                    hidden = run_block(block, hidden, captured.calls[i], b)
+                    hidden = run_block(block, hidden, captured.call(i), b)
                 torch.testing.assert_close(hidden, expected)
+    assert len(captured.calls) == 2  # the second and third batch have no pads and share their arguments
     captured.close()
     assert "forward" not in vars(stack.blocks[0])
 
@@ -316,14 +328,24 @@ def test_options_are_checked() -> None:
         sp.prune_(llama(), 0.5, criterion="sparsegpt", granularity=sp.Heads(), data=tokens())
 
 
-def test_hidden_states_are_spilled(tmp_path: Any) -> None:
-    store = ChunkStore(tmp_path)
-    store.append(torch.arange(6.0).view(2, 3))
-    store[0] = store[0] + 1
-    assert store.nbytes() == 0
-    assert torch.equal(store[0], torch.arange(1.0, 7.0).view(2, 3))
-    store.close()
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+def test_hidden_states_are_spilled(tmp_path: Any, dtype: torch.dtype) -> None:
+    store = ChunkStore(tmp_path / "new")
+    values = torch.arange(12.0).view(2, 3, 2).transpose(0, 1).to(dtype)
+    for value in (torch.ones(5, 1), {"a": values}, torch.zeros(0, 3)):
+        store.append(value)
+    store[0] = values
+    other = store.copy(tmp_path)
+    for each in (store, other):
+        got = each[0]
+        assert got.dtype == dtype and torch.equal(got, values)
+        assert torch.equal(each[1]["a"], values) and each[2].shape == (0, 3)
+        got.zero_()  # a caller's own copy
+        assert torch.equal(each[0], values)
+        with pytest.raises(IndexError):
+            each[3]
+        each.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["new"] and not list((tmp_path / "new").iterdir())
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparseprune.pruning.oneshot.admm import admm, layer_loss, on_the_mask
+from sparseprune.pruning.oneshot import admm as admm_module
+from sparseprune.pruning.oneshot.admm import admm, loss_change, on_the_mask_
 from sparseprune.pruning.oneshot.methods import wanda_scores
 from sparseprune.pruning.oneshot.patterns import Pattern, choose, select_rows, spread
-from sparseprune.pruning.oneshot.sparsegpt import damped, inverse_factor, sparsegpt
+from sparseprune.pruning.oneshot.sparsegpt import damp_, factor_, inverse_factor, sparsegpt
 
 
 def problem(rows: int, columns: int, samples: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -19,6 +20,10 @@ def problem(rows: int, columns: int, samples: int = 200, seed: int = 0) -> tuple
     mix = torch.randn(columns, columns, generator=generator)
     x = torch.randn(samples, columns, generator=generator) @ mix
     return torch.randn(rows, columns, generator=generator), x.T @ x / samples
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    return damp_(hessian.clone(), damping)
 
 
 def loss(pruned: Tensor, weight: Tensor, hessian: Tensor) -> float:
@@ -124,13 +129,40 @@ def test_dead_inputs_and_rank_deficient_hessians() -> None:
     torch.testing.assert_close(upper.T @ upper @ damped(hessian, 0.01), torch.eye(8), rtol=1e-3, atol=1e-3)
 
 
-def test_conjugate_gradients_reach_least_squares_on_the_mask() -> None:
+@pytest.mark.parametrize("chunk", [2**18, 20])
+def test_conjugate_gradients_reach_least_squares_on_the_mask(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admm_module, "CHUNK", chunk)  # two rows at a time: their number does not divide five
     weight, hessian = problem(5, 10, seed=2)
     mask = torch.rand(5, 10) < 0.5
     mask[3] = False
-    got = on_the_mask(weight * mask, weight, hessian, mask, iterations=40)
+    start = weight * mask
+    got = on_the_mask_(start.clone(), weight @ hessian, hessian, mask, iterations=40)
     torch.testing.assert_close(got.double(), least_squares(weight, hessian, mask), rtol=1e-2, atol=1e-3)
-    assert float(layer_loss(got, weight, hessian).sum()) == pytest.approx(loss(got, weight, hessian), rel=1e-4)
+    change = loss_change(got, start, weight @ hessian, hessian)
+    assert change == pytest.approx(loss(got, weight, hessian) - loss(start, weight, hessian), rel=1e-4)
+
+
+def test_a_factor_in_place_is_the_factor_and_says_when_there_is_none() -> None:
+    hessian = damped(problem(1, 9)[1], 0.01)
+    for layout in (hessian.clone(), hessian.clone().t()):
+        for upper in (False, True):
+            factor = layout.clone(memory_format=torch.preserve_format)
+            assert factor.stride() == layout.stride() and factor_(factor, upper=upper)
+            expected = torch.linalg.cholesky(hessian, upper=upper)
+            torch.testing.assert_close(factor, expected)
+    assert not factor_(-hessian)
+
+
+def test_layer_that_admm_does_not_improve_keeps_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = problem(8, 24)
+    second = torch.randn(4, 24)
+    arguments = ([weight, second], hessian, [96, 36], Pattern())
+    swept = sparsegpt(*arguments)
+    change = iter((1.0, -1.0))
+    monkeypatch.setattr(admm_module, "loss_change", lambda *_: next(change))
+    solved = admm(*arguments)
+    assert torch.equal(solved[0][1], swept[0][1]) and not torch.equal(solved[1][1], swept[1][1])
+    torch.testing.assert_close(solved[0][0], swept[0][0])
 
 
 @pytest.mark.parametrize("pattern", [Pattern(), Pattern("block", r=2, c=2), Pattern("nm", n=2, m=4)])
@@ -141,7 +173,11 @@ def test_admm_counts_are_exact_and_it_beats_the_sweep(pattern: Pattern, scope: s
     keeps = [24, 9] if pattern.kind == "block" else [96, 36]
     arguments = ([weight, second], hessian, keeps, pattern)
     swept = sparsegpt(*arguments, scope=scope)
+    before = hessian.clone()
     solved = admm(*arguments, scope=scope)
+    assert torch.equal(hessian, before)
+    again = admm(arguments[0], hessian.clone(), *arguments[2:], scope=scope, overwrite=True)
+    assert all(torch.equal(a, b) for one, other in zip(solved, again) for a, b in zip(one, other))
     damp = damped(hessian, 0.01)
     for original, (old, _), (new, mask), keep in zip((weight, second), swept, solved, keeps):
         expected = original.numel() // 2 if pattern.kind == "nm" else keep * pattern.r * pattern.c

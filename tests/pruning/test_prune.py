@@ -212,3 +212,23 @@ def test_mask_sets(tmp_path):
     save_file({"0": torch.zeros(3, dtype=torch.uint8)}, tmp_path / "short.safetensors", metadata=header)
     with pytest.raises(ValueError, match="'0' expected 12 bytes"):
         MaskSet.load(tmp_path / "short.safetensors")
+    save_file({"0": torch.full((12,), 255, dtype=torch.uint8)}, tmp_path / "long.safetensors", metadata=header)
+    with pytest.raises(ValueError, match="behind its last weight"):  # 91 weights leave five bits
+        MaskSet.load(tmp_path / "long.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (4, 8), (7, 13), (0, 4)])
+def test_mask_sets_hold_bits_and_give_what_they_were_given(shape):
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.rand(shape[0], 2 * shape[1], generator=generator) < 0.4
+    given = {"b": wide[:, ::2], "a": ~wide[:, 1::2]}
+    masks = MaskSet(given)
+    assert list(masks) == ["b", "a"] and all(torch.equal(masks[fqn], mask) for fqn, mask in given.items())
+    assert masks.kept == sum(int(mask.sum()) for mask in given.values()) and masks.total == 2 * shape[0] * shape[1]
+    assert masks.shape("b") == shape and masks.kept_of("b") == int(given["b"].sum())
+    masks["a"].logical_not_()  # what a look-up gives is the caller's own
+    assert torch.equal(masks["a"], given["a"])
+    held = sum(packed.bits.nbytes for packed in masks._masks.values())
+    assert held == 2 * -(-shape[0] * shape[1] // 8)
+    joined = MaskSet.joined([MaskSet({"a": given["a"]}), MaskSet({"b": given["b"]})])
+    assert list(joined) == ["a", "b"] and joined.mask_hash() == masks.mask_hash() == MaskSet(masks).mask_hash()

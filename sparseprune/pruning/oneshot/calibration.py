@@ -95,7 +95,7 @@ def _embedding_rows(model: nn.Module) -> int | None:
     return None if first is None else first.num_embeddings
 
 
-def calibration_batches(data: Any, model: nn.Module, needed: int, chunk_tokens: int = 2048) -> list[Batch]:
+def calibration_batches(data: Any, model: nn.Module, needed: int, chunk_tokens: int = 512) -> list[Batch]:
     """data: integer `[N, S]` token ids, float `[N, ..., K]` features, or an iterable of batches (tensor, dict of
     tensors, (inputs, targets)); one tensor is cut into chunks of about chunk_tokens positions, an iterable keeps its
     batches.

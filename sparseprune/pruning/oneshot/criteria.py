@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..allocation import kept_count, weighted_counts
 from ..criteria import Criterion, PruneContext, register_criterion
 from ..granularity import NM, Block, Element
+from ..masks import MaskSet
 from .allocation import owl_densities, score_densities
 from .calibration import Batch, calibration_batches
 from .driver import Method, Progress, walk
@@ -35,9 +36,9 @@ class OneShotCriterion(Criterion):
     Wanda scores); the total is exact with each. ``prune_``'s own ``densities`` take its place, and ``scope="layer"``
     rounds in every layer by itself. owl: {"threshold": 5.0, "spread": 0.08} for "owl". chunk_tokens: positions in one
     forward pass. min_tokens: the least calibration data accepted; by default as many positions as the widest layer has
-    inputs (an eighth of it for Wanda). spill: a folder for hidden states, to keep them out of memory; also where
-    replaced weights wait until the end (the system's temporary folder without it). state: a folder in which finished
-    blocks are kept, so that a killed run goes on. progress: called with a `Progress` after each block.
+    inputs (an eighth of it for Wanda). spill: a folder for the hidden states, which are then not in memory; True: the
+    system's temporary folder, False: in memory. The replaced weights wait there in any case. state: a folder in which
+    finished blocks are kept, so that a killed run goes on. progress: called with a `Progress` after each block.
     """
 
     needs_data = True
@@ -49,9 +50,9 @@ class OneShotCriterion(Criterion):
         per_row: bool = False,
         allocation: str = "uniform",
         owl: Mapping[str, float] | None = None,
-        chunk_tokens: int = 2048,
+        chunk_tokens: int = 512,
         min_tokens: int | None = None,
-        spill: str | os.PathLike[str] | None = None,
+        spill: bool | str | os.PathLike[str] = True,
         state: str | os.PathLike[str] | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
@@ -64,7 +65,7 @@ class OneShotCriterion(Criterion):
         self.owl = dict(owl or {})
         self.chunk_tokens = chunk_tokens
         self.min_tokens = min_tokens
-        self.spill = spill
+        self.spill = Path(tempfile.gettempdir()) if spill is True else spill or None
         self.state = state
         self.progress = progress
 
@@ -129,14 +130,14 @@ class OneShotCriterion(Criterion):
             keep.update(zip(names, counts))
         return keep
 
-    def masks(self, context: PruneContext) -> dict[str, Tensor]:
+    def masks(self, context: PruneContext) -> Mapping[str, Tensor]:
         batches = self._batches(context)
         patterns = self._patterns(context)
         keep = self._keep(context, patterns, batches)
-        packed: dict[str, tuple[np.ndarray, torch.Size]] = {}
+        found: dict[str, MaskSet] = {}
 
         def deliver(fqn: str, mask: Tensor) -> None:
-            packed[fqn] = (np.packbits(mask.cpu().numpy()), mask.shape)
+            found[fqn] = MaskSet({fqn: mask.to(context.layers[fqn].weight.device)})
 
         walk(
             context.model,
@@ -152,12 +153,7 @@ class OneShotCriterion(Criterion):
             progress=self.progress,
             deliver=deliver,
         )
-        return {fqn: _unpack(*packed[fqn], context.layers[fqn]) for fqn in context.layers}
-
-
-def _unpack(bits: np.ndarray, shape: torch.Size, linear: nn.Linear) -> Tensor:
-    flat = np.unpackbits(bits, count=shape.numel()).astype(bool)
-    return torch.from_numpy(flat.reshape(tuple(shape))).to(linear.weight.device)
+        return MaskSet.joined(found[fqn] for fqn in context.layers)
 
 
 class Wanda(OneShotCriterion):

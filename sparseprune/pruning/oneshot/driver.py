@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..._files import replacing, write_text
 from .calibration import Batch, digest
 from .patterns import Pattern
-from .store import ChunkStore
+from .store import ChunkStore, release
 from .structure import Stack, calibrating, capture, find_stacks
 from .task import BlockTask, PieceTask, Task
 
@@ -66,6 +66,8 @@ class _Undo:
     """The replaced values, in files, until the run has succeeded."""
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
         self.folder = Path(tempfile.mkdtemp(dir=folder, prefix="sparseprune-undo."))
         self.saved: list[tuple[Path, dict[str, Tensor]]] = []
 
@@ -211,6 +213,7 @@ def walk(
                 if piece.stack is None or captured is None:
                     loose.update(piece.linears)
                     continue
+                release()
                 student = captured.hidden
                 stores += [student, captured.calls]
                 teacher = None
@@ -233,6 +236,7 @@ def walk(
                     last = b == len(piece.stack.blocks) - 1
                     if not last:
                         task.advance(student)
+                        release()
                     if task.teacher is not None:
                         task.teacher.close()
                         teacher = task.target

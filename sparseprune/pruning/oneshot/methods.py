@@ -9,6 +9,7 @@ from torch import Tensor
 from .admm import admm
 from .patterns import Pattern, choose
 from .sparsegpt import sparsegpt
+from .store import release
 from .task import Task
 
 __all__ = ["ADMMMethod", "SparseGPTMethod", "WandaMethod", "wanda_scores"]
@@ -53,24 +54,32 @@ class SparseGPTMethod:
     teacher: bool = False
 
     def solve(
-        self, weights: list[Tensor], hessian: Tensor, keeps: list[int], pattern: Pattern, scope: str
+        self, weights: list[Tensor], hessian: Tensor, keeps: list[int], pattern: Pattern, scope: str, last: bool
     ) -> list[tuple[Tensor, Tensor]]:
+        """last: nothing needs hessian afterwards."""
         return sparsegpt(
             weights, hessian, keeps, pattern, scope=scope, damping=self.damping, blocksize=self.blocksize
         )
 
     def prune(self, task: Task) -> dict[str, Tensor]:
         masks: dict[str, Tensor] = {}
-        for group in task.statistics(hessian=True):
-            assert group.hessian is not None
-            for pattern, names in by_pattern(task, group.names):
+        groups = task.statistics(hessian=True)
+        release()
+        groups.sort(key=lambda group: -group.squares.numel())  # the widest Hessian goes first, before most is in use
+        for group in groups:
+            kinds = by_pattern(task, group.names)
+            for i, (pattern, names) in enumerate(kinds):
+                assert group.hessian is not None
                 weights = [task.linears[fqn].weight for fqn in names]
                 keeps = [task.keep[fqn] for fqn in names]
-                solved = self.solve(weights, group.hessian.to(weights[0].device), keeps, pattern, task.scope)
+                hessian = group.hessian.to(weights[0].device)
+                solved = self.solve(weights, hessian, keeps, pattern, task.scope, i == len(kinds) - 1)
                 for fqn, (weight, mask) in zip(names, solved):
                     task.linears[fqn].weight.data.copy_(weight)
                     masks[fqn] = mask
+                del solved, weight, hessian
             group.hessian = None
+            release()
         return masks
 
 
@@ -81,9 +90,9 @@ class ADMMMethod(SparseGPTMethod):
     polish: int = 8
 
     def solve(
-        self, weights: list[Tensor], hessian: Tensor, keeps: list[int], pattern: Pattern, scope: str
+        self, weights: list[Tensor], hessian: Tensor, keeps: list[int], pattern: Pattern, scope: str, last: bool
     ) -> list[tuple[Tensor, Tensor]]:
         return admm(
             weights, hessian, keeps, pattern, scope=scope, damping=self.damping, blocksize=self.blocksize,
-            polish=self.polish,
+            polish=self.polish, overwrite=last,
         )  # fmt: skip

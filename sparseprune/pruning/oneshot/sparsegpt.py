@@ -7,20 +7,30 @@ from torch import Tensor
 
 from .patterns import Pattern, choose
 
-__all__ = ["damped", "inverse_factor", "sparsegpt"]
+__all__ = ["damp_", "factor_", "inverse_factor", "sparsegpt", "sweep"]
 
 
-def damped(hessian: Tensor, damping: float) -> Tensor:
-    """hessian `[K, K]` plus damping * mean(diagonal) on the diagonal; inputs that are always zero get a diagonal of
-    1.
+def damp_(hessian: Tensor, damping: float) -> Tensor:
+    """hessian `[K, K]` plus damping * mean(diagonal) on the diagonal, in place; inputs that are always zero get a
+    diagonal of 1.
     """
-    h = hessian.clone()
-    diagonal = h.diagonal()
+    diagonal = hessian.diagonal()
     dead = diagonal <= 0
     mean = diagonal.mean()
     diagonal += damping * torch.where(mean > 0, mean, torch.ones_like(mean))
     diagonal[dead] = torch.ones_like(mean)
-    return h
+    return hessian
+
+
+def factor_(matrix: Tensor, *, upper: bool = False) -> bool:
+    """Cholesky factor of a symmetric matrix `[K, K]`, in place; False, and the matrix lost, where it is not positive
+    definite.
+
+    Given column by column (the transpose of a contiguous one) LAPACK works on it without a copy.
+    """
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, info))
+    return int(info) == 0
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
@@ -30,11 +40,10 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     ValueError.
     """
     while True:
-        factor, info = torch.linalg.cholesky_ex(damped(hessian, damping))
-        if int(info) == 0:
-            inverse = torch.cholesky_inverse(factor)
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(info) == 0:
+        upper = damp_(hessian.clone(memory_format=torch.contiguous_format), damping).t()
+        if factor_(upper):
+            torch.cholesky_inverse(upper, out=upper)
+            if factor_(upper, upper=True):
                 return upper
         if damping >= 1.0:
             raise ValueError(
@@ -59,6 +68,22 @@ def sparsegpt(
     chosen by w^2 / U_jj^2, the share of kept units following the layer's density to the unit; the error of each
     removed column is carried to the columns right of it.
     """
+    solved, mask = sweep(weights, hessian, keeps, pattern, scope=scope, damping=damping, blocksize=blocksize)
+    sizes = [w.shape[0] for w in weights]
+    return list(zip(solved.split(sizes), mask.split(sizes)))
+
+
+def sweep(
+    weights: list[Tensor],
+    hessian: Tensor,
+    keeps: list[int],
+    pattern: Pattern,
+    *,
+    scope: str,
+    damping: float,
+    blocksize: int,
+) -> tuple[Tensor, Tensor]:
+    """`sparsegpt` with the layers below each other: weight float32 `[sum N_i, K]` and its mask."""
     sizes = [w.shape[0] for w in weights]
     w = torch.cat([v.detach().float() for v in weights])
     columns = w.shape[1]
@@ -90,4 +115,4 @@ def sparsegpt(
         w[:, start:stop] = block.masked_fill_(~kept, 0.0)
         if stop < columns:
             w[:, stop:].addmm_(error, upper[start:stop, stop:], alpha=-1.0)
-    return list(zip(w.split(sizes), mask.split(sizes)))
+    return w, mask

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import Batch
-from .store import ChunkStore
+from .store import ChunkStore, release
 
 __all__ = ["Capture", "Stack", "Stopped", "calibrating", "capture", "find_stacks", "run_block"]
 
@@ -87,13 +87,29 @@ def calibrating(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Capture:
-    """hidden: what enters the first block, a tensor `[B, S, D]` a chunk; calls: the other arguments, for each block a
-    chunk.
+    """hidden: what enters the first block, a tensor `[B, S, D]` a chunk; positions: of each chunk, as in `Batch`;
+    `call`: the other arguments of a chunk, for each block.
     """
 
     hidden: ChunkStore
     calls: ChunkStore
     positions: list[Tensor | None] = field(default_factory=list)
+    _entry: list[int] = field(default_factory=list)
+    _held: tuple[int, Any] | None = None
+
+    def add(self, hidden: Tensor, call: dict[str, Any], positions: Tensor | None) -> None:
+        """One more chunk; arguments equal to those of the chunk before (positions, causal masks) are kept once."""
+        if not self._entry or not _same(self.call(len(self._entry) - 1), call, _equal):
+            self.calls.append(call)
+        self._entry.append(len(self.calls) - 1)
+        self.hidden.append(hidden)
+        self.positions.append(positions)
+
+    def call(self, chunk: int) -> dict[str, Any]:
+        entry = self._entry[chunk]
+        if self._held is None or self._held[0] != entry:
+            self._held = entry, self.calls[entry]
+        return self._held[1]
 
     def close(self) -> None:
         self.hidden.close()
@@ -114,13 +130,22 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, _PLAIN) else None
 
 
-def _same(a: Any, b: Any) -> bool:
+def _one(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+def _same(a: Any, b: Any, alike: Callable[[Tensor, Tensor], bool]) -> bool:
+    """Whether two nested arguments are the same, their tensors by alike."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.data_ptr() == b.data_ptr() and a.shape == b.shape
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and alike(a, b)
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
+        return len(a) == len(b) and all(_same(x, y, alike) for x, y in zip(a, b))
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(_same(a[k], b[k], alike) for k in a)
     return type(a) is type(b) and a == b
 
 
@@ -279,14 +304,14 @@ def capture(
         table: list[dict[str, Any]] = []
         index: list[int] = []
         for _, call in record.inputs:
-            known = next((t for t, other in enumerate(table) if _same(other, call)), None)
+            known = next((t for t, other in enumerate(table) if _same(other, call, _one)), None)
             if known is None:
                 known = len(table)
                 table.append(call)
             index.append(known)
-        result.hidden.append(record.inputs[0][0].detach())
-        result.calls.append({"table": table, "index": index})
-        result.positions.append(batch.positions)
+        result.add(record.inputs[0][0].detach(), {"table": table, "index": index}, batch.positions)
+        del record, table
+        release()
     return result
 
 

@@ -51,7 +51,7 @@ class BlockTask(Task):
     target: ChunkStore | None = None
 
     def run(self, hidden: Tensor, chunk: int) -> Tensor:
-        return run_block(self.module, hidden, self.capture.calls[chunk], self.index)
+        return run_block(self.module, hidden, self.capture.call(chunk), self.index)
 
     def runs(self) -> Iterator[tuple[Callable[[], Any], Tensor | None]]:
         for i in range(len(self.student)):
