@@ -117,6 +117,49 @@ static inline v8 halves_sum(vf v) {
   return half[0] + half[1];
 }
 #endif
+// What lane_sums needs of two vectors at a step h: lanes of a where the lane's number has the bit h unset and of b where it is set,
+// each plus the lane i ^ h of the same vector.
+#define SP_HALVES(i) ((i) & h ? (i) + kLanes : (i))
+#define SP_OTHERS(i) (SP_HALVES(i) ^ h)
+#define SP_EIGHT(f, i) f(i), f(i + 1), f(i + 2), f(i + 3), f(i + 4), f(i + 5), f(i + 6), f(i + 7)
+#if SP_LANES == 16
+#define SP_ALL(f) SP_EIGHT(f, 0), SP_EIGHT(f, 8)
+#else
+#define SP_ALL(f) SP_EIGHT(f, 0)
+#endif
+template <int h>
+static inline vf folded(vf a, vf b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, SP_ALL(SP_HALVES)) + __builtin_shufflevector(a, b, SP_ALL(SP_OTHERS));
+#else
+  return __builtin_shuffle(a, b, vi{SP_ALL(SP_HALVES)}) + __builtin_shuffle(a, b, vi{SP_ALL(SP_OTHERS)});
+#endif
+}
+template <int h, int n>
+static inline void fold(vf* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < n; i += 2) v[i / 2] = folded<h>(v[i], v[i + 1]);
+}
+// out[i] = the sum of v[i]'s lanes, for as many vectors as one has lanes; v is lost.
+static inline vf lane_sums(vf* v) {
+  fold<1, kLanes>(v);
+  fold<2, kLanes / 2>(v);
+  fold<4, kLanes / 4>(v);
+#if SP_LANES == 16
+  fold<8, 2>(v);
+#endif
+  return v[0];
+}
+// The same for eight vectors; further lanes mean nothing.
+static inline vf sums_of_few(vf* v) {
+  fold<1, 8>(v);
+  fold<2, 4>(v);
+  fold<4, 2>(v);
+#if SP_LANES == 16
+  v[0] = folded<8>(v[0], v[0]);
+#endif
+  return v[0];
+}
 // The sum of a vector's lanes.
 static inline float total(vf v) {
   float s[kLanes];
