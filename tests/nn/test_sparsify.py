@@ -125,8 +125,10 @@ def test_auto_measures_and_says_why(monkeypatch):
         model[2].weight.mul_((torch.rand(32, 1024) < 0.02).repeat_interleave(16, 0))
     report = sp.sparsify_(model, tokens=(8, 64))
     assert report["3"].layout == "dense" and "no zeros" in report["3"].reason
-    assert report["0"].layout == "csr" and report["0"].ratio >= 1.1
-    assert report["2"].layout in ("csr", "bsr16x1") and "bsr16x1" in report["2"].reason
+    for name in ("0", "2"):  # which one wins is this machine's business, that the choice follows the time is ours
+        assert (report[name].layout != "dense") == (report[name].ratio >= 1.1)
+        assert "tokens" in report[name].reason
+    assert report["0"].layout in ("csr", "dense") and report["2"].layout in ("csr", "bsr16x1", "dense")
     assert str(report).count("\n") >= 4 and report.to_dict()["layers"][0]["name"] == "0"
 
 
