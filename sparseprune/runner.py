@@ -417,10 +417,13 @@ def _measure(
     names = {"train": "train_plain", "valid": "valid", "test": "test"}
     display.say("measuring: three splits, bytes, latency")
     layers = {fqn: float(mask.float().mean()) for fqn, mask in masks.items()}
-    nonzero = {id(p): int(torch.count_nonzero(p)) for p in model.parameters()}
+    # A layer with a low-rank term is sparse already, and holds what it kept as it is.
+    linears = [m for m in (model.get_submodule(fqn) for fqn in masks) if isinstance(m, nn.Linear)]
+    ranks = {fqn: len(m.low_rank_a) for fqn, m in model.named_modules() if getattr(m, "low_rank_a", None) is not None}
+    factors = sum(rank * sum(masks[fqn].shape) for fqn, rank in ranks.items())
+    pruned_weights = {id(layer.weight) for layer in linears}
     pruned_parameters = sum(
-        nonzero[id(p)] if any(p is layer.weight for layer in prunable_linears(model).values()) else p.numel()
-        for p in model.parameters()
+        int(torch.count_nonzero(p)) if id(p) in pruned_weights else p.numel() for p in model.parameters()
     )
     dense_parameters = sum(p.numel() for p in dense.parameters())
     checkpoint.save(dense, folder / "dense.safetensors")
@@ -430,7 +433,9 @@ def _measure(
     masked = copy.deepcopy(model)
     if _shrinks(config.gan.granularity):
         display.say(str(shrink_(model)))
-    report = None if config.layout == "dense" else sparsify_(model, layout=config.layout, tokens=tokens)
+    report = None
+    if config.layout != "dense" and linears:
+        report = sparsify_(model, layout=config.layout, tokens=tokens)
     checkpoint.save(model, folder / "pruned.safetensors")
     setup.save_parts(folder)
     dense.eval()
@@ -465,9 +470,10 @@ def _measure(
         "labels": len(setup.data.label_names),
         "data_hash": setup.data.digest(),
         "mask_hash": masks.mask_hash(),
-        "density": masks.kept / masks.total,
+        "density": (masks.kept + factors) / masks.total,
         "prunable_parameters": masks.total,
         "layers": layers,
+        "ranks": ranks,
         "layouts": None if report is None else report.to_dict(),
         "latency_batch": list(setup.latency["input_ids"].shape),
         "latency_spread_ms": {n: [1e3 * timing.time(n).low, 1e3 * timing.time(n).high] for n in timing.samples},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,33 @@ def test_one_run_leaves_a_record_a_checkpoint_and_plots(tmp_path, capsys):
     again = load(TextEncoder(**settings), tmp_path / "a" / "pruned.safetensors").eval()
     ids = torch.tensor([[5, 6, 7, 0]])
     torch.testing.assert_close(again(ids), result.model(ids))
+
+
+def test_low_rank_terms_are_counted_saved_and_measured(tmp_path, monkeypatch):
+    from sparseprune.gan import gates
+
+    fitted = gates.Gates.compensate
+
+    def forced(self, fits):
+        """One layer, whatever the validation data say of a net that has learned next to nothing."""
+        name = "layers.0.ffn.expand"
+        mask = self.masks[name].clone()
+        mask.view(-1)[mask.view(-1).nonzero().flatten()[:96]] = False
+        weight = self.weights[name].detach() * mask
+        found = replace(
+            fits[name], mask=mask, weight=weight, bias_shift=None, chosen="rank 1", rank=1,
+            low_rank_a=torch.randn(1, 32) / 10, low_rank_b=torch.randn(64, 1) / 10,
+        )  # fmt: skip
+        fitted(self, {name: found})
+
+    monkeypatch.setattr(gates.Gates, "compensate", forced)
+    gan = GANConfig(epochs=2.0, compensation="best")
+    record = run(tiny(gan=gan), out=tmp_path, name="a", quiet=True).record
+    assert record["ranks"] == {"layers.0.ffn.expand": 1}
+    total = record["prunable_parameters"]
+    assert record["density"] == (total - round(0.9 * total)) / total
+    assert record["sparse_against_masked"] < 1e-4
+    assert record["pruned"]["parameters"] < record["dense"]["parameters"]
 
 
 def test_the_same_seed_gives_the_same_masks(tmp_path):

@@ -84,8 +84,11 @@ class GANConfig(Config):
     loss: ``ce`` CE + ``kd`` tau^2 KL(teacher, student) + ``hidden`` mean square of the normalised hidden states +
     lambda L_adv, with lambda set by the gradient balance ``kappa``. lr: the weights' (3e-5 suits pretrained models).
     gumbel: temperature of the Gumbel noise on the scores at the start; it falls to 0 at the end of the window.
-    compensation: "survivors" refits the kept weights and the bias at the freeze, so that they stand in for what the
-    masks removed (:func:`sparseprune.pruning.compensate`). accumulate: batches a step. dropout: train with the model's
+    compensation: what stands in, from the freeze on, for what the masks removed, fitted to the inputs of the last
+    batches, each layer taking what serves it best on the validation split (without one, on held-out rows), or nothing:
+    "bias" shifts the bias; "survivors" refits the kept weights, or shifts the bias, or both; "low_rank" adds a term of
+    rank r that takes r (N + K) weights off the mask and heals with the rest; "best" chooses among all of these
+    (:func:`sparseprune.pruning.compensate`). accumulate: batches a step. dropout: train with the model's
     dropout on, in teacher and student alike.
     """
 
@@ -115,7 +118,7 @@ class GANConfig(Config):
     accumulate: int = 1
     autocast: Literal["none", "bfloat16"] = "none"
     dropout: bool = False
-    compensation: Literal["none", "survivors"] = "none"
+    compensation: Literal["none", "bias", "survivors", "low_rank", "best"] = "none"
     evaluate_every: int | None = None
     patience: int | None = None
     seed: int = 0
@@ -126,7 +129,7 @@ class GANConfig(Config):
         _one_of(name, "method", self.method, ("gan", "scores", "magnitude", "movement"))
         _one_of(name, "scope", self.scope, ("global", "layer"))
         _one_of(name, "autocast", self.autocast, ("none", "bfloat16"))
-        _one_of(name, "compensation", self.compensation, ("none", "survivors"))
+        _one_of(name, "compensation", self.compensation, ("none", "bias", "survivors", "low_rank", "best"))
         for key, low in (("lr", 0), ("scores_lr", 0), ("weight_decay", 0), ("ce", 0), ("kd", 0), ("hidden", 0),
                          ("kappa", 0), ("gumbel", 0), ("accumulate", 1)):  # fmt: skip
             _at_least(name, key, getattr(self, key), low)

@@ -9,17 +9,19 @@ the freeze.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..pruning.granularity import NM, Plan
+from ..pruning.compensation import Compensation
+from ..pruning.granularity import NM, Block, Element, Mixture, Plan
 from ..pruning.prune import trim_
 from .config import GANConfig
 from .features import split_batch
+from .lowrank import LowRankLinear, execute_, with_low_rank_
 
 __all__ = ["Gates", "input_norms"]
 
@@ -60,7 +62,7 @@ class Gates:
     """Masters, scores and masks of the pruned Linears. Scores: float32, one a unit of the granularity, by unit map."""
 
     def __init__(self, model: nn.Module, linears: dict[str, nn.Linear], config: GANConfig):
-        self.config, self.linears = config, linears
+        self.model, self.config, self.linears = model, config, dict(linears)
         self.plan = Plan.build(model, linears, config.granularity, config.scope, floor=config.floor)
         self.maps = {unit_map.key: unit_map for unit_map in self.plan.unit_maps}
         self.weights: dict[str, Tensor] = {name: linears[name].weight for name in self.plan.layers}
@@ -77,6 +79,22 @@ class Gates:
                         f"use a schedule such as Cubic({pattern.n / pattern.m:g})"
                     )
         self.frozen = False
+        self.low_rank: dict[str, LowRankLinear] = {}
+        wants = self.config.compensation == "low_rank"
+        if wants and not any(name and self.free(name) is not None for name in self.plan.layers):
+            raise ValueError(
+                'compensation="low_rank" takes single weights or blocks off the mask, expected a layer of granularity '
+                f'"element" or Block, got {self.config.granularity!r}; use "survivors"'
+            )
+
+    def free(self, name: str) -> Element | Block | None:
+        """The granularity of a layer from whose mask any number of units may be taken (of blocks and a second stage in
+        them, that stage); None where a pattern, a head or a neuron would break.
+        """
+        kind = next(part.granularity for part in self.plan.parts if name in part.layers)
+        if isinstance(kind, Mixture) and isinstance(kind.first, Block):
+            kind = kind.then
+        return kind if isinstance(kind, Element | Block) else None
 
     @property
     def total(self) -> int:
@@ -84,7 +102,9 @@ class Gates:
 
     @property
     def kept(self) -> int:
-        return sum(int(mask.sum()) for mask in self.masks.values())
+        """Weights kept, the parameters of low-rank terms included."""
+        factors = sum(layer.factors for layer in self.low_rank.values())
+        return sum(int(mask.sum()) for mask in self.masks.values()) + factors
 
     def _reduce(self, dense: dict[str, Tensor]) -> dict[str, Tensor]:
         """Per-weight values `[N, K]` by layer -> sums over each unit, by unit map."""
@@ -165,8 +185,35 @@ class Gates:
         self.frozen = True
         self.masters = {}
 
+    @torch.no_grad()
+    def compensate(self, fits: Mapping[str, Compensation]) -> None:
+        """After the freeze: takes over fitted weights, smaller masks, bias shifts and low-rank terms, by layer name."""
+        for name, found in fits.items():
+            linear = self.linears[name]
+            linear.weight.copy_(found.weight)
+            self.masks[name] = found.mask.to(linear.weight.device)
+            if found.bias_shift is not None:
+                linear.bias.add_(found.bias_shift.to(linear.bias))
+            if found.low_rank_a is not None and found.low_rank_b is not None:
+                self._give_low_rank(name, found.low_rank_a, found.low_rank_b)
+
+    def _give_low_rank(self, name: str, a: Tensor, b: Tensor) -> None:
+        self.linears[name] = self.low_rank[name] = with_low_rank_(self.model, name, a, b)
+
+    def meet_ranks(self, ranks: Mapping[str, int]) -> None:
+        """Before a state is loaded: the low-rank terms that it holds, of zeros."""
+        for name, rank in ranks.items():
+            if name not in self.low_rank:
+                rows, columns = self.weights[name].shape
+                self._give_low_rank(name, torch.zeros(rank, columns), torch.zeros(rows, rank))
+
+    def execute(self) -> None:
+        """Low-rank terms move into SparseLinears, which run without these gates."""
+        execute_(self.model, {name: self.free(name) for name in self.low_rank})
+
     def state_dict(self) -> dict[str, Any]:
         return {
+            "ranks": {name: layer.low_rank_a.shape[0] for name, layer in self.low_rank.items()},
             "masters": {name: w.detach().clone() for name, w in self.masters.items()},
             "scores": {name: s.detach().clone() for name, s in self.scores.items()},
             "masks": {name: m.clone() for name, m in self.masks.items()},

@@ -8,6 +8,7 @@ import hashlib
 import io
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import islice
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from .._files import remove_unfinished, replacing
 from ..nn.filters import FilterFn, prunable_linears
 from ..optim import AdamW
-from ..pruning.compensation import collect_inputs, compensate
+from ..pruning.compensation import Compensation, collect_inputs, compensate
+from ..pruning.granularity import Element
 from ..pruning.ranks import Ranks
 from .config import DiscriminatorConfig, GANConfig
 from .evaluate import evaluate
@@ -33,13 +35,14 @@ from .losses import LossLike, distillation, is_classification, make_loss, real_r
 
 __all__ = ["GANPruner"]
 
-_FORMAT = 2
+_FORMAT = 3
 _SNAPSHOT_EVERY = 50
 _BAD_STEPS = 3
 _RESTORES = 3
 _WEIGH_EVERY = 8
 _CALIBRATION = 8
 _FIT_ROWS = 4096
+_LEAST_ROWS = 8
 
 
 class GANPruner:
@@ -88,6 +91,7 @@ class GANPruner:
             self.entry, self.taps = choose_taps(model, list(self.gates.weights), self.features)
         self.history = History()
         self.game: Game | None = None
+        self._recent: deque[Any] = deque(maxlen=_CALIBRATION)  # inputs that compensation is fitted to
         self._generator = torch.Generator().manual_seed(self.config.seed * 7919 + 5)
         self._step = self._epoch = self._batch = 0
         self._elapsed = self._progress = 0.0
@@ -149,14 +153,16 @@ class GANPruner:
         while not self._finished:
             self._clock(began, total)
             group = list(islice(batches, self.config.accumulate))
+            if self.config.compensation != "none" and not self.gates.frozen:
+                self._recent.extend(split_batch(batch, self.device).inputs for batch in group)
             if not self.gates.frozen and self._progress >= self.config.freeze_at:
-                self._freeze(group)
+                self._freeze(valid_loader)
             record = self._train_step(group, compute)
             self._step += 1
             self._clock(began, total)
             over = self._progress >= 1
             if over and not self.gates.frozen:
-                self._freeze(group)
+                self._freeze(valid_loader)
             if record is not None:
                 self.history.steps.append(record)
                 if callback is not None:
@@ -171,9 +177,13 @@ class GANPruner:
         return self.history
 
     def finalize(self) -> nn.Module:
-        """The model, pruned: zeros in plain parameters, same names and shapes, in eval mode, gradients cleared."""
+        """The model, pruned: zeros in plain parameters, same names and shapes, in eval mode, gradients cleared.
+
+        A layer that got a low-rank term is a :class:`sparseprune.SparseLinear` with ``low_rank_a`` and ``low_rank_b``.
+        """
         if not self.gates.frozen:
             raise RuntimeError("GANPruner.finalize: nothing was pruned yet; call fit first")
+        self.gates.execute()
         self.model.eval()
         self.model.zero_grad(set_to_none=True)
         return self.model
@@ -348,39 +358,61 @@ class GANPruner:
             self.weight_optimiser = torch.optim.AdamW(groups, lr=config.lr, fused=fused)
         self.score_optimiser = torch.optim.Adam(self.gates.scores.values(), lr=config.scores_lr)
 
-    def _freeze(self, group: list[Any]) -> None:
-        """The final masks, and what they removed made up for on the inputs of ``group``, the step's own batches."""
-        dense = {name: w.detach().clone() for name, w in self.gates.masters.items()}
+    def _freeze(self, valid_loader: Iterable[Any] | None) -> None:
+        """The final masks, and what they removed made up for."""
         # What the masks are chosen from is equal to the bit first, also where the processes run on unlike machines.
         self._ranks.mean_([*self.gates.masters.values(), *self.gates.scores.values()])
+        dense = {name: w.detach().clone() for name, w in self.gates.masters.items()}
         self.gates.freeze(self.config.final_density)
         self._ranks.check_masks(self.gates.masks, "GANPruner")
-        if self.config.compensation == "survivors":
-            self._compensate(dense, group)
+        if self.config.compensation != "none":
+            self._compensate(dense, valid_loader)
+            self._recent.clear()
         self._heal_from = self._progress
         self._optimisers()
         self.history.events.append({"step": self._step, "event": "masks frozen", "density": self.density})
 
     @torch.no_grad()
-    def _compensate(self, dense: dict[str, Tensor], group: list[Any]) -> None:
+    def _compensate(self, dense: dict[str, Tensor], valid_loader: Iterable[Any] | None) -> None:
         """Fitted to the inputs that all processes saw; each fits a part of the layers."""
-        ranks = self._ranks
-        batches = [split_batch(batch, self.device).inputs for batch in group]
-        inputs = collect_inputs(self.model, dense, batches, rows=_FIT_ROWS // ranks.size)
-        own = {}
+        ranks, gates, what = self._ranks, self.gates, self.config.compensation
+        read = [
+            collect_inputs(self.model, dense, batches, _FIT_ROWS // ranks.size, call=_run)
+            for batches in (list(self._recent), self._first_inputs(valid_loader))
+            if batches
+        ]
+        own: dict[str, Compensation] = {}
         for i, (name, weight) in enumerate(dense.items()):
-            rows = torch.cat([part.to(self.device) for part in ranks.gather(inputs[name].cpu())])
-            if i % ranks.size == ranks.rank:
-                bias = self.model.get_submodule(name)._parameters["bias"]
-                own[name] = compensate(
-                    weight, rows, mask=self.gates.masks[name], bias_shift=bias is not None, ranks=()
-                )
-        for fits in ranks.gather(own):
-            for name, found in fits.items():
-                linear = self.model.get_submodule(name)
-                linear.get_parameter("weight").copy_(found.weight)
-                if found.bias_shift is not None:
-                    linear.get_parameter("bias").add_(found.bias_shift.to(self.device))
+            fitted, *held = (
+                torch.cat([part.to(self.device) for part in ranks.gather(found[name].cpu())]) for found in read
+            )
+            if i % ranks.size != ranks.rank or len(fitted) < _LEAST_ROWS or any(len(h) < _LEAST_ROWS for h in held):
+                continue
+            kind = gates.free(name) if name and what in ("low_rank", "best") else None
+            own[name] = compensate(
+                weight, fitted, mask=gates.masks[name], granularity=kind or Element(),
+                valid_inputs=held[0] if held else None, survivors=what in ("survivors", "best"),
+                bias_shift=what != "low_rank" and gates.linears[name].bias is not None,
+                ranks=() if kind is None else None,
+            )  # fmt: skip
+        fits = {name: found for part in ranks.gather(own) for name, found in part.items()}
+        gates.compensate(fits)
+        self.history.events.append(
+            {"step": self._step, "event": "compensated", "left": [name for name in dense if name not in fits],
+             "chosen": {name: found.chosen for name, found in fits.items()},
+             "errors": {name: [found.errors["mask"], found.errors[found.chosen]] for name, found in fits.items()}}
+        )  # fmt: skip
+
+    def _first_inputs(self, loader: Iterable[Any] | None) -> list[Any]:
+        """Inputs of the loader's first batches; its order, and everything random, stays as it was."""
+        if loader is None:
+            return []
+        rng = torch.get_rng_state()
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(0)
+        found = [split_batch(batch, self.device).inputs for batch in islice(iter(loader), _CALIBRATION)]
+        torch.set_rng_state(rng)
+        return found
 
     def _lr_factor(self) -> float:
         """Linear warm-up, constant while the masks move, then from 1 down to 0.02 while the rest heals."""
@@ -601,6 +633,7 @@ class GANPruner:
         was_frozen = self.gates.frozen
         if was_frozen and not state["gates"]["frozen"]:
             return  # the masks are decided; the weights heal from where they are with the smaller rate
+        self.gates.meet_ranks(state["gates"]["ranks"])
         self.model.load_state_dict(state["model"])
         self.gates.load_state_dict(state["gates"])
         if self.gates.frozen != was_frozen:
@@ -623,6 +656,7 @@ class GANPruner:
         self._snapshot = self._tensors()  # and the point to go back to, so that it need not be stored twice
         own = {
             "rng": torch.get_rng_state(), "epoch_rng": self._epoch_rng, "loader_rng": self._loader_rng,
+            "recent": list(self._recent),
             "game_generator": None if game is None else game.generator.get_state(),
         }  # fmt: skip
         first, *others = self._ranks.gather(own)
@@ -682,9 +716,14 @@ class GANPruner:
         self.history = History.from_dict(state["history"])
         self._generator.set_state(state["generator"].cpu())
         self._epoch_rng, self._loader_rng = own["epoch_rng"], own["loader_rng"]
+        self._recent.extend(own["recent"])
         if self.game is not None:
             self.game.generator.set_state(own["game_generator"].cpu())
         torch.set_rng_state(own["rng"].cpu())
+
+
+def _run(model: nn.Module, inputs: Any) -> Tensor:
+    return Batch(inputs, torch.empty(0)).run(model)
 
 
 def _forever(loader: Iterable[Any]) -> Iterator[Any]:

@@ -13,7 +13,7 @@ layer's own inputs and judged on held-out ones:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -252,15 +252,22 @@ def refit_survivors(weight: Tensor, mask: Tensor, second_moment: Tensor, iterati
     return fit * kept
 
 
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**{key: value for key, value in batch.items() if key != "labels"})
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
 @torch.no_grad()
 def collect_inputs(
-    model: nn.Module, names: Iterable[str], batches: Iterable[Any], rows: int = 4096, seed: int = 0
-) -> dict[str, Tensor]:
+    model: nn.Module, names: Iterable[str], batches: Iterable[Any], rows: int = 4096, seed: int = 0,
+    call: Callable[[nn.Module, Any], Any] = _call,
+) -> dict[str, Tensor]:  # fmt: skip
     """fqn -> `[T, K]`, T <= rows: what each named Linear reads while the model runs over the batches in eval mode.
 
     batches: what the model is called with: a dict (keywords, ``labels`` left out), a tuple (its first entry) or a
-    tensor. Positions with ``attention_mask`` 0 are left out. At most ``rows`` positions are kept, drawn evenly from
-    all batches. ValueError on a Linear that the batches never reach.
+    tensor; ``call`` replaces that reading. Positions with ``attention_mask`` 0 are left out. At most ``rows`` positions
+    are kept, drawn evenly from all batches. ValueError on a Linear that the batches never reach.
     """
     modules = dict(model.named_modules())
     listed = list(batches)
@@ -289,13 +296,9 @@ def collect_inputs(
     try:
         model.eval()
         for batch in listed:
-            if isinstance(batch, Mapping):
-                mask = batch.get("attention_mask")
-                state["keep"] = None if mask is None else mask.bool()
-                model(**{key: value for key, value in batch.items() if key != "labels"})
-            else:
-                state["keep"] = None
-                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            state["keep"] = None if mask is None else mask.bool()
+            call(model, batch)
     finally:
         for handle in hooks:
             handle.remove()

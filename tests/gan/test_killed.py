@@ -29,5 +29,6 @@ def test_ten_kills_change_no_bit(tmp_path):
     assert whole["hash"] == killed["hash"] and whole["history"] == killed["history"]
     assert len(whole["history"]["steps"]) == 60 and any(e["phase"] == "heal" for e in whole["history"]["evaluations"])
     assert whole["state"].keys() == killed["state"].keys()
+    assert "layers.0.ffn.expand.low_rank_a" in whole["state"]
     for name, value in whole["state"].items():
         assert torch.equal(value, killed["state"][name]), name

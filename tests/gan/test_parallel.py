@@ -36,6 +36,7 @@ def test_both_processes_end_with_the_same_masks_and_weights(results, run):
 @pytest.mark.slow
 def test_two_processes_resume_to_the_bit(results):
     same(results[0]["whole"], results[0]["killed"])
+    assert any(name.endswith("low_rank_a") for name in results[0]["whole"]["state"])
     assert "written by 2 processes, expected 1" in results[0]["alone on theirs"]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparseprune import NM, Block, Cubic, Heads, Neurons, RetentionSchedule
+from sparseprune import NM, Block, Cubic, Heads, Neurons, RetentionSchedule, SparseLinear, load, save
 from sparseprune.data import Augment, TokenLoader
 from sparseprune.encoder import TextEncoder
 from sparseprune.gan import DiscriminatorConfig, GANConfig, GANPruner, compare, evaluate
@@ -129,23 +129,182 @@ def test_a_pattern_that_fixes_its_density_refuses_another(trained):
         GANPruner(copy.deepcopy(trained), config(granularity=NM(2, 4)))
 
 
+def frozen_at_once(**settings):
+    """Nothing is learned: only what the freeze does to the weights can be seen."""
+    return config(
+        method="magnitude", steps=4, lr=1e-9, weight_decay=0.0, warmup=0.0, prune_until=0.5, freeze_at=0.99,
+        **{"schedule": RetentionSchedule(0.1, 0.3), **settings},
+    )  # fmt: skip
+
+
+def compensated(pruner):
+    return next(e for e in pruner.history.events if e["event"] == "compensated")
+
+
+def chosen(pruner):
+    return compensated(pruner)["chosen"]
+
+
 def test_compensation_brings_the_frozen_student_nearer_to_the_unmasked_one(trained):
-    """With nothing learned in between, refitted survivors answer for the masked weights better than masking does."""
-    distances = {}
-    for compensation in ("none", "survivors"):
-        settings = config(
-            method="magnitude", compensation=compensation, steps=4, lr=1e-9, weight_decay=0.0, warmup=0.0,
-            prune_until=0.5, freeze_at=0.99, schedule=RetentionSchedule(0.1, 0.3),
-        )  # fmt: skip
-        pruner = GANPruner(copy.deepcopy(trained), settings)
-        pruner.fit(loader())
+    """With nothing learned in between, what compensation gives back answers better than masking alone."""
+    distances, kinds = {}, {}
+    for compensation in ("none", "bias", "survivors", "low_rank", "best"):
+        pruner = GANPruner(copy.deepcopy(trained), frozen_at_once(compensation=compensation))
+        pruner.fit(loader(), loader(seed=9) if compensation == "best" else None)
         model = pruner.finalize().eval()
         batch = next(iter(loader(seed=3)))
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         with torch.no_grad():
             distances[compensation] = float((model(**inputs) - trained(**inputs)).square().mean())
-        assert all(not bool(model.get_submodule(n).weight[~m].any()) for n, m in pruner.masks.items())
-    assert distances["survivors"] < 0.9 * distances["none"]
+        kinds[compensation] = set() if compensation == "none" else set(chosen(pruner).values())
+        # The budget is that of the masks alone, to the weight.
+        total = pruner.gates.total
+        assert pruner.gates.kept == total - round(0.7 * total)
+        held = [model.get_submodule(name) for name in pruner.masks]
+        spent = [m.nnz if isinstance(m, SparseLinear) else int((m.weight != 0).sum()) for m in held]
+        assert sum(spent) <= total - round(0.7 * total)
+        if compensation != "none":
+            errors = compensated(pruner)["errors"].values()
+            assert all(own <= mask for mask, own in errors) and any(own < 0.95 * mask for mask, own in errors)
+        if compensation == "bias":
+            shifts = {n: model.get_parameter(f"{n}.bias") - trained.get_parameter(f"{n}.bias") for n in pruner.masks}
+            assert {n for n, s in shifts.items() if s.abs().max() > 1e-4} == {
+                n for n, kind in chosen(pruner).items() if kind == "bias"
+            }  # fmt: skip
+    assert kinds["bias"] == {"mask", "bias"}
+    assert kinds["survivors"] <= {"mask", "bias", "survivors", "survivors and bias"}
+    assert any(kind.startswith("rank") for kind in kinds["low_rank"])
+    assert kinds["low_rank"] <= {"mask", *(f"rank {2**i}" for i in range(8))}
+    assert distances["survivors"] < 0.9 * distances["none"] and distances["best"] < 0.9 * distances["none"]
+
+
+class Tanned(nn.Module):
+    """A Linear that is nearly of rank two: what sparsity cannot keep, two factors can."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.classifier = nn.Linear(48, 40), nn.Linear(40, 3)
+        with torch.no_grad():
+            self.inner.weight.copy_(torch.randn(40, 2) @ torch.randn(2, 48) / 5 + 0.01 * torch.randn(40, 48))
+
+    def forward(self, x):
+        return self.classifier(torch.tanh(self.inner(x)))
+
+
+@pytest.mark.parametrize("granularity", ["element", "4x1", Mixture(Block(4, 4))], ids=str)
+def test_low_rank_terms_are_paid_for_trained_saved_and_run_sparse(granularity, close, tmp_path):
+    torch.manual_seed(0)
+    model = Tanned()
+    x = torch.randn(128, 48)
+    batches = [(x[i : i + 32], x[i : i + 32, :3].argmax(1)) for i in range(0, 128, 32)]
+    settings = config(
+        method="magnitude", compensation="low_rank", granularity=granularity, schedule=Cubic(0.2), steps=24, lr=1e-2
+    )
+    pruner = GANPruner(model, settings)
+    found = {}
+
+    def watch(record):
+        layer = model.inner
+        if record["phase"] == "heal" and not found:
+            found.update(a=layer.low_rank_a.detach().clone(), w=layer.weight.detach().clone())
+
+    history = pruner.fit(batches, batches, callback=watch)
+    assert chosen(pruner)["inner"] in ("rank 2", "rank 4")
+    healed = pruner.model.inner
+    rank = len(healed.low_rank_a)
+    assert not torch.equal(found["a"], healed.low_rank_a) and not torch.equal(found["w"], healed.weight)
+    assert torch.equal(healed.weight != 0, pruner.masks["inner"])
+    budget = 40 * 48 - round(0.8 * 40 * 48)
+    spent = int(pruner.masks["inner"].sum()) + rank * 88
+    assert spent == budget if granularity != "4x1" else budget - 4 < spent <= budget
+    assert history.steps[-1]["density"] == spent / (40 * 48) == pruner.density
+    with torch.no_grad():
+        before = model(x)
+        final = pruner.finalize()
+        assert type(final.inner) is SparseLinear and final.inner.layout == ("bsr" if granularity == "4x1" else "csr")
+        assert final.inner.nnz == spent and pruner.finalize() is final
+        close(final(x), before)
+        save(final, tmp_path / "m.safetensors")
+        again = load(Tanned(), tmp_path / "m.safetensors")
+        assert torch.equal(again(x), final(x)) and len(again.inner.low_rank_a) == rank
+    pickle.loads(pickle.dumps(final))
+
+
+def test_rank_zero_is_an_answer(trained):
+    """Low-rank terms worth 2 of 16 inputs' weights cannot pay for a diagonal."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(16) * 3 + 0.01 * torch.randn(16, 16))
+    x = torch.randn(64, 16)
+    batches = [(x[:32], x[:32, :3].argmax(1)), (x[32:], x[32:, :3].argmax(1))]
+    settings = frozen_at_once(compensation="low_rank", schedule=Cubic(0.4), granularity={"0": "element"})
+    pruner = GANPruner(model, settings)
+    pruner.fit(batches, batches)
+    assert chosen(pruner) == {"0": "mask"} and isinstance(pruner.finalize()[0], nn.Linear)
+
+
+def test_the_split_is_chosen_on_the_validation_data():
+    """Inputs of few dimensions: what is fitted to one plane is of no use in another."""
+    torch.manual_seed(0)
+    made = {}
+    for name in ("alike", "unlike"):
+        model = Tanned()
+        plane, another = torch.randn(6, 48), torch.randn(6, 48)
+        x, other = torch.randn(256, 6) @ plane, torch.randn(256, 6) @ (plane if name == "alike" else another)
+        train = [(x[i : i + 32], x[i : i + 32, :3].argmax(1)) for i in range(0, 256, 32)]
+        valid = [(other[i : i + 32], other[i : i + 32, :3].argmax(1)) for i in range(0, 256, 32)]
+        pruner = GANPruner(model, frozen_at_once(compensation="survivors", schedule=Cubic(0.5)))
+        pruner.fit(train, valid)
+        made[name] = chosen(pruner)["inner"]
+    assert made["alike"].startswith("survivors") and not made["unlike"].startswith("survivors")
+
+
+@pytest.mark.parametrize("granularity", [NM(2, 4), Heads(), Mixture(Heads())], ids=str)
+def test_what_must_keep_its_pattern_gets_no_low_rank_term(trained, granularity):
+    settings = {"granularity": granularity, "schedule": Cubic(0.5)}
+    with pytest.raises(ValueError, match=r'takes single weights or blocks off the mask.*use "survivors"'):
+        GANPruner(copy.deepcopy(trained), config(compensation="low_rank", **settings))
+    pruner = GANPruner(copy.deepcopy(trained), frozen_at_once(compensation="best", **settings))
+    pruner.fit(loader())
+    assert not any(kind.startswith("rank") for kind in chosen(pruner).values())
+    assert all(isinstance(pruner.finalize().get_submodule(name), nn.Linear) for name in pruner.masks)
+
+
+@pytest.mark.parametrize(("rows", "left"), [(1, ["0", "2"]), (4, [])])
+def test_a_layer_is_fitted_to_the_last_batches_or_left_alone(rows, left):
+    """Eight rows or more are needed, which one batch does not have."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    batches = [(torch.randn(rows, 8), torch.zeros(rows, dtype=torch.long)) for _ in range(4)]
+    pruner = GANPruner(model, frozen_at_once(compensation="survivors"))
+    pruner.fit(batches)
+    assert compensated(pruner)["left"] == left
+
+
+def test_reading_the_validation_data_moves_nothing_random():
+    data = torch.utils.data.TensorDataset(torch.randn(64, 8), torch.zeros(64, dtype=torch.long))
+    shuffled = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
+    pruner = GANPruner(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), config())
+    before = torch.get_rng_state()
+    assert [len(x) for x in pruner._first_inputs(shuffled)] == [4] * 8
+    assert torch.equal(torch.get_rng_state(), before) and pruner._first_inputs(None) == []
+
+
+class Two(nn.Module):
+    """Two inputs, given by position."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.classifier = nn.Linear(8, 12), nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x, y):
+        return self.classifier(torch.relu(self.first(x) + self.second(y)))
+
+
+def test_a_model_of_two_inputs_is_compensated_too():
+    batches = [((torch.randn(8, 8), torch.randn(8, 6)), torch.arange(8) % 3) for _ in range(4)]
+    pruner = GANPruner(Two(), frozen_at_once(compensation="best"))
+    pruner.fit(batches, batches)
+    assert set(chosen(pruner)) == {"first", "second"}
 
 
 def test_layer_scope_keeps_the_share_of_each_layer(trained):
@@ -169,10 +328,12 @@ class Killed(Exception):
     pass
 
 
-def test_a_run_killed_at_any_step_resumes_to_the_bit(trained, tmp_path):
+@pytest.mark.parametrize("compensation", ["survivors", "low_rank"])
+def test_a_run_killed_at_any_step_resumes_to_the_bit(trained, tmp_path, compensation):
     settings = config(
-        gumbel=0.02, dropout=True, accumulate=2, evaluate_every=5, epochs=7.0, compensation="survivors"
-    )
+        gumbel=0.02, dropout=True, accumulate=2, evaluate_every=5, epochs=7.0, compensation=compensation,
+        schedule=RetentionSchedule(0.1, 0.3),
+    )  # fmt: skip
 
     def data():
         return loader(augment=Augment(drop=0.1, mask=0.1), count=128)
@@ -201,7 +362,7 @@ def test_a_run_killed_at_any_step_resumes_to_the_bit(trained, tmp_path):
         if not path.exists():  # killed before the first was written: nothing but the start is left
             torch.manual_seed(5)
         resumed = again.fit(data(), valid(), checkpoint=path, checkpoint_every=1)
-        assert resumed.steps == history.steps and resumed.evaluations == history.evaluations
+        assert resumed.to_dict() == history.to_dict()
         for name, value in whole.finalize().state_dict().items():
             assert torch.equal(value, again.finalize().state_dict()[name]), (stop, name)
         assert MaskSet(whole.masks).mask_hash() == MaskSet(again.masks).mask_hash()

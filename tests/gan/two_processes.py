@@ -21,7 +21,7 @@ from sparseprune.pruning import MaskSet
 BATCH = 8
 #: Everything that is random, at once.
 RANDOM: dict[str, Any] = {
-    "gumbel": 0.02, "dropout": True, "accumulate": 2, "compensation": "survivors",
+    "gumbel": 0.02, "dropout": True, "accumulate": 2, "compensation": "low_rank",
     "discriminator": DiscriminatorConfig(depth=1, width=16, rows=8),
 }  # fmt: skip
 
@@ -42,6 +42,9 @@ def loader(batch_size: int, rank: int = 0, world: int = 1, augment: Augment | No
 def pruner_of(seed: int, distributed: Any = "auto", **settings: Any) -> GANPruner:
     torch.manual_seed(seed)
     model = TextEncoder(23, 3, hidden=16, ffn=32, layers=2, heads=2, max_length=8)
+    if settings.get("compensation") == "low_rank":  # something for it to find
+        with torch.no_grad():
+            model.layers[0].ffn.expand.weight.copy_(torch.randn(32, 1) @ torch.randn(1, 16) / 4)
     base: dict[str, Any] = {
         "method": "gan", "schedule": RetentionSchedule(0.1, 0.2), "epochs": 5.0, "lr": 2e-3, "evaluate_every": 10,
         "discriminator": DiscriminatorConfig(depth=1, width=16, rows=10_000, noise=0.0),
