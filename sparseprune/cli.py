@@ -75,13 +75,14 @@ def parser() -> argparse.ArgumentParser:
         commands,
         "prune",
         _prune,
-        "Prune a transformers sequence classifier on your own data; fine-tunes it first unless --teacher is given.",
+        "Prune a transformers classifier of texts, pairs or words on your data; fine-tunes it first without --teacher.",
         "sparseprune prune --model microsoft/MiniLM-L12-H384-uncased --train train.tsv --valid dev.tsv --test test.tsv",
     )
-    prune.add_argument("--model", required=True, help="hub name or folder of a sequence classifier; or: encoder")
+    prune.add_argument("--model", required=True, help="hub name or folder of a classifier; or: encoder")
     for split in ("train", "valid", "test"):
         prune.add_argument(
-            f"--{split}", required=True, metavar="FILE", help="TSV (text, label) or JSONL (text and label keys)"
+            f"--{split}", required=True, metavar="FILE",
+            help="TSV (text, label; or two texts, label), JSONL (text and label keys), or CoNLL (a word and its label)",
         )
     prune.add_argument("--teacher", help="folder or name of an already fine-tuned classifier")
     prune.add_argument("--lr", type=float, default=3e-5, help="learning rate of the weights (default 3e-5)")

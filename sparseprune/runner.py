@@ -30,6 +30,7 @@ from .data import SETS, Augment, Examples, TextData, TokenLoader, Vocabulary, lo
 from .display import Display
 from .encoder import TextEncoder
 from .gan import GANConfig, GANPruner, evaluate
+from .gan.losses import task_loss
 from .nn import sparsify_
 from .nn.filters import matching_filter, prunable_linears
 from .pruning.granularity import Heads, Neurons, Plan
@@ -82,7 +83,9 @@ class RunConfig(Config):
     def __post_init__(self) -> None:
         files = (self.train, self.valid, self.test)
         if self.data is None and None in files:
-            raise ValueError("RunConfig: without data all of train, valid and test expected, each a TSV or JSONL file")
+            raise ValueError(
+                "RunConfig: without data all of train, valid and test expected, each a TSV, JSONL or CoNLL file"
+            )
         if self.data is not None and self.data not in SETS:
             raise ValueError(
                 f"RunConfig: data expected one of {', '.join(SETS)}, got {self.data!r}; or give three files"
@@ -157,7 +160,8 @@ def run_prune(
     quiet: bool = False, config: GANConfig | None = None,
 ) -> RunResult:  # fmt: skip
     """Any transformers sequence classifier (hub name or folder; ``"encoder"``: the built-in one) on three TSV or JSONL
-    files.
+    files, of one text or a pair of texts and a label; on three CoNLL files (a word and its label a line) any token
+    classifier.
 
     The dense model is fine-tuned first unless ``teacher`` names a fine-tuned one, from whose weights the student then
     starts. config: replaces density, granularity, method, epochs, lr, max_seconds and seed of the pruning.
@@ -260,6 +264,8 @@ def _text_encoder(config: RunConfig) -> _Setup:
     if config.teacher is not None:
         raise ValueError("teacher: the built-in encoder is trained here; name a model to use a teacher")
     data = _read(config)
+    if data.train.tokens:
+        raise ValueError(f"{data.train.source}: the built-in encoder labels whole texts, not words; name a model")
     vocabulary = Vocabulary.build(data.train.texts)
     longest = max(len(vocabulary.encode(t, 512)) for t in data.train.texts)
     limit = config.max_length or min(128, max(8, longest))
@@ -295,23 +301,28 @@ def _plain(data: TextData, loader: Callable[[Examples, bool], TokenLoader]) -> d
 
 def _transformer(config: RunConfig) -> _Setup:
     try:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
     except ImportError as error:
         raise ValueError(f"model {config.model!r} needs transformers; pip install 'sparseprune[hf]'") from error
     data = _read(config)
     source = config.teacher or config.model
     assert source is not None
     labels = dict(enumerate(data.label_names))
+    words = data.train.tokens
+    kind = AutoModelForTokenClassification if words else AutoModelForSequenceClassification
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForSequenceClassification.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(source, **({"add_prefix_space": True} if words else {}))
+        model = kind.from_pretrained(
             source, num_labels=len(labels), id2label=labels, label2id={n: i for i, n in labels.items()},
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"model {source!r} cannot be loaded as a sequence classifier of {len(labels)} labels: {first}"
+            f"model {source!r} cannot be loaded as a {'token' if words else 'sequence'} classifier of {len(labels)} "
+            f"labels: {first}"
         ) from error
+    if words and not tokenizer.is_fast:
+        raise ValueError(f"model {source!r}: labels of words need a fast tokenizer, which knows where its tokens lie")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
@@ -321,6 +332,15 @@ def _transformer(config: RunConfig) -> _Setup:
     changes = Augment(config.drop, config.swap, config.mask if hidden is not None else 0.0)
 
     def loader(split: Examples, train: bool) -> TokenLoader:
+        if words:
+            found = tokenizer(
+                [list(text) for text in split.texts], is_split_into_words=True, truncation=True, max_length=limit
+            )
+            labels_of = [_token_labels(found.word_ids(i), own) for i, own in enumerate(split.labels)]
+            return TokenLoader(
+                found["input_ids"], labels_of, config.batch_size if train else 64, train, config.seed,
+                pad_id=tokenizer.pad_token_id,
+            )  # fmt: skip
         columns = [list(column) for column in zip(*split.texts)]
         found = tokenizer(*columns, truncation=True, max_length=limit)
         types = found.get("token_type_ids") if len(columns) == 2 else None
@@ -337,6 +357,12 @@ def _transformer(config: RunConfig) -> _Setup:
     loaders = {"train": loader(data.train, True), **_plain(data, loader)}
     return _Setup(data, lambda: model, loaders, _latency_batch(loaders["test"], config.latency_batch), save_parts,
                   str(source), fine_tuned=config.teacher is not None)  # fmt: skip
+
+
+def _token_labels(word_ids: Sequence[int | None], labels: Sequence[int]) -> list[int]:
+    """Each word's label for its first token, -100 (ignored) for the others and for special tokens."""
+    before: list[int | None] = [None, *word_ids]
+    return [-100 if w is None or w == last else labels[w] for last, w in zip(before, word_ids)]
 
 
 def _latency_batch(loader: TokenLoader, size: int) -> dict[str, Tensor]:
@@ -387,7 +413,7 @@ def _fine_tune(model: nn.Module, setup: _Setup, config: RunConfig, folder: Path,
             labels = batch.pop("labels")
             out = model(**batch)
             logits = out if isinstance(out, Tensor) else out.logits
-            loss = nn.functional.cross_entropy(logits, labels)
+            loss = task_loss(nn.functional.cross_entropy, logits, labels)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

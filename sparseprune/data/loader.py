@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,12 @@ from .augment import Augment
 
 __all__ = ["TokenLoader"]
 
+_IGNORED = -100  # what cross-entropy leaves out
+
 
 class TokenLoader:
     """Yields dicts of int64: ``input_ids [B, T]``, ``attention_mask [B, T]``, ``labels [B]``, cut to the longest row.
+    Labels of tokens, a list for each sequence and as long, give ``labels [B, T]`` with -100 for padding.
 
     Examples are shuffled, sorted by length within groups of 32 batches, cut into batches, and the batches shuffled
     again. The order and the augmentation of an epoch are functions of ``(seed, epoch)`` and of nothing else, so a run
@@ -25,9 +29,9 @@ class TokenLoader:
     """
 
     def __init__(
-        self, sequences: Sequence[list[int]], labels: Sequence[int], batch_size: int = 32, shuffle: bool = False,
-        seed: int = 0, augment: Augment | None = None, pad_id: int = 0, mask_id: int = 3, protect: Collection[int] = (),
-        types: Sequence[list[int]] | None = None, rank: int = 0, world: int = 1,
+        self, sequences: Sequence[list[int]], labels: Sequence[int] | Sequence[list[int]], batch_size: int = 32,
+        shuffle: bool = False, seed: int = 0, augment: Augment | None = None, pad_id: int = 0, mask_id: int = 3,
+        protect: Collection[int] = (), types: Sequence[list[int]] | None = None, rank: int = 0, world: int = 1,
     ):  # fmt: skip
         if not sequences:
             raise ValueError("TokenLoader: expected at least one example, got none")
@@ -37,11 +41,16 @@ class TokenLoader:
             raise ValueError(f"TokenLoader: batch_size expected >= 1, got {batch_size}")
         if any(not ids for ids in sequences):
             raise ValueError("TokenLoader: expected sequences of one token or more, got an empty one")
-        self.sequences, self.labels, self.types = list(sequences), list(labels), types
+        self.sequences, self.types = list(sequences), types
+        self.labels: list[Any] = list(labels)
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self.augment, self.pad_id, self.mask_id, self.protect = augment, pad_id, mask_id, frozenset(protect)
-        if augment is not None and augment.active and types is not None:
-            raise ValueError("TokenLoader: augmentation would misalign the token types; leave one of them out")
+        self._token_labels = isinstance(labels[0], list)
+        if self._token_labels and any(len(ids) != len(own) for ids, own in zip(sequences, self.labels)):
+            raise ValueError("TokenLoader: expected token labels as long as their sequences, got another length")
+        if augment is not None and augment.active and (types is not None or self._token_labels):
+            what = "token labels" if self._token_labels else "token types"
+            raise ValueError(f"TokenLoader: augmentation would misalign the {what}; leave one of them out")
         if not 0 <= rank < world:
             raise ValueError(f"TokenLoader: expected 0 <= rank < world, got rank {rank!r}, world {world!r}")
         self.rank, self.world = rank, world
@@ -103,8 +112,12 @@ class TokenLoader:
         batch = {
             "input_ids": torch.tensor([ids + [self.pad_id] * (width - len(ids)) for ids in rows]),
             "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows]),
-            "labels": torch.tensor([self.labels[i] for i in chosen]),
+            "labels": torch.tensor([self._label(i, width) for i in chosen]),
         }
         if self.types is not None:
             batch["token_type_ids"] = torch.tensor([self.types[i] + [0] * (width - len(self.types[i])) for i in chosen])
         return batch
+
+    def _label(self, i: int, width: int) -> Any:
+        own: Any = self.labels[i]
+        return own + [_IGNORED] * (width - len(own)) if self._token_labels else own

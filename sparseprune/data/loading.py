@@ -1,12 +1,15 @@
-"""Reads labelled texts from the built-in sets and from TSV or JSONL files; every fault in a file is one clear line."""
+"""Reads labelled texts from the built-in sets and from TSV, JSONL or CoNLL files; every fault in a file is one clear
+line.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 __all__ = ["SETS", "Examples", "TextData", "load_files", "load_set", "read_examples"]
 
@@ -19,13 +22,20 @@ _TEXT_KEYS = (
 )  # fmt: skip
 
 
+_CONLL = (".conll", ".bio", ".iob")
+
+
 @dataclass(frozen=True)
 class Examples:
-    """One split. ``texts[i]``: a tuple of one text, or two for sentence pairs; ``labels[i]`` indexes label names."""
+    """One split. ``texts[i]``: a tuple of one text, or two for sentence pairs; ``labels[i]`` indexes label names.
+
+    ``tokens``: every word has a label; ``texts[i]`` are then the words of a sentence, ``labels[i]`` a list as long.
+    """
 
     texts: list[tuple[str, ...]]
-    labels: list[int]
+    labels: list[Any]
     source: str
+    tokens: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,7 +69,7 @@ class TextData:
             if limit is None or limit >= len(split):
                 return split
             chosen = [i * len(split) // limit for i in range(limit)]
-            return Examples([split.texts[i] for i in chosen], [split.labels[i] for i in chosen], split.source)
+            return replace(split, texts=[split.texts[i] for i in chosen], labels=[split.labels[i] for i in chosen])
 
         return TextData(
             self.name, cut(self.train, train), cut(self.valid, other), cut(self.test, other), self.label_names
@@ -87,11 +97,16 @@ def load_files(
     label_names: Sequence[str] | None = None,
     name: str | None = None,
 ) -> TextData:
-    """Reads three files, each TSV or JSONL. Labels are names or indices, taken from the training file unless given.
+    """Reads three files, each TSV or JSONL, or all three CoNLL (.conll, .bio, .iob: a word a line, its label in the
+    last column, an empty line between sentences). Labels are names or indices, taken from the training file unless
+    given.
 
     Raises FileNotFoundError on a missing file, ValueError with file and line on anything else that is wrong in one.
     """
-    raw = {split: _read_rows(Path(path)) for split, path in (("train", train), ("valid", valid), ("test", test))}
+    paths = {"train": Path(train), "valid": Path(valid), "test": Path(test)}
+    if any(_is_conll(path) for path in paths.values()):
+        return _load_conll(paths, label_names, name)
+    raw = {split: _read_rows(path) for split, path in paths.items()}
     names = list(label_names) if label_names is not None else _names_of(raw["train"])
     indices = label_names is None and all(n.isdecimal() for n in names)
     if indices:
@@ -104,24 +119,77 @@ def load_files(
     return TextData(name or Path(train).stem, splits["train"], splits["valid"], splits["test"], names)
 
 
+def _is_conll(path: Path) -> bool:
+    return path.suffix.lower() in _CONLL
+
+
+def _load_conll(paths: dict[str, Path], label_names: Sequence[str] | None, name: str | None) -> TextData:
+    for path in paths.values():
+        if not _is_conll(path):
+            raise ValueError(f"{path}: expected a CoNLL file ({', '.join(_CONLL)}) as the others are")
+    raw = {split: _read_sentences(path) for split, path in paths.items()}
+    names = list(label_names or sorted({label for _, _, labels in raw["train"] for label in labels}))
+    splits = {split: _sentences(rows, names, str(paths[split])) for split, rows in raw.items()}
+    return TextData(name or paths["train"].stem, splits["train"], splits["valid"], splits["test"], names)
+
+
+def _read_sentences(path: Path) -> list[tuple[int, tuple[str, ...], list[str]]]:
+    """(number of the first line, words, labels as written) of each sentence."""
+    found: list[tuple[int, tuple[str, ...], list[str]]] = []
+    start = 0
+    words: list[str] = []
+    labels: list[str] = []
+    for number, line in enumerate([*_lines_of(path), ""], 1):
+        fields = line.split()
+        if not fields or fields[0] == "-DOCSTART-":
+            if words:
+                found.append((start, tuple(words), labels))
+            words, labels = [], []
+            continue
+        if len(fields) < 2:
+            raise ValueError(f"{path}:{number}: expected a word and, in the last column, its label, got one column")
+        start = start if words else number
+        words.append(fields[0])
+        labels.append(fields[-1])
+    if not found:
+        raise ValueError(f"{path}: the file is empty; expected one word a line")
+    return found
+
+
+def _sentences(rows: list[tuple[int, tuple[str, ...], list[str]]], names: list[str], source: str) -> Examples:
+    index = {name: i for i, name in enumerate(names)}
+    for number, words, labels in rows:
+        for i, (word, label) in enumerate(zip(words, labels)):
+            if label not in index:
+                where = f"{source}:{number + i}"
+                raise ValueError(f"{where}: label {label!r} of {word!r} is not among the {len(names)} known labels")
+    labelled = [[index[label] for label in labels] for _, _, labels in rows]
+    return Examples([words for _, words, _ in rows], labelled, source, tokens=True)
+
+
 def read_examples(path: str | Path, label_names: Sequence[str]) -> Examples:
-    """Reads one TSV or JSONL file whose labels are among ``label_names``, by name or index."""
+    """Reads one file whose labels are among ``label_names``, by name or index (CoNLL: by name)."""
+    if _is_conll(Path(path)):
+        return _sentences(_read_sentences(Path(path)), list(label_names), str(path))
     rows = _read_rows(Path(path))
     return _examples(rows, list(label_names), str(path), len(rows[0][1]))
 
 
-def _read_rows(path: Path) -> list[tuple[int, tuple[str, ...], str]]:
-    """(line number, texts, label as written) of each non-blank line."""
+def _lines_of(path: Path) -> list[str]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a TSV (text, tab, label) or JSONL file")
+        raise FileNotFoundError(f"{path}: no such file; expected a TSV (text, tab, label), JSONL or CoNLL file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text, got an invalid byte at offset {error.start}") from None
+    return [line.rstrip("\r") for line in text.split("\n")]
+
+
+def _read_rows(path: Path) -> list[tuple[int, tuple[str, ...], str]]:
+    """(line number, texts, label as written) of each non-blank line."""
     json_lines = path.suffix.lower() in (".jsonl", ".json", ".ndjson")
     rows: list[tuple[int, tuple[str, ...], str]] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        line = line.rstrip("\r")
+    for number, line in enumerate(_lines_of(path), 1):
         if line.strip():
             texts, label = _json_row(line, f"{path}:{number}") if json_lines else _tab_row(line, f"{path}:{number}")
             rows.append((number, texts, label))

@@ -17,8 +17,8 @@ __all__ = ["compare", "evaluate", "predictions"]
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: Iterable[Any], loss: LossLike = nn.CrossEntropyLoss) -> dict[str, float]:
-    """``{"loss", "accuracy"}`` (accuracy for class targets only), means over examples; the model is in eval
-    meanwhile.
+    """``{"loss", "accuracy"}`` (accuracy for class targets only), means over examples, or over labelled tokens where
+    tokens have classes; the model is in eval meanwhile.
     """
     compute = make_loss(loss)
     device = _device(model)
@@ -30,15 +30,15 @@ def evaluate(model: nn.Module, loader: Iterable[Any], loss: LossLike = nn.CrossE
         for raw in loader:
             batch = split_batch(raw, device)
             logits = batch.run(model)
-            size = len(batch.targets)
-            total += float(task_loss(compute, logits, batch.targets)) * size
-            examples += size
             hits, seen = accuracy_counts(logits, batch.targets)
             right, counted = right + hits, counted + seen
+            size = seen if is_classification(logits, batch.targets) else len(batch.targets)
+            total += float(task_loss(compute, logits, batch.targets)) * size
+            examples += size
     finally:
         model.train(was_training)
     if not examples:
-        raise ValueError("evaluate: the loader is empty")
+        raise ValueError("evaluate: the loader is empty, or nothing in it is labelled")
     found = {"loss": total / examples}
     return {**found, "accuracy": right / counted} if counted else found
 

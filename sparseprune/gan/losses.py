@@ -30,9 +30,13 @@ def is_classification(logits: Tensor, targets: Tensor) -> bool:
 
 
 def task_loss(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor) -> Tensor:
-    """logits `[..., C]`, targets `[...]` of classes: both flattened first; other targets go to the loss as they are."""
+    """logits `[..., C]`, targets `[...]` of classes: both flattened first; other targets go to the loss as they are.
+    0 where every target is ignored, which a mean cannot tell.
+    """
     logits = logits.float()
     if is_classification(logits, targets):
+        if not bool((targets != IGNORED).any()):
+            return logits.sum() * 0.0
         return loss(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
     return loss(logits, targets)
 
@@ -49,8 +53,10 @@ def real_rows(logits: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float, classes: bool) -> Tensor:
     """student, teacher: `[M, C]`; tau^2 KL(teacher || student) (Hinton et al. 2015), or the mean square without
-    classes.
+    classes; 0 without rows.
     """
+    if not len(student):
+        return student.sum() * 0.0
     if not classes:
         return F.mse_loss(student.float(), teacher.float())
     log_student = F.log_softmax(student.float() / temperature, dim=-1)
