@@ -76,12 +76,12 @@ def need_package():
 @pytest.fixture(scope="session")
 def torchrun(tmp_path_factory):
     """``torchrun(script, *arguments)``: the script in two gloo processes that see the installed package and no
-    checkout.
+    checkout; ``launcher``: other arguments to Python that start them.
     """
 
-    def run(script, *arguments, timeout: float = 120.0) -> str:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += [str(part) for part in (script, *arguments)]
+    def run(script, *arguments, timeout: float = 120.0, launcher: list[str] | None = None) -> str:
+        launcher = launcher or ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [sys.executable, *launcher, *(str(part) for part in (script, *arguments))]
         started = subprocess.Popen(
             command, cwd=tmp_path_factory.mktemp("elsewhere"), env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,

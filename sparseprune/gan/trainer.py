@@ -103,7 +103,7 @@ class GANPruner:
         self._finished = False
         self._snapshot: dict[str, Any] | None = None
         self._epoch_rng: Tensor | None = None
-        self._loader_rng: Tensor | None = None
+        self._loader_rng: list[Tensor] = []
         self._optimisers()
 
     @property
@@ -141,11 +141,12 @@ class GANPruner:
         self._ranks = Ranks(self._group, active=self._distributed == "auto")
         total = self._agreed_steps(train_loader)
         path = None if checkpoint is None else Path(checkpoint)
+        if self._step == 0:
+            self._meet()
         saved = None if path is None else self._read(path)
         if path is not None and saved is not None:
             self._load(path, saved)
         elif self._step == 0:
-            self._meet()
             self._prepare(train_loader)
         every = self.config.evaluate_every or max(1, total // 10)
         began = time.monotonic() - self._elapsed
@@ -308,7 +309,7 @@ class GANPruner:
     def _batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Batches for ever; the position is in ``_epoch`` and ``_batch``, and a resumed run skips to it."""
         skip, after_skip = self._batch, torch.get_rng_state()
-        own = getattr(loader, "generator", None)
+        generators = _generators(loader)
         while True:
             for part in (loader, getattr(loader, "sampler", None)):
                 if part is not None and hasattr(part, "set_epoch"):
@@ -316,11 +317,12 @@ class GANPruner:
             if skip:
                 assert self._epoch_rng is not None
                 torch.set_rng_state(self._epoch_rng)
-                if isinstance(own, torch.Generator) and self._loader_rng is not None:
-                    own.set_state(self._loader_rng)
+                # A sampler that makes its generator only when it is read seeds it by the epoch.
+                for generator, state in zip(generators, self._loader_rng):
+                    generator.set_state(state)
             else:
                 self._epoch_rng = torch.get_rng_state()
-                self._loader_rng = own.get_state() if isinstance(own, torch.Generator) else None
+                self._loader_rng = [generator.get_state() for generator in generators]
             seen = 0
             for batch in loader:
                 seen += 1
@@ -715,11 +717,28 @@ class GANPruner:
         self._snapshot = state["tensors"]
         self.history = History.from_dict(state["history"])
         self._generator.set_state(state["generator"].cpu())
-        self._epoch_rng, self._loader_rng = own["epoch_rng"], own["loader_rng"]
+        self._epoch_rng, self._loader_rng = own["epoch_rng"], [state.cpu() for state in own["loader_rng"]]
         self._recent.extend(own["recent"])
         if self.game is not None:
             self.game.generator.set_state(own["game_generator"].cpu())
         torch.set_rng_state(own["rng"].cpu())
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """Those that the order of a DataLoader hangs on: its own, its samplers', and those that accelerate made."""
+    found: dict[int, torch.Generator] = {}
+    parts, met = [loader], set()
+    while parts:
+        part = parts.pop()
+        if part is None or id(part) in met:
+            continue
+        met.add(id(part))
+        for name in ("generator", "synchronized_generator"):
+            own = getattr(part, name, None)
+            if isinstance(own, torch.Generator):
+                found.setdefault(id(own), own)
+        parts += [getattr(part, name, None) for name in ("sampler", "batch_sampler", "base_dataloader")]
+    return list(found.values())
 
 
 def _run(model: nn.Module, inputs: Any) -> Tensor:

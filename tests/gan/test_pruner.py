@@ -368,7 +368,8 @@ def test_a_run_killed_at_any_step_resumes_to_the_bit(trained, tmp_path, compensa
         assert MaskSet(whole.masks).mask_hash() == MaskSet(again.masks).mask_hash()
 
 
-def test_a_plain_shuffling_dataloader_resumes_too(tmp_path):
+@pytest.mark.parametrize("whose", ["global", "its own", "its sampler's"])
+def test_a_plain_shuffling_dataloader_resumes_too(tmp_path, whose):
     torch.manual_seed(0)
     x = torch.randn(96, 8)
     data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
@@ -377,7 +378,11 @@ def test_a_plain_shuffling_dataloader_resumes_too(tmp_path):
 
     def run(path, stop=None):
         torch.manual_seed(3)
-        made = torch.utils.data.DataLoader(data, batch_size=16, shuffle=True)
+        own = torch.Generator().manual_seed(8)
+        options = {"shuffle": True, "generator": own if whose == "its own" else None}
+        if whose == "its sampler's":
+            options = {"sampler": torch.utils.data.RandomSampler(data, generator=own)}
+        made = torch.utils.data.DataLoader(data, batch_size=16, **options)
 
         def kill(record):
             if record["step"] == stop:
