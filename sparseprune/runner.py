@@ -31,7 +31,7 @@ from .display import Display
 from .encoder import TextEncoder
 from .gan import GANConfig, GANPruner, evaluate
 from .gan.losses import task_loss
-from .nn import sparsify_
+from .nn import sparsify_, use_linears_
 from .nn.filters import matching_filter, prunable_linears
 from .pruning.granularity import Heads, Neurons, Plan
 from .pruning.masks import MaskSet
@@ -323,6 +323,7 @@ def _transformer(config: RunConfig) -> _Setup:
         ) from error
     if words and not tokenizer.is_fast:
         raise ValueError(f"model {source!r}: labels of words need a fast tokenizer, which knows where its tokens lie")
+    use_linears_(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:

@@ -143,7 +143,8 @@ def _impossible(model: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, st
     for fqn, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             reasons[f"{fqn}.out_proj" if fqn else "out_proj"] = (
-                "nn.MultiheadAttention reads out_proj.weight itself and never calls the module"
+                "nn.MultiheadAttention reads out_proj.weight itself and never calls the module; use_linears_(model) "
+                "gives it Linears"
             )
     for fqn, linear in linears.items():
         weight = linear._parameters.get("weight")
@@ -205,7 +206,7 @@ def _holders(model: nn.Module) -> dict[tuple[object, ...], list[str]]:
 def _nothing(model: nn.Module, skipped: dict[str, str]) -> str:
     name = type(model).__name__
     if not skipped:
-        return f"select_linears: {name} has no nn.Linear; nothing here can be pruned or sparsified"
+        return f"select_linears: {name} has no nn.Linear to prune or sparsify; use_linears_ unpacks Conv1D, attention"
     lines = [f"  {fqn or '(the model itself)'}: {why}" for fqn, why in list(skipped.items())[:_SHOWN]]
     if len(skipped) > _SHOWN:
         lines.append(f"  and {len(skipped) - _SHOWN} more")

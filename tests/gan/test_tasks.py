@@ -14,6 +14,7 @@ from sparseprune.data import Augment, TokenLoader, load_files, read_examples
 from sparseprune.gan import DiscriminatorConfig, GANConfig, GANPruner, compare, evaluate
 from sparseprune.gan.evaluate import predictions
 from sparseprune.gan.losses import distillation, task_loss
+from sparseprune.runner import run_prune
 
 transformers = pytest.importorskip("transformers")
 
@@ -226,6 +227,44 @@ def test_the_command_line_prunes_on_pairs(folder, tmp_path, capsys):
     assert cli.main(arguments) == 0
     record = json.loads((tmp_path / "runs" / "pairs" / "run.json").read_text())
     assert record["labels"] == 2 and record["pruned"]["test"]["accuracy"] > 0.95
+    capsys.readouterr()
+
+
+def test_the_command_line_shrinks_a_gpt2(tmp_path, capsys):
+    """Conv1D, packed projections, heads and neurons that go for good, and the way back."""
+    tokenizers = pytest.importorskip("tokenizers")
+    place = tmp_path / "model"
+    words = {w: i for i, w in enumerate(["<unk>", "<pad>", *(chr(97 + i) for i in range(10))])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", eos_token="<pad>"
+    ).save_pretrained(place)
+    settings = transformers.GPT2Config(vocab_size=12, n_positions=16, n_embd=32, n_layer=2, n_head=4, n_inner=48)
+    transformers.GPT2Model(settings).save_pretrained(place)
+    generator = torch.Generator().manual_seed(0)
+
+    def row():
+        letters = [chr(97 + i) for i in torch.randint(0, 10, (3,), generator=generator).tolist()]
+        return f"{' '.join(letters)}\t{'low' if letters[-1] < 'f' else 'high'}"
+
+    files = [write(tmp_path / f"{n}.tsv", *(row() for _ in range(size))) for n, size in (("train", 160), ("dev", 32))]
+    result = run_prune(
+        str(place), files[0], files[1], files[1], out=tmp_path / "runs", name="gpt2", density=0.5, dense_epochs=8,
+        epochs=6.0, lr=3e-3, batch_size=16, layout="csr", quiet=True,
+        granularity={"*attn*": "heads", "*mlp*": "neurons"},
+    )  # fmt: skip
+    record = result.record
+    assert record["pruned"]["test"]["accuracy"] > 0.95 and record["sparse_against_masked"] < 1e-4
+    assert record["pruned"]["parameters"] < 0.75 * record["dense"]["parameters"]
+    shapes = {n: m.out_features for n, m in result.model.named_modules() if n.endswith("c_fc")}
+    assert len(shapes) == 2 and sum(shapes.values()) < 96
+    saved = transformers.AutoConfig.from_pretrained(tmp_path / "runs" / "gpt2")
+    again = transformers.GPT2ForSequenceClassification(saved).eval()
+    assert type(again.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
+    load(again, tmp_path / "runs" / "gpt2" / "pruned.safetensors")
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(again(ids).logits, result.model(ids).logits)
     capsys.readouterr()
 
 
