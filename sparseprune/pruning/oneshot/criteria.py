@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -37,8 +35,9 @@ class OneShotCriterion(Criterion):
     rounds in every layer by itself. owl: {"threshold": 5.0, "spread": 0.08} for "owl". chunk_tokens: positions in one
     forward pass. min_tokens: the least calibration data accepted; by default as many positions as the widest layer has
     inputs (an eighth of it for Wanda). spill: a folder for the hidden states, which are then not in memory; True: the
-    system's temporary folder, False: in memory. The replaced weights wait there in any case. state: a folder in which
-    finished blocks are kept, so that a killed run goes on. progress: called with a `Progress` after each block.
+    system's temporary folder, False or None: in memory. The replaced weights wait there in any case. state: a folder
+    in which finished blocks are kept, so that a killed run goes on; what is temporary is then there too, and a run
+    that goes on removes what the killed one left. progress: called with a `Progress` after each block.
     """
 
     needs_data = True
@@ -52,7 +51,7 @@ class OneShotCriterion(Criterion):
         owl: Mapping[str, float] | None = None,
         chunk_tokens: int = 512,
         min_tokens: int | None = None,
-        spill: bool | str | os.PathLike[str] = True,
+        spill: bool | str | os.PathLike[str] | None = True,
         state: str | os.PathLike[str] | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
@@ -65,7 +64,7 @@ class OneShotCriterion(Criterion):
         self.owl = dict(owl or {})
         self.chunk_tokens = chunk_tokens
         self.min_tokens = min_tokens
-        self.spill = Path(tempfile.gettempdir()) if spill is True else spill or None
+        self.spill = False if spill is None else spill
         self.state = state
         self.progress = progress
 
@@ -195,24 +194,33 @@ class SparseGPT(OneShotCriterion):
 
 class Best(SparseGPT):
     """What kept most of a language model within minutes (docs/oneshot.md): ADMM on each layer's loss, mask and weights
-    together, started from SparseGPT, and conjugate gradients on the final mask.
+    together, started from SparseGPT, conjugate gradients on the final mask, and then every block trained on its masks
+    to give the dense model's outputs.
 
-    damping and blocksize as for SparseGPT; polish: conjugate-gradient iterations at the end.
+    damping and blocksize as for SparseGPT; polish: conjugate-gradient iterations at the end; epochs: of that training
+    over the data, 0 for none; rate: its first steps, as a share of the root mean square of a layer's kept weights.
     """
 
     name = "best"
 
-    def __init__(self, *, polish: int = 8, **options: Any) -> None:
+    def __init__(self, *, polish: int = 8, epochs: int = 1, rate: float = 0.01, **options: Any) -> None:
         super().__init__(**options)
         if polish < 0:
             raise ValueError(f"best: polish expected at least 0, got {polish}")
+        if epochs < 0 or not rate > 0:
+            raise ValueError(f"best: expected epochs of at least 0 and a rate above 0, got {epochs} and {rate}")
         self.polish = polish
+        self.epochs = epochs
+        self.rate = rate
 
     def options(self) -> dict[str, Any]:
-        return {**super().options(), "polish": self.polish}
+        return {**super().options(), "polish": self.polish, "epochs": self.epochs, "rate": self.rate}
 
     def method(self) -> Method:
-        return ADMMMethod(self.damping, self.blocksize, polish=self.polish)
+        return ADMMMethod(
+            self.damping, self.blocksize, teacher=self.epochs > 0, polish=self.polish, epochs=self.epochs,
+            rate=self.rate,
+        )  # fmt: skip
 
 
 register_criterion("wanda", Wanda)

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..._files import replacing, write_text
+from ..._files import remove_unfinished, replacing, write_text
 from .calibration import Batch, digest
 from .patterns import Pattern
 from .store import ChunkStore, release
@@ -32,7 +32,7 @@ __all__ = ["Method", "Progress", "walk"]
 
 
 class Method(Protocol):
-    """How one block is pruned. teacher: whether the dense model's hidden states are to be carried along."""
+    """How one block is pruned. teacher: whether it wants the dense model's hidden states, `BlockTask.target`."""
 
     @property
     def teacher(self) -> bool: ...
@@ -65,9 +65,8 @@ def _parameters(task: Task) -> dict[str, Tensor]:
 class _Undo:
     """The replaced values, in files, until the run has succeeded."""
 
-    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
-        if folder is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder = Path(tempfile.mkdtemp(dir=folder, prefix="sparseprune-undo."))
         self.saved: list[tuple[Path, dict[str, Tensor]]] = []
 
@@ -108,6 +107,17 @@ class _State:
         else:
             write_text(path, text)
 
+    def scratch(self) -> Path:
+        """An empty folder for what is temporary."""
+        path = self.folder / "scratch"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        return path
+
+    def close(self) -> None:
+        """The temporary things go, the finished blocks stay."""
+        shutil.rmtree(self.folder / "scratch", ignore_errors=True)
+
     def path(self, index: int) -> Path:
         return self.folder / f"block_{index:05d}.pt"
 
@@ -115,6 +125,7 @@ class _State:
         return torch.load(self.path(index), weights_only=True) if self.path(index).exists() else None
 
     def save(self, index: int, tensors: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
+        remove_unfinished(self.path(index))
         cpu = {k: v.detach().cpu() for k, v in tensors.items()}
         with replacing(self.path(index)) as temporary:
             torch.save({"tensors": cpu, "masks": {k: v.cpu() for k, v in masks.items()}}, temporary)
@@ -159,7 +170,7 @@ def walk(
     patterns: Mapping[str, Pattern],
     *,
     scope: str = "layer",
-    spill: str | os.PathLike[str] | None = None,
+    spill: bool | str | os.PathLike[str] = True,
     state: str | os.PathLike[str] | None = None,
     identity: Mapping[str, Any] | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -167,8 +178,10 @@ def walk(
 ) -> None:
     """Prunes linears (fqn -> Linear of model) in place, keep[fqn] units of patterns[fqn] in each.
 
-    deliver(fqn, mask bool `[N, K]`) is called once for each. state: a folder; finished blocks are kept there and a
-    second call with the same arguments goes on after them, to the same masks. Any error, the user's interrupt
+    deliver(fqn, mask bool `[N, K]`) is called once for each. spill: a folder for hidden states, True for the system's
+    temporary one, False to keep them in memory. state: a folder; finished blocks are kept there and a second call with
+    the same arguments goes on after them, to the same masks; what is temporary lies there too (unless spill names a
+    folder), and what a killed run left of it is removed. Any error, the user's interrupt
     included, leaves the model as it was and is raised again.
     """
     begin = time.perf_counter()
@@ -176,7 +189,10 @@ def walk(
     if state is not None:
         facts = {**(identity or {}), "keep": dict(keep), "scope": scope, "data": digest(batches)}
         record = _State(state, {**facts, "weights": _weights_digest(linears)})
-    undo = _Undo(spill)
+    named = None if isinstance(spill, bool) else Path(spill)
+    scratch = named or (Path(tempfile.gettempdir()) if record is None else record.scratch())
+    hidden = None if spill is False else scratch
+    undo = _Undo(scratch)
     done = 0
     stores: list[ChunkStore] = []
 
@@ -209,7 +225,7 @@ def walk(
             total = sum(1 if p.stack is None else len(p.stack.blocks) for p in pieces)
             loose: dict[str, nn.Linear] = {}
             for piece in pieces:
-                captured = None if piece.stack is None else capture(model, piece.stack, batches, spill)
+                captured = None if piece.stack is None else capture(model, piece.stack, batches, hidden)
                 if piece.stack is None or captured is None:
                     loose.update(piece.linears)
                     continue
@@ -218,7 +234,7 @@ def walk(
                 stores += [student, captured.calls]
                 teacher = None
                 if method.teacher:
-                    teacher = student.copy(spill)
+                    teacher = student.copy(hidden)
                     stores.append(teacher)
                 for b, (name, block) in enumerate(zip(piece.stack.names, piece.stack.blocks)):
                     inside = {f: m for f, m in piece.linears.items() if f == name or f.startswith(name + ".")}
@@ -226,20 +242,15 @@ def walk(
                         name, block, inside, {f: keep[f] for f in inside}, {f: patterns[f] for f in inside}, scope, b,
                         captured, student,
                     )  # fmt: skip
-                    if teacher is not None:
-                        task.teacher, task.target = teacher, teacher.copy(spill)
-                        stores.append(task.target)
-                        task.advance(task.target)
+                    if teacher is not None:  # the dense block, before it is pruned
+                        task.target = teacher
+                        task.advance(teacher)
                     if inside:
                         finish(task, done)
                     done += 1
                     last = b == len(piece.stack.blocks) - 1
                     if not last:
                         task.advance(student)
-                        release()
-                    if task.teacher is not None:
-                        task.teacher.close()
-                        teacher = task.target
                 captured.close()
             if loose:
                 finish(PieceTask("", model, loose, dict(keep), dict(patterns), scope, batches), done)
@@ -250,3 +261,5 @@ def walk(
         undo.close()
         for store in stores:
             store.close()
+        if record is not None:
+            record.close()

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from .admm import admm
 from .patterns import Pattern, choose
+from .reconstruct import reconstruct
 from .sparsegpt import sparsegpt
 from .store import release
-from .task import Task
+from .task import BlockTask, Task
 
 __all__ = ["ADMMMethod", "SparseGPTMethod", "WandaMethod", "wanda_scores"]
 
@@ -85,9 +86,13 @@ class SparseGPTMethod:
 
 @dataclass(frozen=True)
 class ADMMMethod(SparseGPTMethod):
-    """ADMM from the SparseGPT solution of every group of layers, see `admm`."""
+    """ADMM from the SparseGPT solution of every group of layers, see `admm`; then each block trained to give its dense
+    outputs for epochs over the data, see `reconstruct`.
+    """
 
     polish: int = 8
+    epochs: int = 0
+    rate: float = 0.0
 
     def solve(
         self, weights: list[Tensor], hessian: Tensor, keeps: list[int], pattern: Pattern, scope: str, last: bool
@@ -96,3 +101,10 @@ class ADMMMethod(SparseGPTMethod):
             weights, hessian, keeps, pattern, scope=scope, damping=self.damping, blocksize=self.blocksize,
             polish=self.polish, overwrite=last,
         )  # fmt: skip
+
+    def prune(self, task: Task) -> dict[str, Tensor]:
+        masks = super().prune(task)
+        if isinstance(task, BlockTask) and task.target is not None and self.epochs:
+            reconstruct(task, masks, epochs=self.epochs, rate=self.rate)
+            release()
+        return masks

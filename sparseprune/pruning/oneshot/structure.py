@@ -241,6 +241,7 @@ def _record(model: nn.Module, stack: Stack, batch: Batch, passing: Callable[[Any
         first, sent = record.inputs[0][0], _first(output)
         alike = isinstance(sent, Tensor) and sent.shape == first.shape and sent.dtype == first.dtype
         alone = isinstance(output, (tuple, list)) and all(e is None for e in output[1:])
+        release()
         record.kinds.append("tensor" if alike and output is sent else len(output) if alike and alone else None)
 
     def stop(*_: Any) -> None:

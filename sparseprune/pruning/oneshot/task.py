@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .patterns import Pattern
 from .statistics import InputStatistics, collect
-from .store import ChunkStore
+from .store import ChunkStore, release
 from .structure import Capture, run_block
 
 __all__ = ["BlockTask", "PieceTask", "Task"]
@@ -40,14 +40,13 @@ class Task:
 
 @dataclass
 class BlockTask(Task):
-    """A block of a stack. student: hidden states of the pruned model entering it; teacher and target, where the method
-    wants them: those of the dense model entering and leaving it.
+    """A block of a stack. student: hidden states of the pruned model entering it; target, where the method wants it:
+    those of the dense model leaving it.
     """
 
     index: int
     capture: Capture
     student: ChunkStore
-    teacher: ChunkStore | None = None
     target: ChunkStore | None = None
 
     def run(self, hidden: Tensor, chunk: int) -> Tensor:
@@ -62,6 +61,7 @@ class BlockTask(Task):
         with torch.no_grad():
             for i in range(len(store)):
                 store[i] = self.run(store[i], i).detach()
+        release()
 
 
 @dataclass

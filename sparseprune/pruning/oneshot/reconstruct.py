@@ -1,0 +1,110 @@
+"""Reconstruction of a pruned block: the weights that are left, trained for minutes to give the dense block's outputs.
+
+The layers of a pruned block are each the best for their own inputs; trained together, one makes up for another's error
+and for what the blocks before let through. The target is what the dense block makes of the dense model's hidden
+states, the input what the pruned model hands on. The masks stay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from .task import BlockTask
+
+__all__ = ["fast_bfloat16", "reconstruct"]
+
+BETAS = (0.9, 0.95)
+WARMUP = 4
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32: a CPU with AMX, a GPU with the type."""
+    if device.type == "cpu":
+        return bool(torch.cpu._is_amx_tile_supported())
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+class _Adam:
+    """Adam on the kept entries of one weight, run from the hook that sees its gradient, so that one gradient is held
+    at a time. rate: of a step, as a share of the root mean square of the kept weights.
+    """
+
+    def __init__(self, parameter: Tensor, mask: Tensor, rate: float) -> None:
+        self.parameter, self.mask = parameter, mask
+        self.value = parameter.detach().float()  # the weight itself where it is float32
+        kept = max(1, int(torch.count_nonzero(mask)))
+        self.rate = rate * float(self.value.norm()) / math.sqrt(kept)
+        self.mean = torch.zeros_like(self.value)
+        self.square = torch.zeros_like(self.value)
+
+    def step(self, gradient: Tensor, number: int, scale: float) -> None:
+        """number: of this step, from 1; scale: of the rate. gradient `[N, K]` is overwritten."""
+        first, second = BETAS
+        gradient = gradient.float().mul_(self.mask)
+        self.mean.lerp_(gradient, 1 - first)
+        self.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        root = torch.sqrt(self.square, out=gradient).mul_((1 - second**number) ** -0.5).add_(1e-12)
+        self.value.addcdiv_(self.mean, root, value=-scale * self.rate / (1 - first**number))
+        if self.value.data_ptr() != self.parameter.data_ptr():
+            self.parameter.detach().copy_(self.value)
+
+
+def reconstruct(task: BlockTask, masks: Mapping[str, Tensor], *, epochs: int, rate: float) -> None:
+    """Trains task.linears on their masks for epochs over the chunks, one step of Adam a chunk, cosine decay to 0.
+
+    rate: of the first steps, relative to the root mean square of each layer's kept weights. The products run in
+    bfloat16 where that is faster (`fast_bfloat16`), weights and moments are float32. Needs task.target.
+    """
+    assert task.target is not None
+    chunks = len(task.student)
+    steps = epochs * chunks
+    parameters = {fqn: task.linears[fqn].weight for fqn in masks}
+    device = next(iter(parameters.values())).device
+    optimizers = [_Adam(parameter, masks[fqn], rate) for fqn, parameter in parameters.items()]
+    number = 0
+
+    def hook(optimizer: _Adam) -> Callable[[Tensor], None]:
+        def update(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            scale = min(1.0, number / WARMUP) * 0.5 * (1 + math.cos(math.pi * (number - 1) / steps))
+            with torch.no_grad():
+                assert gradient is not None
+                optimizer.step(gradient, number, scale)
+
+        return update
+
+    order = torch.Generator().manual_seed(task.index)
+    with ExitStack() as stack:
+        for parameter in task.module.parameters():
+            stack.callback(_restore, parameter, parameter.requires_grad, parameter.grad)
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        for optimizer in optimizers:
+            optimizer.parameter.requires_grad_(True)
+            handle = optimizer.parameter.register_post_accumulate_grad_hook(hook(optimizer))
+            stack.callback(handle.remove)
+        for _ in range(epochs):
+            for chunk in torch.randperm(chunks, generator=order).tolist():
+                number += 1
+                with torch.enable_grad():
+                    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bfloat16(device)):
+                        output = task.run(task.student[chunk], chunk)
+                    _error(output, task.target[chunk], task.capture.positions[chunk]).backward()
+
+
+def _error(output: Tensor, target: Tensor, positions: Tensor | None) -> Tensor:
+    """Mean square of the difference at the real positions, as a share of the target's; output, target `[B, S, D]`."""
+    if positions is not None and positions.shape == target.shape[:-1]:
+        output, target = output[positions], target[positions]
+    tiny = torch.finfo(torch.float32).tiny
+    return (output.float() - target.float()).square().mean() / target.float().square().mean().clamp_min(tiny)
+
+
+def _restore(parameter: Tensor, requires_grad: bool, gradient: Tensor | None) -> None:
+    parameter.requires_grad_(requires_grad)
+    parameter.grad = gradient
