@@ -61,7 +61,8 @@ def run(criterion: str, state: Path, passes: list[int] | None = None) -> dict[st
                 module.register_forward_pre_hook(lambda *_: passes.append(len(seen)))
     report = sp.prune_(pruned, 0.6, criterion=criterion, data=data(), criterion_options=options)
     digest = [float(value.double().square().sum()) for value in pruned.state_dict().values()]
-    return {"hash": report.masks.mask_hash(), "weights": digest, "resumed": sum(p.resumed for p in seen), "temporary": temporary}
+    resumed = sum(each.resumed for each in seen)
+    return {"hash": report.masks.mask_hash(), "weights": digest, "resumed": resumed, "temporary": temporary}
 
 
 def die(*_: Any) -> None:
