@@ -9,6 +9,7 @@ import argparse
 import copy
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,12 @@ def parser() -> argparse.ArgumentParser:
     sensitivity.add_argument("--text", required=True, type=Path, help="calibration text")
     sensitivity.add_argument("--sparsity", type=float, default=0.5, help="global fraction of zeros (default 0.5)")
     sensitivity.add_argument("--windows", type=int, default=32, help="windows of calibration text (default 32)")
+    sensitivity.add_argument(
+        "--loss-windows", type=int, default=8, help="of these, how many the loss is measured on (default 8)"
+    )
+    sensitivity.add_argument(
+        "--densities", type=float, nargs="+", default=[0.7, 0.5, 0.3], help="tried in each group (default 0.7 0.5 0.3)"
+    )
     sensitivity.add_argument("--context", type=int, default=512)
     sensitivity.add_argument("--out", type=Path, help="write the densities as JSON, and a plot beside it")
 
@@ -313,29 +320,47 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _sensitivity(arguments: argparse.Namespace) -> int:
+    import torch
+
     from .evaluate import perplexity
     from .nn import prunable_linears
-    from .pruning.oneshot import sensitivity
+    from .pruning.oneshot import block_of, fast_bfloat16, sensitivity
 
     if not 0 <= arguments.sparsity < 1:
         raise ValueError(f"--sparsity expected in [0, 1), got {arguments.sparsity}")
+    if arguments.loss_windows < 1:
+        raise ValueError(f"--loss-windows expected at least 1, got {arguments.loss_windows}")
     model, tokenizer = _language_model(arguments)
     windows = _text_windows(arguments, tokenizer)
+    judged = windows[:: max(1, len(windows) // arguments.loss_windows)][: arguments.loss_windows]
+    linears = prunable_linears(model)
+    groups = list(dict.fromkeys(block_of(model, linears).values()))
+    total, done, begin = len(groups) * len(arguments.densities), 0, time.perf_counter()
+
+    def loss(pruned: Any) -> float:
+        device = next(pruned.parameters()).device
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bfloat16(device)):
+            return perplexity(pruned, judged).loss
+
+    def progress(group: str, density: float, value: float) -> None:
+        nonlocal done
+        done += 1
+        left = (time.perf_counter() - begin) / done * (total - done) / 60
+        print(f"[{done}/{total}, {left:.0f} min left] {group} at density {density:.2f}: loss {value:.4f}", flush=True)
+
+    print(f"{total} losses of {len(groups)} groups, each on {judged.numel():,} tokens", flush=True)
     found = sensitivity(
-        model,
-        prunable_linears(model),
-        list(windows.split(1)),
-        lambda m: perplexity(m, windows).loss,
-        progress=lambda group, density, loss: print(f"{group} at density {density:.2f}: loss {loss:.4f}", flush=True),
+        model, linears, list(windows.split(1)), loss, densities=arguments.densities, progress=progress
     )
     print(found.table())
     densities = found.suggest(1 - arguments.sparsity)
-    for name, density in densities.items():
-        print(f"{name}: {density:.4f}")
+    print(f"suggested for {arguments.sparsity:g} zeros in all:")
+    for group, members in found.members.items():
+        print(f"  {group}: density {densities[members[0]]:.4f}")
     if arguments.out is not None:
         write_text(arguments.out, json.dumps(densities, indent=2) + "\n")
         found.plot(arguments.out.with_suffix(".png"))
-        print(f"written to {arguments.out} and {arguments.out.with_suffix('.png')}")
+        print(f"written to {arguments.out} (for prune_(..., densities=)) and {arguments.out.with_suffix('.png')}")
     return 0
 
 

@@ -254,11 +254,20 @@ def test_a_checkpoint_of_another_model(language_model, tmp_path, capsys):
 
 
 def test_sensitivity_suggests_densities(language_model, tmp_path, capsys):
-    folder, _, text = language_model
+    folder, model, text = language_model
     out = tmp_path / "densities.json"
     argv = ["sensitivity", "--model", folder, "--text", text, "--context", "32", "--windows", "4", "--out", out]
+    argv += ["--loss-windows", "2", "--densities", "0.5", "0.2", "--sparsity", "0.6"]
     assert main([str(a) for a in argv]) == 0
-    assert json.loads(out.read_text())
+    printed = capsys.readouterr().out
+    densities = json.loads(out.read_text())
+    groups = {".".join(name.split(".")[:3]) for name in densities}
+    assert len(groups) == 2
+    assert f"[{2 * len(groups)}/{2 * len(groups)}, 0 min left]" in printed and "each on 64 tokens" in printed
+    assert printed.count(": density ") == len(groups) and out.with_suffix(".png").exists()
+    report = sp.prune_(model, 0.6, densities=densities)
+    assert report.kept == report.total - round(0.6 * report.total)
+    fails(capsys, [*argv, "--loss-windows", "0"], "--loss-windows expected at least 1")
 
 
 def test_a_model_that_is_not_there(tmp_path, capsys):
