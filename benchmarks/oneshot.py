@@ -362,10 +362,11 @@ def main() -> None:
         first = torch.tensor(tokenizer(other_text(arguments.calibrate))["input_ids"])
     data = evaluate.token_windows(first, arguments.context, arguments.calibration)
     common = {"spill": False if arguments.in_memory else arguments.spill or True, "chunk_tokens": arguments.chunk}
-    if arguments.epochs is not None:
-        common["epochs"] = arguments.epochs
+    training = {} if arguments.epochs is None else {"epochs": arguments.epochs}
     if arguments.memory_row:
-        row = account(model, arguments.criteria[0], arguments.settings[0], data, common, arguments.blocks)
+        criterion = arguments.criteria[0]
+        options = {**common, **(training if criterion == "best" else {})}
+        row = account(model, criterion, arguments.settings[0], data, options, arguments.blocks)
         print(json.dumps(row))
         return
     judged = evaluate.token_windows(second, arguments.context, arguments.windows)
@@ -386,16 +387,18 @@ def main() -> None:
     dense = {k: v.clone() for k, v in model.state_dict().items()}
     for setting in arguments.settings:
         for criterion in arguments.criteria:
-            if (criterion, setting) in done:
+            options = {**common, **(training if criterion == "best" else {})}
+            name = f"best, epochs={arguments.epochs}" if "epochs" in options else criterion
+            if (name, setting) in done:
                 continue
             model.load_state_dict(dense)
             memory, begin = Memory(), time.perf_counter()
             peaks: list[int] = []
-            report = prune(model, criterion, setting, data, {**common, "progress": Watch(memory, peaks)})
+            report = prune(model, criterion, setting, data, {**options, "progress": Watch(memory, peaks)})
             seconds, total = time.perf_counter() - begin, memory.peak()
             found = evaluate.perplexity(model, judged)
             row = {
-                "criterion": criterion, "setting": setting, "perplexity": found.value,
+                "criterion": name, "setting": setting, "perplexity": found.value,
                 "ratio": found.value / content["dense"]["perplexity"], "seconds": seconds,
                 "walk_mib": max(peaks, default=0) / 2**20, "extra_mib": total / 2**20,
                 "kept": report.kept, "total": report.total, "load": os.getloadavg()[0],
@@ -405,7 +408,7 @@ def main() -> None:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             write_text(arguments.out, json.dumps(content, indent=1) + "\n")
             print(
-                f"{setting:>5} {criterion:<10} {found.value:9.2f}  {row['ratio']:7.3f} x  {seconds:6.0f} s  "
+                f"{setting:>5} {name:<14} {found.value:9.2f}  {row['ratio']:7.3f} x  {seconds:6.0f} s  "
                 f"+{row['walk_mib']:.0f} MiB, +{row['extra_mib']:.0f} MiB with the report",
                 flush=True,
             )
