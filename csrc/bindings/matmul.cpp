@@ -1,5 +1,9 @@
 #include "bindings.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace sparseprune {
 namespace {
 // plan = (kind, rows, columns, height, k_block, row_block), as sparseprune/native/matmul.py makes it.
@@ -47,6 +51,14 @@ void bind_matmul(py::module_& m) {
         kernels().matmul.scatter_values(at<const float>(packed), at<const int32_t>(perm), n, at<float>(canonical));
       },
       ReleaseGil());
+  // Asks for huge pages under this memory, whose address is a multiple of theirs; false where there are none.
+  m.def("use_huge_pages", [](uintptr_t address, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    return madvise(at<void>(address), bytes, MADV_HUGEPAGE) == 0;
+#else
+    return false;
+#endif
+  });
   m.def(
       "add_layer_norm",
       [](uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t residual_stride, uintptr_t weight, uintptr_t bias, float eps,

@@ -21,13 +21,15 @@ from .. import _native
 from .._native import require_c
 from .._registry import kernel
 from ..reference import packed_places
-from ._checks import why_not_cpu
+from ._checks import DTYPE_CODES, why_not_cpu
+from .pages import in_huge_pages
 
 __all__ = ["ACTIVATIONS", "VALUE_DTYPES", "Packed", "linear", "pack_structure", "quantise", "with_values"]
 
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # csrc/cpu/activations.inl
 VALUE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _VALUE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3}  # csrc/cpu/kernels.h, Packed.values_dtype
+DTYPES = frozenset(DTYPE_CODES)  # of x
 _GROUPS, _BITMASK = 0, 1
 _SLACK = 64  # entries that a kernel may read, never use, behind the last one
 
@@ -82,7 +84,13 @@ class Packed:
         )
 
     def __reduce__(self) -> tuple:
-        return Packed, (self.plan, self.index, self.offsets, self.perm, self.values, self.scale)
+        parts = self.index, self.offsets, self.perm, self.values  # cloned: a part may lie in memory with many others
+        return Packed, (self.plan, *(part.clone() for part in parts), self.scale)
+
+    def settled(self, *names: str) -> Packed:
+        """The same weight, these of its tensors in huge pages."""
+        moved: dict[str, Any] = {name: in_huge_pages(getattr(self, name)) for name in names}
+        return replace(self, **moved)
 
     def tensors(self) -> dict[str, Tensor]:
         found = {"index": self.index, "offsets": self.offsets, "perm": self.perm, "values": self.values}
@@ -363,12 +371,12 @@ def linear(
     x: Tensor, packed: Packed, bias: Tensor | None = None, residual: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
     """The direct call: no dispatcher, no autograd. x: `[..., K]` on the CPU; returns `[..., N_out]` in x's dtype."""
-    rows, columns = packed.plan[1], packed.plan[2]
-    dtype, shape = x.dtype, x.shape
-    plain = dtype is torch.float32
-    flat = x if plain and len(shape) == 2 and x.is_contiguous() else rows_of(x, columns)
-    n = flat.shape[0]
-    y = torch.empty((n, rows))
+    rows, stride = packed.plan[1], packed.plan[2]
+    dtype, lead = x.dtype, x.shape[:-1]
+    if dtype is not torch.float32 or not x.is_contiguous():
+        x = rows_of(x, stride)
+        stride = x.stride(0)
+    y = torch.empty((*lead, rows), dtype=torch.float32)
     if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous()):
         bias = _f32(bias)
     add = None if residual is None else rows_of(residual, rows)
@@ -377,14 +385,12 @@ def linear(
         0 if add is None else add.data_ptr(),
         0 if add is None else add.stride(0),
         ACTIVATIONS[activation],
-        flat.data_ptr(),
-        flat.stride(0),
-        n,
+        x.data_ptr(),
+        stride,
+        lead.numel(),
         y.data_ptr(),
     )
-    if not plain:
-        y = y.to(dtype)
-    return y if len(shape) == 2 else y.view(*shape[:-1], rows)
+    return y if dtype is torch.float32 else y.to(dtype)
 
 
 def why_not_linear(x: Tensor, packed: Packed) -> list[str]:

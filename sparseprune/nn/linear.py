@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .. import _native, backends, layouts, native, ops, reference
 
@@ -18,6 +20,9 @@ __all__ = ["ACTIVATIONS", "VALUES", "SparseLinear"]
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 VALUES = ("float32", "bfloat16", "int8")
 
+# Looked up once: a language model calls its layers hundreds of times a token, each time with cold caches.
+_is_tracing, _functorch_level = torch._C._is_tracing, torch._C._functorch.peek_interpreter_stack
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _PLAIN = (Tensor, nn.Parameter)
 _pack_lock = threading.Lock()  # many threads may call one layer; packing happens once
 
@@ -37,23 +42,23 @@ def why_not_direct(*tensors: Tensor | None) -> str | None:
     The dispatcher is passed by only where nothing could tell the difference: plain CPU tensors, no gradient, no mode,
     no functorch level, no autocast, no tracing, no compilation.
     """
+    if torch.compiler.is_compiling() or _is_tracing():
+        return "the call is being compiled or traced"
     grad = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is None:
             continue
         if type(tensor) not in _PLAIN:
             return f"{type(tensor).__name__} is a tensor subclass"
-        if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        if tensor.layout is not torch.strided or not tensor.is_cpu:
             return f"needs strided CPU tensors, got {tensor.layout} on {tensor.device}"
         if grad and tensor.requires_grad:
             return "a gradient is needed"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return "the call is being compiled or traced"
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if _dispatch_modes() or _function_modes():
         return "a torch dispatch or function mode is active"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _functorch_level() is not None:
         return "a functorch transform is active"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is active"
@@ -68,10 +73,10 @@ class SparseLinear(nn.Module):
     ``indices`` (nm), buffers in the state dict. ``bias``, ``low_rank_a`` `[r, K]` and ``low_rank_b`` `[N, r]` are
     optional Parameters. ``weight`` is the dense `[N, K]` matrix, made on demand, read-only.
 
-    What the kernels read is packed from ``values`` and kept until they change. An in-place write to ``values`` is
-    noticed by its version counter; after a write through ``.data``, which is not, call :meth:`repack`. A
-    load_state_dict may bring another structure of the same shape, or a dense ``weight``, which is converted to this
-    layer's layout.
+    What the kernels read is packed from ``values``, in huge pages where the system has them, and kept until they
+    change. An in-place write to ``values`` is noticed by its version counter; after a write through ``.data``, which
+    is not, call :meth:`repack`. A load_state_dict may bring another structure of the same shape, or a dense
+    ``weight``, which is converted to this layer's layout.
 
     ``value_dtype`` is how the inference kernels hold the values: "float32" (exact), "bfloat16", or "int8" (one scale
     an output). ``tokens``: the numbers of rows of x that packed forms are tuned for, one form each; any number of rows
@@ -126,6 +131,9 @@ class SparseLinear(nn.Module):
         self.register_parameter("low_rank_a", None)
         self.register_parameter("low_rank_b", None)
         self._packs: dict[str, tuple[Any, Any]] = {}
+        self._limits = [  # (most rows, form); more rows take the largest
+            (math.isqrt(small * large), f"inference {small}") for small, large in itertools.pairwise(counts)
+        ]
         if (low_rank_a is None) != (low_rank_b is None):
             raise ValueError("SparseLinear: low_rank_a and low_rank_b expected together, got one of them")
         if low_rank_a is not None and low_rank_b is not None:
@@ -221,31 +229,37 @@ class SparseLinear(nn.Module):
 
         ValueError where input or residual has another width.
         """
-        if not input.shape or input.shape[-1] != self.in_features:
-            raise ValueError(f"SparseLinear: input expected [..., {self.in_features}], got {list(input.shape)}")
-        if residual is not None and residual.shape != (*input.shape[:-1], self.out_features):
-            expected = [*input.shape[:-1], self.out_features]
+        shape = input.shape
+        if not shape or shape[-1] != self.in_features:
+            raise ValueError(f"SparseLinear: input expected [..., {self.in_features}], got {list(shape)}")
+        if residual is not None and residual.shape != (*shape[:-1], self.out_features):
+            expected = [*shape[:-1], self.out_features]
             raise ValueError(f"SparseLinear: residual expected {expected}, got {list(residual.shape)}")
-        if self.low_rank_a is not None:
+        if self._parameters["low_rank_a"] is not None:
             return self._forward_with_low_rank(input, residual)
-        return self._sparse(input, self.bias, residual, self.activation)
+        return self._sparse(input, residual, self.activation)
 
     def _forward_with_low_rank(self, input: Tensor, residual: Tensor | None) -> Tensor:
         assert self.low_rank_a is not None and self.low_rank_b is not None
         correction = F.linear(F.linear(input, self.low_rank_a), self.low_rank_b)
         if self.activation == "none" and residual is not None:
-            return self._sparse(input, self.bias, correction + residual, "none")
-        result = _activate(self._sparse(input, self.bias, correction, "none"), self.activation)
+            return self._sparse(input, correction + residual, "none")
+        result = _activate(self._sparse(input, correction, "none"), self.activation)
         return result if residual is None else result + residual
 
-    def _sparse(self, input: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
-        if why_not_direct(input, residual, bias, self.values) is None and backends.forced_backend() in (None, "native"):
+    def _sparse(self, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        parameters = self._parameters  # past nn.Module.__getattr__, which takes longer than the checks
+        bias = parameters["bias"]
+        if (
+            why_not_direct(input, residual, bias, parameters["values"]) is None
+            and backends.forced_backend() in (None, "native")
+            and _native.C is not None
+            and input.dtype in native.matmul.DTYPES
+        ):
             form = self._form(input)
             if form == "unpacked":
                 return self._unpacked(input, bias, residual, activation)
-            packed = self._packed(form)
-            if not native.matmul.why_not_linear(input, packed):
-                return native.matmul.linear(input, packed, bias, residual, activation)
+            return native.matmul.linear(input, self._packed(form), bias, residual, activation)
         return self._dispatched(input, bias, residual, activation)
 
     def _dispatched(self, input: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
@@ -267,12 +281,12 @@ class SparseLinear(nn.Module):
         """What inference multiplies `[..., K]` with: "unpacked" from ``dense_from`` rows on, below it the packed form
         whose number of tokens is nearest by ratio, "inference N".
         """
-        rows = input.numel() // max(1, self.in_features)
+        rows = input.shape[:-1].numel()
         if self.dense_from is not None and rows >= self.dense_from:
             return "unpacked"
-        for small, large in itertools.pairwise(self.tokens):
-            if rows * rows <= small * large:
-                return f"inference {small}"
+        for most, form in self._limits:
+            if rows <= most:
+                return form
         return f"inference {self.tokens[-1]}"
 
     def _unpacked(self, input: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
@@ -315,14 +329,15 @@ class SparseLinear(nn.Module):
     def _pack(self, purpose: str, previous: Any) -> Any:
         with torch.no_grad():
             if purpose != "unpacked" and previous is not None:
-                return ops.repack(previous, self.values.detach())
+                return ops.repack(previous, self.values.detach()).settled("values")
             layout = self.to_layout()
             if purpose == "unpacked":
                 p = ops.pack(layout, tokens=self.tokens[-1], values=self.value_dtype)
                 dense = reference.packed_to_dense(p.index, p.offsets, p.values, p.scale, p.plan)
                 return dense.to(self.values.dtype)
             if purpose.startswith("inference"):
-                return ops.pack(layout, tokens=int(purpose.split()[1]), values=self.value_dtype)
+                packed = ops.pack(layout, tokens=int(purpose.split()[1]), values=self.value_dtype)
+                return packed.settled("index", "offsets", "values")
             return ops.pack(layout, tokens=max(*self.tokens, 128), transpose=purpose == "backward")
 
     @property
@@ -332,7 +347,8 @@ class SparseLinear(nn.Module):
         return sum(e.numel() * e.element_size() if isinstance(e, Tensor) else e.nbytes for e in found)
 
     def _stamp(self, purpose: str) -> tuple[Any, ...]:
-        values = self.values
+        values = self._parameters["values"]
+        assert values is not None
         if torch.compiler.is_compiling():  # a compiled graph holds the packed form it was traced with
             return self._packs[purpose][0] if purpose in self._packs else ()
         # The version of an inference tensor cannot be read: such a tensor counts as frozen.

@@ -218,3 +218,14 @@ def test_the_core_is_what_runs():
     assert _native.C is not None
     assert matmul.why_not_linear(torch.randn(2, 101), packed) == []
     assert any("CPU" in reason for reason in matmul.why_not_linear(torch.randn(2, 101, device="meta"), packed))
+
+
+def test_the_default_dtype_does_not_reach_the_kernel():
+    packed = ops.pack(layouts.from_dense(torch.eye(5, 7), "csr"))
+    x = torch.randn(2, 3, 7)
+    torch.set_default_dtype(torch.float64)
+    try:
+        y = matmul.linear(x, packed)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert y.dtype == torch.float32 and torch.equal(y, x[..., :5])
