@@ -1,8 +1,9 @@
 """The walk through a model: block after block, the pruned block's outputs feeding the next one.
 
 Memory on top of the model: one block's statistics, one chunk of activations, the hidden states of the calibration data
-(none in memory when they are spilled) and one bit a weight for the masks. The values that pruning replaces go to
-files, so that an error leaves the model as it was, and a run that was killed goes on where it stopped.
+(none in memory when they are spilled), one bit a weight for the masks and, where a method trains its blocks, the
+moments of one block. The values that pruning replaces go to files, so that an error leaves the model as it was, and a
+run that was killed goes on where it stopped.
 """
 
 from __future__ import annotations

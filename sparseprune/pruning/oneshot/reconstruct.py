@@ -25,7 +25,7 @@ WARMUP = 4
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 are faster than in float32: a CPU with AMX, a GPU with the type."""
     if device.type == "cpu":
-        return bool(torch.cpu._is_amx_tile_supported())
+        return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())  # private in torch: where it is gone, no
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
