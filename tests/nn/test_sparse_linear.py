@@ -420,3 +420,13 @@ def test_every_form_follows_the_values_and_copies_are_whole(close):
 def test_call_sizes_are_checked(options):
     with pytest.raises(ValueError, match=r"(tokens|dense_from) expected"):
         SparseLinear.from_linear(pruned(), **options)
+
+
+def test_a_float64_input_keeps_its_precision():
+    linear = pruned(21, 33)
+    sparse = SparseLinear.from_linear(linear).eval()
+    x = torch.randn(5, 33, dtype=torch.float64)
+    with torch.no_grad():
+        y = sparse(x)
+        expected = F.linear(x, linear.weight.double(), linear.bias.double())
+    assert y.dtype == torch.float64 and torch.allclose(y, expected, rtol=1e-12, atol=1e-12)
