@@ -84,8 +84,9 @@ class GANConfig(Config):
     loss: ``ce`` CE + ``kd`` tau^2 KL(teacher, student) + ``hidden`` mean square of the normalised hidden states +
     lambda L_adv, with lambda set by the gradient balance ``kappa``. lr: the weights' (3e-5 suits pretrained models).
     gumbel: temperature of the Gumbel noise on the scores at the start; it falls to 0 at the end of the window.
-    compensation: what stands in, from the freeze on, for what the masks removed, fitted to the inputs of the last
-    batches, each layer taking what serves it best on the validation split (without one, on held-out rows), or nothing:
+    compensation: what stands in, from the freeze on, for what the masks removed, so that each layer's outputs come
+    nearer to the teacher's; fitted to the last batches, each layer taking what serves it best on the validation split
+    (without one, on held-out rows), or nothing:
     "bias" shifts the bias; "survivors" refits the kept weights, or shifts the bias, or both; "low_rank" adds a term of
     rank r that takes r (N + K) weights off the mask and heals with the rest; "best" chooses among all of these
     (:func:`sparseprune.pruning.compensate`). accumulate: batches a step. dropout: train with the model's

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from .._files import remove_unfinished, replacing
 from ..nn.filters import FilterFn, prunable_linears
 from ..optim import AdamW
-from ..pruning.compensation import Compensation, collect_inputs, compensate
-from ..pruning.granularity import Element
 from ..pruning.ranks import Ranks
+from .compensation import make_up_
 from .config import DiscriminatorConfig, GANConfig
 from .evaluate import evaluate
 from .features import Batch, Taps, choose_taps, normalise, rows_of, split_batch
@@ -41,8 +40,6 @@ _BAD_STEPS = 3
 _RESTORES = 3
 _WEIGH_EVERY = 8
 _CALIBRATION = 8
-_FIT_ROWS = 4096
-_LEAST_ROWS = 8
 
 
 class GANPruner:
@@ -364,45 +361,23 @@ class GANPruner:
         """The final masks, and what they removed made up for."""
         # What the masks are chosen from is equal to the bit first, also where the processes run on unlike machines.
         self._ranks.mean_([*self.gates.masters.values(), *self.gates.scores.values()])
-        dense = {name: w.detach().clone() for name, w in self.gates.masters.items()}
         self.gates.freeze(self.config.final_density)
         self._ranks.check_masks(self.gates.masks, "GANPruner")
         if self.config.compensation != "none":
-            self._compensate(dense, valid_loader)
+            self._compensate(valid_loader)
             self._recent.clear()
         self._heal_from = self._progress
         self._optimisers()
         self.history.events.append({"step": self._step, "event": "masks frozen", "density": self.density})
 
-    @torch.no_grad()
-    def _compensate(self, dense: dict[str, Tensor], valid_loader: Iterable[Any] | None) -> None:
-        """Fitted to the inputs that all processes saw; each fits a part of the layers."""
-        ranks, gates, what = self._ranks, self.gates, self.config.compensation
-        read = [
-            collect_inputs(self.model, dense, batches, _FIT_ROWS // ranks.size, call=_run)
-            for batches in (list(self._recent), self._first_inputs(valid_loader))
-            if batches
-        ]
-        own: dict[str, Compensation] = {}
-        for i, (name, weight) in enumerate(dense.items()):
-            fitted, *held = (
-                torch.cat([part.to(self.device) for part in ranks.gather(found[name].cpu())]) for found in read
-            )
-            if i % ranks.size != ranks.rank or len(fitted) < _LEAST_ROWS or any(len(h) < _LEAST_ROWS for h in held):
-                continue
-            kind = gates.free(name) if name and what in ("low_rank", "best") else None
-            own[name] = compensate(
-                weight, fitted, mask=gates.masks[name], granularity=kind or Element(),
-                valid_inputs=held[0] if held else None, survivors=what in ("survivors", "best"),
-                bias_shift=what != "low_rank" and gates.linears[name].bias is not None,
-                ranks=() if kind is None else None,
-            )  # fmt: skip
-        fits = {name: found for part in ranks.gather(own) for name, found in part.items()}
-        gates.compensate(fits)
+    def _compensate(self, valid_loader: Iterable[Any] | None) -> None:
+        fits = make_up_(
+            self.model, self.teacher, self.gates, self._recent, self._first_inputs(valid_loader), self._ranks
+        )
         self.history.events.append(
-            {"step": self._step, "event": "compensated", "left": [name for name in dense if name not in fits],
-             "chosen": {name: found.chosen for name, found in fits.items()},
-             "errors": {name: [found.errors["mask"], found.errors[found.chosen]] for name, found in fits.items()}}
+            {"step": self._step, "event": "compensated", "chosen": {name: found.chosen for name, found in fits.items()},
+             "errors": {name: [found.errors["mask"], found.errors[found.chosen]] for name, found in fits.items()},
+             "left": [name for name in self.gates.masks if name not in fits]}
         )  # fmt: skip
 
     def _first_inputs(self, loader: Iterable[Any] | None) -> list[Any]:
@@ -739,10 +714,6 @@ def _generators(loader: Any) -> list[torch.Generator]:
                 found.setdefault(id(own), own)
         parts += [getattr(part, name, None) for name in ("sampler", "batch_sampler", "base_dataloader")]
     return list(found.values())
-
-
-def _run(model: nn.Module, inputs: Any) -> Tensor:
-    return Batch(inputs, torch.empty(0)).run(model)
 
 
 def _forever(loader: Iterable[Any]) -> Iterator[Any]:

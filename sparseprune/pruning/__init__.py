@@ -3,7 +3,15 @@ of each.
 """
 
 from .allocation import erk_densities, kept_count, weighted_counts
-from .compensation import Compensation, CompensationReport, collect_inputs, compensate, compensate_, refit_survivors
+from .compensation import (
+    Compensation,
+    CompensationReport,
+    collect_inputs,
+    collect_outputs,
+    compensate,
+    compensate_,
+    refit_survivors,
+)
 from .criteria import Criterion, PruneContext, criterion_names, make_criterion, register_criterion
 from .factors import Factors
 from .granularity import NM, Block, Element, Granularity, Heads, Mixture, Neurons, Plan, UnitMap, make_granularity
@@ -42,6 +50,7 @@ __all__ = [
     "UnitMap",
     "attention_blocks",
     "collect_inputs",
+    "collect_outputs",
     "compensate",
     "compensate_",
     "criterion_names",

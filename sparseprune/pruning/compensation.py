@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from ..nn.linear import SparseLinear
 from .granularity import Block, Element, make_granularity
 
-__all__ = ["Compensation", "CompensationReport", "collect_inputs", "compensate", "compensate_", "refit_survivors"]
+__all__ = [
+    "Compensation",
+    "CompensationReport",
+    "collect_inputs",
+    "collect_outputs",
+    "compensate",
+    "compensate_",
+    "refit_survivors",
+]
 
 
 @dataclass(frozen=True)
@@ -59,15 +67,36 @@ class Compensation:
 
 @dataclass
 class _Moments:
-    """Of inputs x `[T, K]`, in float64 sums: mean `[K]`, second moment `[K, K]` about zero."""
+    """Of inputs x `[T, K]`: mean `[K]`, second moment `[K, K]` about zero; and the rows themselves, with the outputs
+    wanted `[T, N]`, where these are not what a dense weight gives.
+    """
 
     mean: Tensor
     second: Tensor
+    rows: Tensor
+    wanted: Tensor | None
 
     @classmethod
-    def of(cls, inputs: Tensor) -> _Moments:
-        x = inputs.reshape(-1, inputs.shape[-1]).float()
-        return cls(x.mean(0), x.T @ x / len(x))
+    def of(cls, inputs: Tensor, wanted: Tensor | None) -> _Moments:
+        x = inputs.float()
+        return cls(x.mean(0), x.T @ x / len(x), x, None if wanted is None else wanted.float())
+
+    def goal(self, weight: Tensor, centred: bool, damping: float) -> Tensor:
+        """The dense `[N, K]` to come near in the metric of :meth:`fitted`: the weight itself, or the one that gives the
+        outputs wanted best, by least squares, drawn to the weight in use by the damping.
+        """
+        if self.wanted is None:
+            return weight
+        x, y = (self.rows - self.mean, self.wanted - self.wanted.mean(0)) if centred else (self.rows, self.wanted)
+        h = self.fitted(centred, damping)
+        spare = h.diagonal() - x.square().mean(0)  # the damping
+        return torch.linalg.solve(h, (y.T @ x / len(x) + weight * spare).T).T
+
+    def shift(self, goal: Tensor, effective: Tensor) -> Tensor:
+        """The bias shift `[N]` that makes the means of the outputs right."""
+        if self.wanted is None:
+            return (goal - effective) @ self.mean
+        return self.wanted.mean(0) - effective @ self.mean
 
     def fitted(self, centred: bool, damping: float) -> Tensor:
         """The matrix H of the least-squares problem, symmetric and positive definite."""
@@ -75,8 +104,12 @@ class _Moments:
         level = h.diagonal().mean().clamp_min(torch.finfo(h.dtype).tiny)
         return h + damping * level * torch.eye(len(h), dtype=h.dtype, device=h.device)
 
-    def error(self, missing: Tensor, shift: Tensor | None) -> float:
-        """Mean over the inputs of ||missing x - shift||^2."""
+    def error(self, weight: Tensor, effective: Tensor, shift: Tensor | None) -> float:
+        """Mean over the inputs of ||y - effective x - shift||^2 for the outputs wanted, by default weight x."""
+        if self.wanted is not None:
+            given = self.rows @ effective.T + (0 if shift is None else shift)
+            return float((self.wanted - given).square().sum(1).mean())
+        missing = weight - effective
         total = ((missing @ self.second) * missing).sum()
         if shift is not None:
             total = total - 2 * shift @ (missing @ self.mean) + shift @ shift
@@ -94,6 +127,8 @@ def compensate(
     bias_shift: bool = True,
     granularity: str | Element | Block = "element",
     valid_inputs: Tensor | None = None,
+    outputs: Tensor | None = None,
+    valid_outputs: Tensor | None = None,
     ranks: Sequence[int] | None = None,
     survivors: bool = True,
     rounds: int = 3,
@@ -107,7 +142,10 @@ def compensate(
     default |w| sqrt(E x^2); with ``mask`` only kept ones are eligible. Without scores and mask the sparse part is
     chosen anew beside the low-rank part in ``rounds`` alternations. ``has_bias``: False makes a bias shift cost N
     parameters; ``bias_shift``: False tries none. ``valid_inputs``: held-out inputs for the choice, by default the last
-    quarter of ``inputs``. Rank 0, and no compensation at all, are valid answers. granularity: elements or blocks.
+    quarter of ``inputs``. ``outputs`` `[..., N]`: what the layer is to give for ``inputs``, its bias taken off, instead
+    of what ``weight`` gives; ``weight`` then holds the weights in use, and plain masking leaves them as they are (give
+    ``valid_outputs`` with ``valid_inputs``). Rank 0, and no compensation at all, are valid answers. granularity:
+    elements or blocks.
 
     Raises ValueError on shapes that do not fit, on inputs that are not finite, and on fewer than 8 of them.
     """
@@ -122,7 +160,7 @@ def compensate(
         )
     if (density is None) == (mask is None):
         raise ValueError("compensate: give density or mask, one of the two")
-    train, valid = _split(inputs, valid_inputs)
+    train, valid = _split(inputs, valid_inputs, outputs, valid_outputs, len(weight))
     dense = weight.detach().float()
     if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool):
         raise ValueError(f"compensate: mask expected bool {list(weight.shape)}, got {mask.dtype} {list(mask.shape)}")
@@ -135,8 +173,8 @@ def compensate(
         if cost > budget:
             continue
         fitted = problem.fit(problem.affordable(budget - cost), rank, shift, refit)
-        missing = dense - fitted.effective_weight()
-        errors[name] = valid.error(missing, fitted.bias_shift) / max(valid.error(dense, None), 1e-30)
+        error = valid.error(dense, fitted.effective_weight(), fitted.bias_shift)
+        errors[name] = error / max(valid.error(dense, torch.zeros_like(dense), None), 1e-30)
         nonzero = int(fitted.mask.sum())
         if best is None or errors[name] < errors[best.chosen]:
             best = Compensation(
@@ -258,46 +296,62 @@ def _call(model: nn.Module, batch: Any) -> Any:
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
-@torch.no_grad()
+Call = Callable[[nn.Module, Any], Any]
+
+
 def collect_inputs(
-    model: nn.Module, names: Iterable[str], batches: Iterable[Any], rows: int = 4096, seed: int = 0,
-    call: Callable[[nn.Module, Any], Any] = _call,
-) -> dict[str, Tensor]:  # fmt: skip
+    model: nn.Module, names: Iterable[str], batches: Iterable[Any], rows: int = 4096, seed: int = 0, call: Call = _call
+) -> dict[str, Tensor]:
     """fqn -> `[T, K]`, T <= rows: what each named Linear reads while the model runs over the batches in eval mode.
 
     batches: what the model is called with: a dict (keywords, ``labels`` left out), a tuple (its first entry) or a
     tensor; ``call`` replaces that reading. Positions with ``attention_mask`` 0 are left out. At most ``rows`` positions
-    are kept, drawn evenly from all batches. ValueError on a Linear that the batches never reach.
+    are kept, drawn evenly from all batches, the same of every layer that has as many. ValueError on a Linear that the
+    batches never reach.
     """
+    return _collect(model, names, batches, rows, seed, call, outputs=False)
+
+
+def collect_outputs(
+    model: nn.Module, names: Iterable[str], batches: Iterable[Any], rows: int = 4096, seed: int = 0, call: Call = _call
+) -> dict[str, Tensor]:
+    """fqn -> `[T, N]`: what each named module gives, at the positions where :func:`collect_inputs` reads."""
+    return _collect(model, names, batches, rows, seed, call, outputs=True)
+
+
+@torch.no_grad()
+def _collect(
+    model: nn.Module, names: Iterable[str], batches: Iterable[Any], rows: int, seed: int, call: Call, outputs: bool
+) -> dict[str, Tensor]:
     modules = dict(model.named_modules())
     listed = list(batches)
     if not listed:
         raise ValueError("collect_inputs: expected at least one batch, got none")
     share = max(1, math.ceil(rows / len(listed)))
     found: dict[str, list[Tensor]] = {fqn: [] for fqn in names}
-    state: dict[str, Tensor | None] = {"keep": None}
-    generator = torch.Generator().manual_seed(seed)
+    keep: Tensor | None = None
+    number = 0
 
     def hook(fqn: str) -> Any:
-        def read(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            x = arguments[0].detach()
-            keep = state["keep"]
+        def read(module: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
+            x = (result if outputs else arguments[0]).detach()
             flat = x.reshape(-1, x.shape[-1])
             if keep is not None and x.dim() > 2 and x.shape[:-1] == keep.shape:
                 flat = flat[keep.reshape(-1)]
             if len(flat) > share:
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
                 flat = flat[torch.randperm(len(flat), generator=generator)[:share].to(flat.device)]
             found[fqn].append(flat.clone())
 
         return read
 
-    hooks = [modules[fqn].register_forward_pre_hook(hook(fqn)) for fqn in found]
+    hooks = [modules[fqn].register_forward_hook(hook(fqn)) for fqn in found]
     training = model.training
     try:
         model.eval()
-        for batch in listed:
+        for number, batch in enumerate(listed):  # noqa: B007 (read by the hooks)
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            state["keep"] = None if mask is None else mask.bool()
+            keep = None if mask is None else mask.bool()
             call(model, batch)
     finally:
         for handle in hooks:
@@ -330,21 +384,22 @@ class _Problem:
 
     def fit(self, kept: int, rank: int, shift: bool, refit: bool) -> Compensation:
         h = self.train.fitted(shift, self.damping)
+        goal = self.train.goal(self.dense, shift, self.damping)
         weights = self.train.second.diagonal().clamp_min(0).sqrt()
         mask = self._select(self.dense, weights, kept)
-        sparse = self._sparse(self.dense, mask, h, refit)
+        sparse = self._sparse(goal, mask, h, refit)
         a = b = None
         if rank:
             root = torch.linalg.cholesky(h)
-            free = self.mask is None and self.scores is None
+            free = self.mask is None and self.scores is None and self.train.wanted is None
             for _ in range(self.rounds):
-                a, b = _low_rank(self.dense - sparse, root, rank)
-                rest = self.dense - b @ a
+                a, b = _low_rank(goal - sparse, root, rank)
+                rest = goal - b @ a
                 if free:
                     mask = self._select(rest, weights, kept)
                 sparse = self._sparse(rest, mask, h, refit)
         effective = sparse if a is None or b is None else sparse + b @ a
-        move = (self.dense - effective) @ self.train.mean if shift else None
+        move = self.train.shift(goal, effective) if shift else None
         return Compensation(sparse, mask, a, b, move, rank, 0, 0, "")
 
     def _select(self, target: Tensor, weights: Tensor, kept: int) -> Tensor:
@@ -355,7 +410,9 @@ class _Problem:
         return self.kind.mask(scores, kept // size)
 
     def _sparse(self, target: Tensor, mask: Tensor, h: Tensor, refit: bool) -> Tensor:
-        return refit_survivors(target, mask, h) if refit else target * mask
+        if refit:
+            return refit_survivors(target, mask, h)
+        return (target if self.train.wanted is None else self.dense) * mask
 
 
 def _candidates(
@@ -398,11 +455,17 @@ def _low_rank(missing: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]
     return a, b
 
 
-def _split(inputs: Tensor, valid_inputs: Tensor | None) -> tuple[_Moments, _Moments]:
+def _split(
+    inputs: Tensor, valid_inputs: Tensor | None, outputs: Tensor | None, valid_outputs: Tensor | None, width: int
+) -> tuple[_Moments, _Moments]:
     flat = inputs.detach().reshape(-1, inputs.shape[-1])
+    wanted = None if outputs is None else outputs.detach().reshape(-1, outputs.shape[-1])
+    kept = None if valid_outputs is None else valid_outputs.detach().reshape(-1, valid_outputs.shape[-1])
     if valid_inputs is None:
         cut = len(flat) - len(flat) // 4
         flat, held = flat[:cut], flat[cut:]
+        if wanted is not None:
+            wanted, kept = wanted[:cut], wanted[cut:]
     else:
         held = valid_inputs.detach().reshape(-1, valid_inputs.shape[-1])
         if held.shape[1] != flat.shape[1]:
@@ -411,10 +474,14 @@ def _split(inputs: Tensor, valid_inputs: Tensor | None) -> tuple[_Moments, _Mome
             )
     if len(flat) < 6 or len(held) < 2:
         raise ValueError(f"compensate: expected at least 8 inputs, 2 of them held out, got {len(flat)} and {len(held)}")
-    for name, part in (("inputs", flat), ("valid_inputs", held)):
-        if not bool(part.isfinite().all()):
+    for x, y in ((flat, wanted), (held, kept)):
+        if (y is None) != (wanted is None) or (y is not None and y.shape != (len(x), width)):
+            got = "none" if y is None else list(y.shape)
+            raise ValueError(f"compensate: outputs expected [{len(x)}, {width}], one row for each input, got {got}")
+    for name, part in (("inputs", flat), ("valid_inputs", held), ("outputs", wanted), ("valid_outputs", kept)):
+        if part is not None and not bool(part.isfinite().all()):
             raise ValueError(f"compensate: {name} expected finite values; check the data and the model's dtype")
-    return _Moments.of(flat), _Moments.of(held)
+    return _Moments.of(flat, wanted), _Moments.of(held, kept)
 
 
 def _share(density: float | None) -> float:

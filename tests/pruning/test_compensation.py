@@ -7,7 +7,7 @@ from torch import nn
 from sparseprune.encoder import TextEncoder
 from sparseprune.nn import SparseLinear
 from sparseprune.pruning import NM, Block
-from sparseprune.pruning.compensation import collect_inputs, compensate, refit_survivors
+from sparseprune.pruning.compensation import collect_inputs, collect_outputs, compensate, refit_survivors
 
 
 def correlated(count, width, rank=6, seed=0, noise=0.1):
@@ -156,6 +156,64 @@ class Half(nn.ModuleList):
         return self[0](x)
 
 
+@pytest.mark.parametrize("centred", [True, False])
+def test_outputs_that_no_weight_in_use_gives_are_learned(centred):
+    """The outputs wanted come from another weight on the same mask: it is found, and its bias."""
+    mask = torch.rand(24, 32, generator=torch.Generator().manual_seed(4)) < 0.4
+    used, other = weight() * mask, weight(seed=2) * mask
+    x, held = correlated(400, 32, rank=20), correlated(200, 32, rank=20, seed=5)
+    constant = 0.7 if centred else 0.0
+    arguments = {"mask": mask, "outputs": x @ other.T + constant, "ranks": (), "bias_shift": centred, "damping": 1e-6}
+    fitted = compensate(used, x, valid_inputs=held, valid_outputs=held @ other.T + constant, **arguments)
+    assert fitted.chosen == ("survivors and bias" if centred else "survivors")
+    torch.testing.assert_close(fitted.weight, other, rtol=0, atol=1e-2)
+    if centred:
+        torch.testing.assert_close(fitted.bias_shift, torch.full((24,), 0.7), rtol=0, atol=2e-2)
+    assert fitted.errors[fitted.chosen] < 1e-3 < fitted.errors["mask"]
+    wanted = held @ other.T + constant
+    size = wanted.square().sum()
+    assert fitted.errors["mask"] == pytest.approx(float((wanted - held @ used.T).square().sum() / size), rel=1e-4)
+
+    # Where the weights in use give what is wanted already, they stay as they are, to the bit.
+    same = compensate(used, x, outputs=x @ used.T, mask=mask)
+    assert same.chosen == "mask" and torch.equal(same.weight, used) and same.errors["mask"] < 1e-10
+
+
+def test_a_low_rank_term_adds_what_the_outputs_want_beside_the_weights_in_use():
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.rand(24, 32, generator=generator) < 0.4
+    used = weight() * mask
+    term = torch.randn(24, 1, generator=generator) @ torch.randn(1, 32, generator=generator)
+    x = torch.randn(600, 32, generator=generator)
+    options = {"survivors": False, "bias_shift": False, "ranks": (1, 2)}
+    fitted = compensate(used, x, mask=mask, outputs=x @ (used + term).T, **options)
+    assert fitted.chosen == "rank 1" and fitted.errors["rank 1"] < 0.05 * fitted.errors["mask"]
+    assert torch.equal(fitted.weight, used * fitted.mask) and int(fitted.mask.sum()) == int(mask.sum()) - 56
+
+
+def test_damping_holds_on_to_the_weights_in_use_where_the_inputs_say_nothing():
+    mask = torch.ones(24, 32, dtype=torch.bool)
+    used, x = weight(), correlated(64, 32, rank=3, noise=0.0)
+    other = x @ weight(seed=2).T
+    fitted = compensate(used, x, mask=mask, outputs=other, bias_shift=False, ranks=(), damping=1e-3)
+    assert fitted.chosen == "survivors"
+    away = torch.linalg.svd(x)[2][4:]  # directions that no input has: three of a plane, and the offset
+    torch.testing.assert_close(fitted.weight @ away.T, used @ away.T, rtol=0, atol=1e-3)
+
+
+def test_outputs_are_collected_where_the_inputs_are():
+    torch.manual_seed(0)
+    model = TextEncoder(30, 3, hidden=8, ffn=16, layers=1, heads=2)
+    ids = torch.randint(1, 30, (4, 6))
+    batches = [{"input_ids": ids, "attention_mask": (torch.arange(6) < 4).expand(4, 6)}] * 3
+    names = ["layers.0.ffn.contract", "layers.0.query", "classifier"]
+    for rows in (4096, 9):
+        read = collect_inputs(model, names, batches, rows=rows)
+        given = collect_outputs(model, names[1:], batches, rows=rows)
+        for name in names[1:]:
+            torch.testing.assert_close(model.get_submodule(name)(read[name]), given[name])
+
+
 def test_inputs_are_collected_without_padding():
     torch.manual_seed(0)
     model = TextEncoder(30, 3, hidden=8, ffn=16, layers=1, heads=2).train()
@@ -166,7 +224,7 @@ def test_inputs_are_collected_without_padding():
     assert {f: tuple(x.shape) for f, x in found.items()} == {
         "layers.0.query": (48, 8), "layers.0.ffn.contract": (48, 16), "classifier": (12, 8),
     }  # fmt: skip
-    assert model.training and not any(m._forward_pre_hooks for m in model.modules())
+    assert model.training and not any(m._forward_hooks for m in model.modules())
     assert len(collect_inputs(model, names, [ids, (ids, None)], rows=10)["layers.0.query"]) == 10
     with pytest.raises(ValueError, match="never reach 1"):
         collect_inputs(Half(), ["1"], [torch.ones(2, 4)])
@@ -186,6 +244,9 @@ def test_inputs_are_collected_without_padding():
         ({"inputs": torch.full((50, 32), float("nan"))}, "expected finite values"),
         ({"inputs": torch.ones(7, 32)}, "at least 8 inputs"),
         ({"valid_inputs": torch.ones(7, 31)}, "valid_inputs expected"),
+        ({"outputs": torch.ones(50, 23)}, r"outputs expected \[38, 24\], one row for each input, got \[38, 23\]"),
+        ({"outputs": torch.ones(50, 24), "valid_inputs": torch.ones(7, 32)}, "got none"),
+        ({"outputs": torch.full((50, 24), float("inf"))}, "outputs expected finite values"),
         ({"ranks": [40]}, r"ranks expected in \[0, 24\]"),
     ],
 )
