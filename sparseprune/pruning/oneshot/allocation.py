@@ -135,7 +135,8 @@ class Sensitivity:
         """Densities, fqn -> number, whose weighted mean is density: pass them to ``prune_(..., densities=...)``.
 
         The measured rises are made monotone and convex in the density, then weights are given where a weight lowers
-        the summed loss most (greedy on convex curves, which is optimal for the sum).
+        the summed loss most (greedy on convex curves, which is optimal for the sum). All but one group therefore lie at
+        a measured density: measure some on both sides of the budget, since below the lowest all are scaled alike.
         """
         if not 0 <= density <= 1:
             raise ValueError(f"suggest: density expected in [0, 1], got {density}")
@@ -168,13 +169,14 @@ class Sensitivity:
         except ImportError as error:
             raise ImportError("Sensitivity.plot needs matplotlib; pip install 'sparseprune[plot]'") from error
         matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib import colors, pyplot
 
         densities = sorted({d for row in self.losses.values() for d in row}, reverse=True)
         groups = list(self.losses)
         values = [[max(0.0, self.losses[g][d] - self.dense) for d in densities] for g in groups]
         figure, axes = pyplot.subplots(figsize=(2 + 0.9 * len(densities), 1.5 + 0.22 * len(groups)))
-        image = axes.imshow(values, aspect="auto", cmap="viridis")
+        # By the square root: the first and the last block often cost ten times what the others do.
+        image = axes.imshow(values, aspect="auto", cmap="viridis", norm=colors.PowerNorm(0.5, vmin=0.0))
         axes.set_xticks(range(len(densities)), [f"{d:g}" for d in densities])
         axes.set_yticks(range(len(groups)), groups, fontsize=7)
         axes.set_xlabel("density of this group alone")
