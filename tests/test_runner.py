@@ -66,6 +66,8 @@ def test_low_rank_terms_are_counted_saved_and_measured(tmp_path, monkeypatch):
     def forced(self, fits):
         """One layer, whatever the validation data say of a net that has learned next to nothing."""
         name = "layers.0.ffn.expand"
+        if name not in fits:  # the layers come one stage after the other
+            return
         mask = self.masks[name].clone()
         mask.view(-1)[mask.view(-1).nonzero().flatten()[:96]] = False
         weight = self.weights[name].detach() * mask
