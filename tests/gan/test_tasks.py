@@ -188,6 +188,17 @@ def folder(tmp_path):
     return place
 
 
+def prune_two_labels(folder, files, out, name):
+    """``sparseprune prune`` on (train, valid, test), which learns its two labels."""
+    train, valid, test = map(str, files)
+    arguments = ["prune", "--model", str(folder), "--train", train, "--valid", valid, "--test", test, "--out", str(out),
+                 "--name", name, "--dense-epochs", "8", "--epochs", "6", "--density", "0.4", "--lr", "3e-3",
+                 "--batch-size", "16", "--layout", "dense"]  # fmt: skip
+    assert cli.main(arguments) == 0
+    record = json.loads((out / name / "run.json").read_text())
+    assert record["labels"] == 2 and record["pruned"]["test"]["accuracy"] > 0.95
+
+
 def test_the_command_line_prunes_a_tagger(folder, tmp_path, capsys):
     generator = torch.Generator().manual_seed(0)
 
@@ -197,12 +208,7 @@ def test_the_command_line_prunes_a_tagger(folder, tmp_path, capsys):
 
     files = [write(tmp_path / f"{n}.conll", *itertools.chain(*(sentence() for _ in range(size))))
              for n, size in (("train", 160), ("dev", 32), ("test", 32))]  # fmt: skip
-    arguments = ["prune", "--model", str(folder), "--train", str(files[0]), "--valid", str(files[1]), "--test",
-                 str(files[2]), "--out", str(tmp_path / "runs"), "--dense-epochs", "8", "--epochs", "6", "--density",
-                 "0.4", "--lr", "3e-3", "--batch-size", "16", "--layout", "dense", "--name", "ner"]  # fmt: skip
-    assert cli.main(arguments) == 0
-    record = json.loads((tmp_path / "runs" / "ner" / "run.json").read_text())
-    assert record["labels"] == 2 and record["pruned"]["test"]["accuracy"] > 0.95
+    prune_two_labels(folder, files, tmp_path / "runs", "ner")
     settings = transformers.AutoConfig.from_pretrained(tmp_path / "runs" / "ner")
     assert settings.id2label == {0: "B-LOW", 1: "O"}
     again = transformers.BertForTokenClassification(settings).eval()
@@ -221,12 +227,7 @@ def test_the_command_line_prunes_on_pairs(folder, tmp_path, capsys):
         return f"{a} {b}\t{b}\t{'low' if b < 'f' else 'high'}"
 
     files = [write(tmp_path / f"{n}.tsv", *(row() for _ in range(size))) for n, size in (("train", 160), ("dev", 32))]
-    arguments = ["prune", "--model", str(folder), "--train", str(files[0]), "--valid", str(files[1]), "--test",
-                 str(files[1]), "--out", str(tmp_path / "runs"), "--dense-epochs", "8", "--epochs", "6", "--density",
-                 "0.4", "--lr", "3e-3", "--batch-size", "16", "--layout", "dense", "--name", "pairs"]  # fmt: skip
-    assert cli.main(arguments) == 0
-    record = json.loads((tmp_path / "runs" / "pairs" / "run.json").read_text())
-    assert record["labels"] == 2 and record["pruned"]["test"]["accuracy"] > 0.95
+    prune_two_labels(folder, [*files, files[1]], tmp_path / "runs", "pairs")
     capsys.readouterr()
 
 
