@@ -92,14 +92,14 @@ static void bitmask_rows(const Packed& w, const float* x, int64_t stride, int64_
     if (((r - r0) & 7) == 7) {
       for (int m = 0; m < M; ++m) {
         const int64_t out = r - 7;
-        write(y + (token + m) * y_stride + out, finish(sums_of_eight(parts[m]), e, token + m, out));
+        write(y + (token + m) * y_stride + out, finish(lane_sums<8>(parts[m]), e, token + m, out));
       }
     }
   }
   const int64_t done = r0 + (r1 - r0) / 8 * 8;
   for (int m = 0; m < M && done < r1; ++m) {
     for (int64_t i = r1 - done; i < 8; ++i) parts[m][i] = v8{};
-    const v8 sums = sums_of_eight(parts[m]);
+    const v8 sums = lane_sums<8>(parts[m]);
     for (int64_t r = done; r < r1; ++r) {
       y[(token + m) * y_stride + r] = finish_one(sums[r - done], e, token + m, r);
     }

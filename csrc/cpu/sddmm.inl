@@ -41,7 +41,7 @@ static void sddmm_slot(const uint16_t* index, int64_t n, const float* x_panel, c
     vf s[kLanes];
 #pragma GCC unroll 16
     for (int j = 0; j < E; ++j) entry(p + j, s + j * H);
-    add_to(grad + p * H, lane_sums(s), kLanes, first);
+    add_to(grad + p * H, lane_sums<kLanes>(s), kLanes, first);
   }
   if (p == n) return;
   vf s[kLanes] = {};
@@ -69,7 +69,7 @@ static void sddmm_slot(const uint16_t* index, int64_t n, const float* x_panel, c
     default: break;
   }
   const int64_t left = (n - p) * H;
-  add_to(grad + p * H, left <= 8 ? sums_of_few(s) : lane_sums(s), left, first);
+  add_to(grad + p * H, left <= 8 ? lane_sums<8>(s) : lane_sums<kLanes>(s), left, first);
 }
 
 // The same for groups of G vectors of rows; dy_panel is the group's [T][height].

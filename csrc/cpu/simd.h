@@ -104,11 +104,6 @@ static inline v8 widen_int8(const int8_t* p) {
   return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const v8_i8*>(p), v8i), v8);
 }
 #endif
-// out[i] = the sum of v[i]'s lanes; v is lost.
-static inline v8 sums_of_eight(v8* v) {
-  transpose8(v);
-  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
-}
 static inline v8 halves_sum(v8 v) { return v; }
 #if SP_LANES == 16
 static inline v8 halves_sum(vf v) {
@@ -117,47 +112,51 @@ static inline v8 halves_sum(vf v) {
   return half[0] + half[1];
 }
 #endif
-// What lane_sums needs of two vectors at a step h: lanes of a where the lane's number has the bit h unset and of b where it is set,
-// each plus the lane i ^ h of the same vector.
-#define SP_HALVES(i) ((i) & h ? (i) + kLanes : (i))
-#define SP_OTHERS(i) (SP_HALVES(i) ^ h)
+
+// Lane i of a, or of b where the bit h of i is set; and the same from the lane i ^ h.
+#define SP_LANE(i) ((i) & h ? (i) + L : (i))
+#define SP_OTHER(i) (SP_LANE(i) ^ h)
 #define SP_EIGHT(f, i) f(i), f(i + 1), f(i + 2), f(i + 3), f(i + 4), f(i + 5), f(i + 6), f(i + 7)
-#if SP_LANES == 16
-#define SP_ALL(f) SP_EIGHT(f, 0), SP_EIGHT(f, 8)
+#if defined(__clang__)
+#define SP_SHUFFLE(ints, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SP_ALL(f) SP_EIGHT(f, 0)
+#define SP_SHUFFLE(ints, ...) __builtin_shuffle(a, b, ints{__VA_ARGS__})
 #endif
 template <int h>
+static inline v8 folded(v8 a, v8 b) {
+  constexpr int L = 8;
+  return SP_SHUFFLE(v8i, SP_EIGHT(SP_LANE, 0)) + SP_SHUFFLE(v8i, SP_EIGHT(SP_OTHER, 0));
+}
+#if SP_LANES == 16
+template <int h>
 static inline vf folded(vf a, vf b) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, SP_ALL(SP_HALVES)) + __builtin_shufflevector(a, b, SP_ALL(SP_OTHERS));
-#else
-  return __builtin_shuffle(a, b, vi{SP_ALL(SP_HALVES)}) + __builtin_shuffle(a, b, vi{SP_ALL(SP_OTHERS)});
-#endif
+  constexpr int L = 16;
+  return SP_SHUFFLE(vi, SP_EIGHT(SP_LANE, 0), SP_EIGHT(SP_LANE, 8)) +
+         SP_SHUFFLE(vi, SP_EIGHT(SP_OTHER, 0), SP_EIGHT(SP_OTHER, 8));
 }
-template <int h, int n>
-static inline void fold(vf* v) {
-#pragma GCC unroll 16
-  for (int i = 0; i < n; i += 2) v[i / 2] = folded<h>(v[i], v[i + 1]);
-}
-// out[i] = the sum of v[i]'s lanes, for as many vectors as one has lanes; v is lost.
-static inline vf lane_sums(vf* v) {
-  fold<1, kLanes>(v);
-  fold<2, kLanes / 2>(v);
-  fold<4, kLanes / 4>(v);
-#if SP_LANES == 16
-  fold<8, 2>(v);
 #endif
-  return v[0];
+#undef SP_LANE
+#undef SP_OTHER
+#undef SP_EIGHT
+#undef SP_SHUFFLE
+// One step of lane_sums: pairs of the n / h vectors left become one each; the last one left folds onto itself.
+template <int h, int n, class F>
+static inline void fold(F* v) {
+  constexpr int left = n / h;
+  if constexpr (left <= 1) {
+    v[0] = folded<h>(v[0], v[0]);
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < left / 2; ++i) v[i] = folded<h>(v[2 * i], v[2 * i + 1]);
+  }
 }
-// The same for eight vectors; further lanes mean nothing.
-static inline vf sums_of_few(vf* v) {
-  fold<1, 8>(v);
-  fold<2, 4>(v);
-  fold<4, 2>(v);
-#if SP_LANES == 16
-  v[0] = folded<8>(v[0], v[0]);
-#endif
+// out[i] = the sum of v[i]'s lanes for i < n, 8 or as many as there are lanes; further lanes mean nothing; v is lost.
+template <int n, class F>
+static inline F lane_sums(F* v) {
+  fold<1, n>(v);
+  fold<2, n>(v);
+  fold<4, n>(v);
+  if constexpr (lanes_of<F>() == 16) fold<8, n>(v);
   return v[0];
 }
 // The sum of a vector's lanes.
