@@ -30,7 +30,7 @@ from .data import SETS, Augment, Examples, TextData, TokenLoader, Vocabulary, lo
 from .display import Display
 from .encoder import TextEncoder
 from .gan import GANConfig, GANPruner, evaluate
-from .gan.losses import task_loss
+from .gan.losses import IGNORED, task_loss
 from .nn import sparsify_, use_linears_
 from .nn.filters import matching_filter, prunable_linears
 from .pruning.granularity import Heads, Neurons, Plan
@@ -361,9 +361,9 @@ def _transformer(config: RunConfig) -> _Setup:
 
 
 def _token_labels(word_ids: Sequence[int | None], labels: Sequence[int]) -> list[int]:
-    """Each word's label for its first token, -100 (ignored) for the others and for special tokens."""
+    """Each word's label for its first token, IGNORED for the others and for special tokens."""
     before: list[int | None] = [None, *word_ids]
-    return [-100 if w is None or w == last else labels[w] for last, w in zip(before, word_ids)]
+    return [IGNORED if w is None or w == last else labels[w] for last, w in zip(before, word_ids)]
 
 
 def _latency_batch(loader: TokenLoader, size: int) -> dict[str, Tensor]:
@@ -443,11 +443,11 @@ def _measure(
 
     names = {"train": "train_plain", "valid": "valid", "test": "test"}
     display.say("measuring: three splits, bytes, latency")
-    layers = {fqn: float(mask.float().mean()) for fqn, mask in masks.items()}
+    layers = {fqn: masks.kept_of(fqn) / max(1, math.prod(masks.shape(fqn))) for fqn in masks}
     # A layer with a low-rank term is sparse already, and holds what it kept as it is.
     linears = [m for m in (model.get_submodule(fqn) for fqn in masks) if isinstance(m, nn.Linear)]
     ranks = {fqn: len(m.low_rank_a) for fqn, m in model.named_modules() if getattr(m, "low_rank_a", None) is not None}
-    factors = sum(rank * sum(masks[fqn].shape) for fqn, rank in ranks.items())
+    factors = sum(rank * sum(masks.shape(fqn)) for fqn, rank in ranks.items())
     pruned_weights = {id(layer.weight) for layer in linears}
     pruned_parameters = sum(
         int(torch.count_nonzero(p)) if id(p) in pruned_weights else p.numel() for p in model.parameters()

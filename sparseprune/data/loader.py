@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..gan.losses import IGNORED
 from .augment import Augment
 
 __all__ = ["TokenLoader"]
-
-_IGNORED = -100  # what cross-entropy leaves out
 
 
 class TokenLoader:
@@ -120,4 +119,4 @@ class TokenLoader:
 
     def _label(self, i: int, width: int) -> Any:
         own: Any = self.labels[i]
-        return own + [_IGNORED] * (width - len(own)) if self._token_labels else own
+        return own + [IGNORED] * (width - len(own)) if self._token_labels else own

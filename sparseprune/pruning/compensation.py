@@ -81,14 +81,13 @@ class _Moments:
         x = inputs.float()
         return cls(x.mean(0), x.T @ x / len(x), x, None if wanted is None else wanted.float())
 
-    def goal(self, weight: Tensor, centred: bool, damping: float) -> Tensor:
-        """The dense `[N, K]` to come near in the metric of :meth:`fitted`: the weight itself, or the one that gives the
-        outputs wanted best, by least squares, drawn to the weight in use by the damping.
+    def goal(self, weight: Tensor, h: Tensor, centred: bool) -> Tensor:
+        """The dense `[N, K]` to come near in the metric h of :meth:`fitted`: the weight itself, or the one that gives
+        the outputs wanted best, by least squares, drawn to the weight in use by the damping.
         """
         if self.wanted is None:
             return weight
         x, y = (self.rows - self.mean, self.wanted - self.wanted.mean(0)) if centred else (self.rows, self.wanted)
-        h = self.fitted(centred, damping)
         spare = h.diagonal() - x.square().mean(0)  # the damping
         return torch.linalg.solve(h, (y.T @ x / len(x) + weight * spare).T).T
 
@@ -323,10 +322,11 @@ def collect_outputs(
 def _collect(
     model: nn.Module, names: Iterable[str], batches: Iterable[Any], rows: int, seed: int, call: Call, outputs: bool
 ) -> dict[str, Tensor]:
+    name = "collect_outputs" if outputs else "collect_inputs"
     modules = dict(model.named_modules())
     listed = list(batches)
     if not listed:
-        raise ValueError("collect_inputs: expected at least one batch, got none")
+        raise ValueError(f"{name}: expected at least one batch, got none")
     share = max(1, math.ceil(rows / len(listed)))
     found: dict[str, list[Tensor]] = {fqn: [] for fqn in names}
     keep: Tensor | None = None
@@ -359,7 +359,7 @@ def _collect(
         model.train(training)
     missing = [fqn for fqn, parts in found.items() if not parts]
     if missing:
-        raise ValueError(f"collect_inputs: the batches never reach {', '.join(missing[:10])}; leave them out")
+        raise ValueError(f"{name}: the batches never reach {', '.join(missing[:10])}; leave them out")
     return {fqn: torch.cat(parts)[:rows] for fqn, parts in found.items()}
 
 
@@ -376,6 +376,7 @@ class _Problem:
     survivors: bool
     rounds: int
     damping: float
+    _systems: dict[bool, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def affordable(self, weights: float) -> int:
         """The largest number of weights in whole units that is at most ``weights``."""
@@ -383,8 +384,7 @@ class _Problem:
         return math.floor(weights / size + 1e-9) * size
 
     def fit(self, kept: int, rank: int, shift: bool, refit: bool) -> Compensation:
-        h = self.train.fitted(shift, self.damping)
-        goal = self.train.goal(self.dense, shift, self.damping)
+        h, goal = self._system(shift)
         weights = self.train.second.diagonal().clamp_min(0).sqrt()
         mask = self._select(self.dense, weights, kept)
         sparse = self._sparse(goal, mask, h, refit)
@@ -401,6 +401,13 @@ class _Problem:
         effective = sparse if a is None or b is None else sparse + b @ a
         move = self.train.shift(goal, effective) if shift else None
         return Compensation(sparse, mask, a, b, move, rank, 0, 0, "")
+
+    def _system(self, shift: bool) -> tuple[Tensor, Tensor]:
+        """(H, the goal in its metric), which all fits with, or without, a shift share."""
+        if shift not in self._systems:
+            h = self.train.fitted(shift, self.damping)
+            self._systems[shift] = h, self.train.goal(self.dense, h, shift)
+        return self._systems[shift]
 
     def _select(self, target: Tensor, weights: Tensor, kept: int) -> Tensor:
         scores = target.abs() * weights if self.scores is None else self.scores.float()

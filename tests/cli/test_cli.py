@@ -4,6 +4,7 @@ exit.
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -75,6 +76,14 @@ def test_prune_writes_a_run_that_report_reads(files, tmp_path, capsys):
     assert "layers.0" in capsys.readouterr().out
     assert main(prune_arguments(files, tmp_path / "runs", "--density", "0.25", "--name", "two")) == 0
     assert json.loads((tmp_path / "runs" / "two" / "run.json").read_text())["mask_hash"] == record["mask_hash"]
+
+
+def test_every_way_in_prunes_by_magnitude_unless_told_otherwise():
+    from sparseprune.runner import run_demo, run_prune
+
+    assert sp.GANConfig().method == "magnitude"
+    assert {inspect.signature(run).parameters["method"].default for run in (run_demo, run_prune)} == {"magnitude"}
+    assert parser().parse_args(["demo"]).method == "magnitude"
 
 
 @pytest.mark.parametrize(("more", "method"), [((), "magnitude"), (("--method", "gan"), "gan")])

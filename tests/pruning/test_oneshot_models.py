@@ -370,6 +370,10 @@ def test_hidden_states_are_spilled(tmp_path: Any, dtype: torch.dtype) -> None:
         assert torch.equal(each[0], values)
         with pytest.raises(IndexError):
             each[3]
+    next(tmp_path.glob("hidden.*/0")).write_bytes(b"half")  # what a full disk leaves
+    with pytest.raises(OSError, match="bytes of hidden states, got 4"):
+        other[0]
+    for each in (store, other):
         each.close()
     assert [p.name for p in tmp_path.iterdir()] == ["new"] and not list((tmp_path / "new").iterdir())
 

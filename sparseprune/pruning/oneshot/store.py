@@ -66,8 +66,10 @@ class ChunkStore:
             return torch.load(path, weights_only=True)
         dtype, shape, device = self._items[index]
         value = torch.empty(shape, dtype=dtype)
+        room = value.view(-1).view(torch.uint8).numpy()
         with open(path, "rb") as file:
-            file.readinto(value.view(-1).view(torch.uint8).numpy().data)
+            if (read := file.readinto(room.data)) != room.size:
+                raise OSError(f"{path}: expected {room.size} bytes of hidden states, got {read}; is the disk full?")
         return value.to(device)
 
     def copy(self, spill: str | os.PathLike[str] | None = None) -> ChunkStore:
