@@ -29,6 +29,10 @@ def test_one_run_leaves_a_record_a_checkpoint_and_plots(tmp_path, capsys):
     result = run(tiny(), out=tmp_path, name="a")
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     assert record["density"] == pytest.approx(0.1, abs=1e-3)
+    layers = {fqn: result.model.get_submodule(fqn) for fqn in record["layers"]}
+    kept = {fqn: record["layers"][fqn] * m.in_features * m.out_features for fqn, m in layers.items()}
+    assert sum(kept.values()) == pytest.approx(record["density"] * record["prunable_parameters"])
+    assert all(kept[fqn] == pytest.approx(int((m.weight != 0).sum())) for fqn, m in layers.items())
     for which in ("dense", "pruned"):
         for split in ("train", "valid", "test"):
             assert set(record[which][split]) == {"loss", "accuracy"}
