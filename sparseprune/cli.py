@@ -83,8 +83,8 @@ def parser() -> argparse.ArgumentParser:
     for split in ("train", "valid", "test"):
         prune.add_argument(
             f"--{split}", required=True, metavar="FILE",
-            help="TSV (text, label; or two texts, label), .jsonl (text and label keys), or .conll, .bio, .iob (a word, its "
-            "label in the last column, an empty line between sentences)",
+            help="TSV (text, label; or two texts, label), .jsonl (text and label keys), or .conll, .bio, .iob (a word,"
+            " its label in the last column, an empty line between sentences)",
         )
     prune.add_argument("--teacher", help="folder or name of an already fine-tuned classifier")
     prune.add_argument("--lr", type=float, default=3e-5, help="learning rate of the weights (default 3e-5)")
