@@ -42,7 +42,12 @@ from sparseprune.pruning.masks import MaskSet
 from sparseprune.pruning.schedules import Cubic, RetentionSchedule
 
 RULE_ARMS = ("gmp", "gmp_kd", "scores_kd", "gan", "scores_kd_matched", "gan_frozen_d", "gan_shuffled_d")
-COMPENSATED = {"scores_kd+survivors": "scores_kd", "gan+survivors": "gan"}
+# arm -> (its base, what stands in for the weights that are gone)
+COMPENSATED = {
+    **{f"gmp_kd+{what}": ("gmp_kd", what) for what in ("bias", "survivors", "low_rank", "best")},
+    "scores_kd+survivors": ("scores_kd", "survivors"),
+    "gan+survivors": ("gan", "survivors"),
+}
 # Each changes one thing of the arm "gan": settings of the discriminator, and settings of the trainer.
 REMEDIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gan+relativistic": ({"loss": "relativistic"}, {}),
@@ -58,7 +63,8 @@ ARMS = (*RULE_ARMS, *COMPENSATED, *REMEDIES)
 CONTRASTS = (
     ("gan", "scores_kd"), ("gan", "scores_kd_matched"), ("gan", "gan_frozen_d"), ("gan", "gan_shuffled_d"),
     ("gan", "gmp_kd"), ("scores_kd", "gmp_kd"), ("scores_kd_matched", "gmp_kd"), ("gmp_kd", "gmp"),
-    *COMPENSATED.items(), *((remedy, "scores_kd") for remedy in REMEDIES),
+    *((arm, base) for arm, (base, _) in COMPENSATED.items()),
+    *((remedy, "scores_kd") for remedy in REMEDIES),
 )  # fmt: skip
 FIGURES = ("accuracy", "macro_f1", "agreement", "kl", "ece")
 RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
@@ -140,9 +146,8 @@ def arm_config(
     if arm == "scores_kd_matched":
         return GANConfig(method="scores", **{**common, "epochs": setting.epochs * stretch})
     if arm in COMPENSATED:
-        return replace(
-            arm_config(COMPENSATED[arm], sparsity, seed, setting, 1.0, granularity), compensation="survivors"
-        )
+        base, what = COMPENSATED[arm]
+        return replace(arm_config(base, sparsity, seed, setting, 1.0, granularity), compensation=what)
     if arm in REMEDIES:
         game, trainer = REMEDIES[arm]
         return GANConfig(method="gan", discriminator=DiscriminatorConfig(**game), **{**common, **trainer})

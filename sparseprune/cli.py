@@ -170,6 +170,12 @@ def _run_options(command: argparse.ArgumentParser, name: str) -> None:
         choices=("magnitude", "scores", "gan", "movement"),
         help="what decides which weights stay; all but gan without the adversary (default magnitude)",
     )
+    command.add_argument(
+        "--compensation",
+        default="none",
+        choices=("none", "bias", "survivors", "low_rank", "best"),
+        help="what stands in for the removed weights, within the same number of parameters (default none)",
+    )
     command.add_argument("--layers", metavar="PATTERN", action="append", help="prune only Linears whose name matches")
     command.add_argument("--layout", default="auto", choices=("auto", "csr", "bsr", "nm", "dense"))
     command.add_argument("--epochs", type=float, help="epochs of pruning and healing")
@@ -212,6 +218,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         granularity=make_granularity(arguments.granularity),
         layers=arguments.layers,
         method=arguments.method,
+        compensation=arguments.compensation,
         seed=arguments.seed,
         epochs=arguments.epochs,
         max_seconds=arguments.max_seconds,
@@ -241,6 +248,7 @@ def _prune(arguments: argparse.Namespace) -> int:
         granularity=make_granularity(arguments.granularity),
         layers=arguments.layers,
         method=arguments.method,
+        compensation=arguments.compensation,
         teacher=arguments.teacher,
         seed=arguments.seed,
         epochs=5.0 if arguments.epochs is None else arguments.epochs,

@@ -131,9 +131,9 @@ class _Setup:
 
 def run_demo(
     *, out: str | Path = "runs", name: str = "demo", data: str = "clinc10", density: float = 0.1,
-    granularity: Any = "element", layers: Sequence[str] | None = None, method: str = "magnitude", seed: int = 0,
-    epochs: float | None = None, max_seconds: float | None = None, layout: str = "auto", quiet: bool = False,
-    config: RunConfig | None = None,
+    granularity: Any = "element", layers: Sequence[str] | None = None, method: str = "magnitude",
+    compensation: str = "none", seed: int = 0, epochs: float | None = None, max_seconds: float | None = None,
+    layout: str = "auto", quiet: bool = False, config: RunConfig | None = None,
 ) -> RunResult:  # fmt: skip
     """The built-in encoder on a built-in set, from nothing to the table; about five minutes on two cores.
 
@@ -142,6 +142,7 @@ def run_demo(
     if config is None:
         gan = GANConfig(
             method=method,  # type: ignore[arg-type]
+            compensation=compensation,  # type: ignore[arg-type]
             schedule=_schedule(density), granularity=granularity, seed=seed, max_seconds=max_seconds,
             epochs=_DEMO_EPOCHS if epochs is None else epochs,
         )  # fmt: skip
@@ -154,20 +155,21 @@ def run_demo(
 def run_prune(
     model: str, train: str | Path, valid: str | Path, test: str | Path, *, out: str | Path = "runs",
     name: str = "prune", density: float = 0.1, granularity: Any = "element", layers: Sequence[str] | None = None,
-    method: str = "magnitude", teacher: str | None = None, seed: int = 0, epochs: float = 5.0, dense_epochs: int = 3,
-    lr: float = 3e-5,
-    batch_size: int = 32, max_length: int = 128, max_seconds: float | None = None, layout: str = "auto",
-    quiet: bool = False, config: GANConfig | None = None,
+    method: str = "magnitude", compensation: str = "none", teacher: str | None = None, seed: int = 0,
+    epochs: float = 5.0, dense_epochs: int = 3, lr: float = 3e-5, batch_size: int = 32, max_length: int = 128,
+    max_seconds: float | None = None, layout: str = "auto", quiet: bool = False, config: GANConfig | None = None,
 ) -> RunResult:  # fmt: skip
     """Any transformers sequence classifier (hub name or folder; ``"encoder"``: the built-in one) on three TSV or JSONL
     files, of one text or a pair of texts and a label; on three CoNLL files (a word and its label a line) any token
     classifier.
 
     The dense model is fine-tuned first unless ``teacher`` names a fine-tuned one, from whose weights the student then
-    starts. config: replaces density, granularity, method, epochs, lr, max_seconds and seed of the pruning.
+    starts. config: replaces density, granularity, method, compensation, epochs, lr, max_seconds and seed of the
+    pruning.
     """
     gan = config or GANConfig(
         method=method,  # type: ignore[arg-type]
+        compensation=compensation,  # type: ignore[arg-type]
         schedule=_schedule(density), granularity=granularity, seed=seed, epochs=epochs,
         lr=1e-3 if model == "encoder" else lr, max_seconds=max_seconds,
     )  # fmt: skip

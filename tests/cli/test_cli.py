@@ -95,6 +95,16 @@ def test_the_adversary_plays_only_when_asked_for(files, tmp_path, more, method):
     assert ("discriminator_accuracy" in steps[-1]) == (method == "gan")
 
 
+def test_compensation_comes_from_the_command_line_and_counts_in_the_density(files, tmp_path):
+    argv = prune_arguments(files, tmp_path, "--name", "one", "--compensation", "best", "--density", "0.25")
+    assert main(argv) == 0
+    record = json.loads((tmp_path / "one" / "run.json").read_text())
+    assert record["config"]["gan"]["compensation"] == "best" and record["density"] < 0.25 + 1e-3
+    events = json.loads((tmp_path / "one" / record["history"]).read_text())["events"]
+    chosen = [event["chosen"] for event in events if event["event"] == "compensated"]
+    assert len(chosen) == 1 and set(chosen[0]) == set(record["layers"])
+
+
 def test_only_the_layers_that_match_are_pruned(files, tmp_path):
     argv = prune_arguments(files, tmp_path, "--name", "ffn", "--layers", "*.ffn.*", "--granularity", "16x1")
     assert main([*argv, "--density", "0.5"]) == 0
