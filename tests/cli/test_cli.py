@@ -105,6 +105,21 @@ def test_compensation_comes_from_the_command_line_and_counts_in_the_density(file
     assert len(chosen) == 1 and set(chosen[0]) == set(record["layers"])
 
 
+def test_demo_hands_every_option_on(monkeypatch):
+    given = {}
+    monkeypatch.setattr("sparseprune.runner.run", lambda config, **more: given.update(config=config, **more))
+    options = (
+        "--data clinc10 --density 0.25 --granularity 16x1 --method gan --compensation bias --layers *.ffn.* "
+        "--layout csr --epochs 2 --max-seconds 9 --seed 3 --out there --name one --quiet"
+    )
+    assert main(["demo", *options.split()]) == 0
+    config, gan = given["config"], given["config"].gan
+    assert (gan.method, gan.compensation, gan.granularity, gan.epochs) == ("gan", "bias", sp.Block(16, 1), 2)
+    assert (gan.max_seconds, gan.seed, config.seed, config.layout) == (9, 3, 3, "csr")
+    assert gan.final_density == pytest.approx(0.25) and config.prune_layers == ("*.ffn.*",)
+    assert (config.data, given["out"], given["name"], given["quiet"]) == ("clinc10", "there", "one", True)
+
+
 def test_only_the_layers_that_match_are_pruned(files, tmp_path):
     argv = prune_arguments(files, tmp_path, "--name", "ffn", "--layers", "*.ffn.*", "--granularity", "16x1")
     assert main([*argv, "--density", "0.5"]) == 0
