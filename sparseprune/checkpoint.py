@@ -27,7 +27,7 @@ from . import encodings, layouts
 from ._files import replacing
 from .nn import MaskedLinear, SparseLinear, fuse_, unfuse_
 from .nn.filters import take_slow_path_
-from .nn.fusion import FusedActivation, FusedOutput
+from .nn.fusion import FUSED
 from .nn.linear import ACTIVATIONS, VALUES
 from .nn.unpack import is_conv1d, using_linears
 from .pruning.structures import position_biases, restore_shapes
@@ -127,7 +127,7 @@ def describe(path: str | os.PathLike[str]) -> SparsityReport:
 
 
 def _state_of(model: nn.Module) -> _State:
-    state = _State(fused=any(isinstance(m, FusedActivation | FusedOutput) for m in model.modules()))
+    state = _State(fused=any(isinstance(m, FUSED) for m in model.modules()))
     found: dict[str, Any] = dict(model.state_dict(keep_vars=True))
     for fqn, module in model.named_modules(remove_duplicate=False):
         prefix = f"{fqn}." if fqn else ""
@@ -437,7 +437,7 @@ def _fill_linears(model: nn.Module, state: _State, content: Mapping[str, Tensor]
     replacements = _replacements(model, linears, state, content)
     if resized or biases:
         restore_shapes(model, {**{fqn: tuple(state.linears[fqn]) for fqn in resized}, **biases})
-    if any(isinstance(m, FusedActivation | FusedOutput) for m in model.modules()):
+    if any(isinstance(m, FUSED) for m in model.modules()):
         unfuse_(model)
     with torch.no_grad():
         for fqn, value in _targets(model):

@@ -316,6 +316,14 @@ def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Ten
     return F.layer_norm(total, (x.shape[-1],), weight.to(wide), bias.to(wide), eps).to(x.dtype)
 
 
+@kernel("rms_norm", "reference", _always)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: `[..., D]`; weight `[D]`; returns x / sqrt(mean(x^2) + eps) * weight in the wider of the two dtypes."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    normed = x.to(wide) * torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
+    return (normed * weight.to(wide)).to(torch.promote_types(x.dtype, weight.dtype))
+
+
 def packed_places(index: Tensor, offsets: Tensor, plan: Sequence[int]) -> Tensor:
     """int64 `[packed]`: where in the flat `[N_out * K]` weight each packed value lies; ``native.matmul.Packed`` has
     the order.

@@ -19,5 +19,6 @@ T* at(uintptr_t address) {
 void bind_masking(py::module_& m);
 void bind_selection(py::module_& m);
 void bind_matmul(py::module_& m);
+void bind_decode(py::module_& m);
 void bind_peaks(py::module_& m);
 }  // namespace sparseprune

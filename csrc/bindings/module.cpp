@@ -18,5 +18,6 @@ PYBIND11_MODULE(_C, m) {
   bind_masking(m);
   bind_selection(m);
   bind_matmul(m);
+  bind_decode(m);
   bind_peaks(m);
 }

@@ -109,6 +109,15 @@ struct MatmulKernels {
                          const float* bias, float eps, int64_t n, int64_t d, float* y);
 };
 
+// What a step of a language model does beside its sparse weights.
+struct DecodeKernels {
+  // y [n, d] = x / sqrt(mean(x^2) + eps) * weight.
+  void (*rms_norm)(const float* x, int64_t x_stride, const float* weight, float eps, int64_t n, int64_t d, float* y);
+  // y [n, rows] = x [n, columns] W^T + bias, W bfloat16 [rows, columns]; bias may be null.
+  void (*rounded_linear)(const uint16_t* w, int64_t rows, int64_t columns, const float* x, int64_t x_stride, int64_t n,
+                         const float* bias, float* y);
+};
+
 struct Kernels {
   const char* tier;
   int lanes;
@@ -116,6 +125,7 @@ struct Kernels {
   SelectionKernels selection;
   PeakKernels peaks;
   MatmulKernels matmul;
+  DecodeKernels decode;
 };
 
 // The table of each tier that was compiled (tiers/*.cpp).

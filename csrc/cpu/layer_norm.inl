@@ -1,4 +1,38 @@
-// y = LayerNorm(x + residual) * weight + bias over rows of d floats: one pass over memory, the row staying in L1.
+// LayerNorm (with the residual before it) and RMSNorm over rows of d floats: one pass over memory, the row staying in L1.
+
+// The mean of (x - middle)^2 over d floats.
+static inline float mean_square(const float* x, int64_t d, float middle) {
+  vf square[4] = {};
+  float rest = 0.0f;
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= d; i += 4 * kLanes) {
+    for (int u = 0; u < 4; ++u) {
+      const vf v = load(x + i + u * kLanes) - middle;
+      square[u] += v * v;
+    }
+  }
+  for (; i < d; ++i) rest += (x[i] - middle) * (x[i] - middle);
+  return (total((square[0] + square[1]) + (square[2] + square[3])) + rest) / static_cast<float>(d);
+}
+
+// y = x / sqrt(mean(x^2) + eps) * weight.
+static void rms_norm(const float* x, int64_t x_stride, const float* weight, float eps, int64_t n, int64_t d, float* y) {
+  const int threads = threads_for_cycles(n * d / 2);
+#pragma omp parallel num_threads(threads)
+  {
+    const Range part = share(n, 1, thread_id(), team_size());
+    for (int64_t t = part.begin; t < part.end; ++t) {
+      const float* from = x + t * x_stride;
+      float* to = y + t * d;
+      const float scale = 1.0f / std::sqrt(mean_square(from, d, 0.0f) + eps);
+      int64_t i = 0;
+      for (; i + kLanes <= d; i += kLanes) store(to + i, load(from + i) * scale * load(weight + i));
+      for (; i < d; ++i) to[i] = from[i] * scale * weight[i];
+    }
+  }
+}
+
+// y = LayerNorm(x + residual) * weight + bias.
 
 static void add_layer_norm(const float* x, int64_t x_stride, const float* residual, int64_t residual_stride, const float* weight,
                            const float* bias, float eps, int64_t n, int64_t d, float* y) {
@@ -25,17 +59,7 @@ static void add_layer_norm(const float* x, int64_t x_stride, const float* residu
         rest += to[i];
       }
       const float mean = (total((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest) / static_cast<float>(d);
-      vf square[4] = {};
-      rest = 0.0f;
-      for (i = 0; i + 4 * kLanes <= d; i += 4 * kLanes) {
-        for (int u = 0; u < 4; ++u) {
-          const vf v = load(to + i + u * kLanes) - mean;
-          square[u] += v * v;
-        }
-      }
-      for (; i < d; ++i) rest += (to[i] - mean) * (to[i] - mean);
-      const float variance = (total((square[0] + square[1]) + (square[2] + square[3])) + rest) / static_cast<float>(d);
-      const float scale = 1.0f / std::sqrt(variance + eps);
+      const float scale = 1.0f / std::sqrt(mean_square(to, d, mean) + eps);
       for (i = 0; i + kLanes <= d; i += kLanes) {
         store(to + i, (load(to + i) - mean) * scale * load(weight + i) + load(bias + i));
       }

@@ -1,3 +1,3 @@
 """Floor 1: the ops through the compiled core ``_C``. Each function has the name of its op and registers itself."""
 
-from . import masking, matmul, selection  # noqa: F401
+from . import decode, masking, matmul, selection  # noqa: F401

@@ -1,11 +1,13 @@
 """Fusion in eager mode: what follows a SparseLinear moves into its epilogue, where the result is still in registers.
 
-Two patterns, found by structure and checked by running both forms on the same random input before one replaces the
+Three patterns, found by structure and checked by running both forms on the same random input before one replaces the
 other:
 
 - *activation*: a Linear followed by its activation module, in an ``nn.Sequential`` or in a feed-forward block that
 holds just the two (BERT's ``intermediate``);
-- *output*: Linear, dropout, residual, LayerNorm (BERT's ``output`` blocks).
+- *output*: Linear, dropout, residual, LayerNorm (BERT's ``output`` blocks);
+- *RMSNorm*: any module that holds one gain and an eps and computes x / sqrt(mean(x^2) + eps) * gain, in one pass
+instead of six ops.
 
 Names of parameters and modules stay; :func:`unfuse_` puts the original modules back, untouched.
 """
@@ -18,10 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from .linear import SparseLinear
+from .. import _native, backends, native, ops
+from .linear import SparseLinear, why_not_direct
 
-__all__ = ["FusedActivation", "FusedOutput", "Fusion", "fuse_", "unfuse_"]
+__all__ = ["FUSED", "FusedActivation", "FusedOutput", "FusedRMSNorm", "Fusion", "fuse_", "unfuse_"]
 
 # Class name of an activation module -> the epilogue that computes the same function.
 _EPILOGUES = {
@@ -86,6 +88,44 @@ class FusedOutput(nn.Module):
         return ops.add_layer_norm(dense(hidden_states), input_tensor, norm.weight, norm.bias, norm.eps)
 
 
+class FusedRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight in one pass. x: `[..., D]`; returns `[..., D]` in the wider dtype of the two.
+
+    Holds the weight `[D]` of the module it replaces under its own name.
+    """
+
+    weight: nn.Parameter
+    original: nn.Module
+
+    def __init__(self, original: nn.Module, eps: float) -> None:
+        super().__init__()
+        self.train(original.training)
+        self.weight = original.weight  # type: ignore[assignment]
+        self.eps = eps
+        self.__dict__["original"] = original  # not a submodule: its weight is ours already
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self._parameters["weight"]
+        assert weight is not None
+        if (
+            why_not_direct(x, weight) is None
+            and backends.forced_backend() in (None, "native")
+            and _native.C is not None
+            and x.dtype in native.matmul.DTYPES
+            and weight.dtype in native.matmul.DTYPES
+            and x.shape[-1:] == weight.shape
+        ):
+            return native.decode.rms_norm(x, weight, self.eps)
+        return ops.rms_norm(x, weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+#: What :func:`fuse_` puts into a model and :func:`unfuse_` takes out.
+FUSED = (FusedActivation, FusedOutput, FusedRMSNorm)
+
+
 def _epilogue_of(module: nn.Module) -> str | None:
     if isinstance(module, nn.GELU):
         return "gelu" if module.approximate == "none" else "gelu_tanh"
@@ -93,7 +133,11 @@ def _epilogue_of(module: nn.Module) -> str | None:
 
 
 def _hooked(*modules: nn.Module) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
+    """Whether something watches these modules, or has replaced the forward of one."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
+        for m in modules
+    )
 
 
 def _probe(linear: SparseLinear, features: int) -> Tensor:
@@ -180,13 +224,43 @@ def _fuse_output(name: str, module: nn.Module) -> tuple[Fusion, FusedOutput | No
     return Fusion(name, what), fused
 
 
+def _eps_of(module: nn.Module) -> float | None:
+    """The eps of a module that may be an RMSNorm: no children, one parameter, the gain, and an eps; else None."""
+    weight = module._parameters.get("weight")
+    if list(module._parameters) != ["weight"] or weight is None or weight.dim() != 1 or weight.is_meta:
+        return None
+    if module._buffers or module._modules or isinstance(module, FUSED) or not weight.is_floating_point():
+        return None
+    for name in ("variance_epsilon", "eps", "epsilon"):
+        if isinstance(eps := getattr(module, name, None), float):
+            return eps
+    if not isinstance(module, nn.RMSNorm):
+        return None
+    return torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps  # what torch takes where none is given
+
+
+@torch.no_grad()
+def _fuse_rms_norm(name: str, module: nn.Module, eps: float) -> tuple[Fusion, FusedRMSNorm | None]:
+    what = "RMSNorm"
+    if _hooked(module):
+        return Fusion(name, what, "a hook observes the module"), None
+    fused = FusedRMSNorm(module, eps)
+    scale = torch.tensor([[1e-4], [1e-2], [1.0], [1e2]])  # small inputs show the eps
+    x = torch.randn(4, fused.weight.numel(), generator=torch.Generator().manual_seed(0)) * scale
+    x = x.to(fused.weight)
+    expected, result = _try(module, x), _try(fused, x)
+    if expected is None or result is None or expected.dtype != result.dtype or not _same(result, expected):
+        return Fusion(name, what, "its forward is not x / sqrt(mean(x^2) + eps) * weight"), None
+    return Fusion(name, what), fused
+
+
 def fuse_(model: nn.Module) -> list[Fusion]:
-    """Fuses in place what follows the SparseLinears of ``model``; returns what was done and what was left alone, with
-    reasons.
+    """Fuses in place what follows the SparseLinears of ``model``, and its RMSNorms; returns what was done and what was
+    left alone, with reasons.
     """
     fusions: list[Fusion | None] = []
     for name, module in list(model.named_modules()):
-        if isinstance(module, FusedActivation | FusedOutput):
+        if isinstance(module, FUSED):
             continue
         for first, second in _neighbours(module):
             linear = module._modules[first]
@@ -202,6 +276,11 @@ def fuse_(model: nn.Module) -> list[Fusion]:
                 fusions.append(fusion)
                 if fused is not None:
                     setattr(module, child_name, fused)
+            elif (eps := _eps_of(child)) is not None:
+                fusion, norm = _fuse_rms_norm(f"{name}.{child_name}".lstrip("."), child, eps)
+                fusions.append(fusion)
+                if norm is not None:
+                    setattr(module, child_name, norm)
     return [fusion for fusion in fusions if fusion is not None]
 
 
@@ -226,6 +305,11 @@ def unfuse_(model: nn.Module) -> None:
                 original = child.original
                 for grandchild_name, grandchild in child.named_children():
                     setattr(original, grandchild_name, grandchild)
+                original.train(child.training)
+                setattr(module, child_name, original)
+            elif isinstance(child, FusedRMSNorm):
+                original = child.original
+                original.weight = child.weight  # loading may have assigned another
                 original.train(child.training)
                 setattr(module, child_name, original)
     for module in model.modules():

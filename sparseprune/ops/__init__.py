@@ -12,6 +12,7 @@ from .linear import (
     pack,
     packed_linear,
     repack,
+    rms_norm,
     sddmm,
     trained_linear,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "packed_linear",
     "radix_histogram",
     "repack",
+    "rms_norm",
     "sddmm",
     "threshold_mask",
     "topk_mask",

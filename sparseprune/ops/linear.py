@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import layouts
+from .. import layouts, reference
 from ..native.matmul import VALUE_DTYPES, Packed, nm_as_csr, pack_structure, quantise
 from ..reference import ACTIVATIONS, activate
 from ._library import LIBRARY, check_mask, define
@@ -28,6 +28,7 @@ __all__ = [
     "pack",
     "packed_linear",
     "repack",
+    "rms_norm",
     "sddmm",
     "trained_linear",
 ]
@@ -476,3 +477,21 @@ def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Ten
         total = x if residual is None else x + residual
         return torch.nn.functional.layer_norm(total, (x.shape[-1],), weight, bias, eps)
     return _OPS.add_layer_norm(x, residual, weight, bias, eps)
+
+
+define(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    "rms_norm",
+    lambda x, weight, eps: x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype)),
+)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """x: `[..., D]`; weight `[D]`; returns x / sqrt(mean(x^2) + eps) * weight in the wider of the two dtypes (Zhang and
+    Sennrich, 2019). For inference; where a gradient is needed it is composed from torch's own ops.
+    """
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: weight expected [{x.shape[-1]}], got {list(weight.shape)}")
+    if _needs_grad(x, weight):
+        return reference.rms_norm(x, weight, eps)
+    return _OPS.rms_norm(x, weight, eps)

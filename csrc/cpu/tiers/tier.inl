@@ -36,6 +36,7 @@ namespace {
 #include "../pack.inl"
 #include "../layer_norm.inl"
 #include "../matmul.inl"
+#include "../rounded.inl"
 }  // namespace
 
 const Kernels& SP_JOIN(SP_TIER, _kernels)() {
@@ -46,6 +47,7 @@ const Kernels& SP_JOIN(SP_TIER, _kernels)() {
       selection_kernels(),
       peak_kernels(),
       matmul_kernels(),
+      decode_kernels(),
   };
   return table;
 }

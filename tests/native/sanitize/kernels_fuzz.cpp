@@ -187,6 +187,31 @@ void layer_norm(const Kernels& k) {
     for (int64_t j = 0; j < d; ++j) sum += y[i * d + j];
     check(std::fabs(sum) < 1e-3 * static_cast<double>(d), k.tier, "add_layer_norm", d);
   }
+  k.decode.rms_norm(x.get(), stride, weight.get(), 1e-5f, n, d, y.get());
+  for (int64_t i = 0; i < n; ++i) {
+    double sum = 0;
+    for (int64_t j = 0; j < d; ++j) sum += y[i * d + j] * y[i * d + j];
+    check(sum < 1.001 * static_cast<double>(d), k.tier, "rms_norm", d);
+  }
+}
+
+// A dense row of ones, in bfloat16, adds up x.
+void rounded(const Kernels& k) {
+  const int64_t n = pick(0, 9), rows = pick(0, 40), columns = pick(0, 200), stride = columns + pick(0, 5);
+  Exact<float> x(n ? (n - 1) * stride + columns : 0), bias(rows), y(n * rows);
+  Exact<uint16_t> w(rows * columns);
+  for (int64_t i = 0; i < x.n; ++i) x[i] = static_cast<float>(pick(-8, 8));
+  for (int64_t i = 0; i < rows; ++i) bias[i] = static_cast<float>(i);
+  for (int64_t i = 0; i < w.n; ++i) w[i] = 0x3f80;
+  const bool shifted = pick(0, 1);
+  k.decode.rounded_linear(w.get(), rows, columns, x.get(), stride, n, shifted ? bias.get() : nullptr, y.get());
+  for (int64_t t = 0; t < n; ++t) {
+    float sum = 0;
+    for (int64_t j = 0; j < columns; ++j) sum += x[t * stride + j];
+    for (int64_t r = 0; r < rows; ++r) {
+      check(y[t * rows + r] == sum + (shifted ? static_cast<float>(r) : 0.0f), k.tier, "rounded_linear", r);
+    }
+  }
 }
 }  // namespace
 
@@ -212,6 +237,7 @@ int main(int argc, char** argv) {
       structures(*k);
       masking(*k);
       layer_norm(*k);
+      rounded(*k);
     }
     ++rounds;
   }

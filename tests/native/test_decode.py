@@ -1,0 +1,52 @@
+"""What a step does beside its sparse weights, through the core, on every tier."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparseprune import _native, ops, reference
+from sparseprune.native import decode
+
+pytestmark = pytest.mark.skipif(_native.C is None, reason="needs the compiled core")
+
+SHAPES = [(5, 1), (3, 64), (2, 7, 100), (0, 8), (33, 384), (1, 1, 577)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm(tier, shape, dtype, close):
+    x, weight = torch.randn(shape).to(dtype), torch.randn(shape[-1])
+    for gain in (weight, weight.to(dtype)):
+        got = decode.rms_norm(x, gain, 1e-5)
+        expected = reference.rms_norm(x.double(), gain.double(), 1e-5)
+        assert got.dtype == torch.promote_types(dtype, gain.dtype) == reference.rms_norm(x, gain, 1e-5).dtype
+        close(got, expected)
+        close(reference.rms_norm(x, gain, 1e-5), expected)
+
+
+def test_rms_norm_of_small_rows_and_of_a_slice(tier, close):
+    x = (torch.randn(6, 40) * 1e-4)[:, 3:23]
+    weight = torch.randn(20)
+    for eps in (1e-5, 1e-8):
+        got, expected = decode.rms_norm(x, weight, eps), reference.rms_norm(x.double(), weight.double(), eps)
+        close(got / expected.abs().max(), expected / expected.abs().max())
+    assert torch.equal(decode.rms_norm(torch.zeros(2, 20), weight, 1e-5), torch.zeros(2, 20))
+    x[2, 7] = float("nan")
+    assert torch.isnan(decode.rms_norm(x, weight, 1e-5)).sum(1).tolist() == [0, 0, 20, 0, 0, 0]
+
+
+def test_rms_norm_has_the_gradients_of_its_formula(close):
+    x = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: ops.rms_norm(x, w, 1e-3), (x, weight))
+    with torch.no_grad():
+        close(ops.rms_norm(x.float(), weight.float(), 1e-3), x / (x.square().mean(-1, True) + 1e-3).sqrt() * weight)
+
+
+def test_the_ops_pass_opcheck_and_say_what_is_wrong():
+    x, weight = torch.randn(3, 16), torch.randn(16)
+    torch.library.opcheck(torch.ops.sparseprune.rms_norm.default, (x, weight, 1e-5))
+    torch.library.opcheck(torch.ops.sparseprune.rms_norm.default, (x.bfloat16(), weight, 1e-5))
+    with pytest.raises(ValueError, match=r"rms_norm: weight expected \[16\], got \[8\]"):
+        ops.rms_norm(x, weight[:8])

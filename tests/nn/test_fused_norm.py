@@ -1,0 +1,120 @@
+"""RMSNorms in one pass: found by what they compute, and taken out again without a trace."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparseprune as sp
+from sparseprune.nn.fusion import FusedRMSNorm
+
+
+class Norm(nn.Module):
+    """As most language models write it; offset: as some do, 1 + weight."""
+
+    def __init__(self, width: int, eps: float = 1e-5, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+        self.eps, self.offset = eps, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (self.offset + self.weight) * wide.to(x.dtype)
+
+
+class Wrong(Norm):
+    """Holds an eps and uses another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 2e-5)
+
+
+def model(*norms: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    linear = nn.Linear(40, 40)
+    with torch.no_grad():
+        linear.weight.mul_(torch.rand(40, 40) < 0.2)
+    return nn.Sequential(linear, *norms).eval()
+
+
+def fused(net: nn.Module) -> list[str]:
+    return [name for name, m in net.named_modules() if isinstance(m, FusedRMSNorm)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_function_and_the_names_stay(dtype):
+    net = model(Norm(40), nn.RMSNorm(40), Norm(40, eps=1e-2)).to(dtype)
+    before, x = net.state_dict(), torch.randn(2, 3, 40).to(dtype)
+    originals = list(net)[1:]
+    with torch.no_grad():
+        expected = net(x)
+        report = sp.sparsify_(net, layout="csr")
+        assert fused(net) == ["1", "2", "3"]
+        assert [f.what for f in report.fusions if not f.reason] == ["RMSNorm"] * 3
+        tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+        for twin in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            torch.testing.assert_close(twin(x), expected, rtol=tolerance, atol=tolerance)
+        sp.densify_(net)
+    assert list(net)[1:] == originals and torch.equal(net(x), expected)
+    assert list(net.state_dict()) == list(before)
+
+
+def test_what_only_looks_like_one_is_left_alone_with_a_reason():
+    net = model(Norm(40, offset=1.0), Wrong(40), nn.LayerNorm(40, bias=False), nn.PReLU(40))
+    x = torch.randn(5, 40)
+    report = sp.sparsify_(net, layout="csr")
+    assert fused(net) == []
+    assert [f.name for f in report.fusions if "its forward is not" in f.reason] == ["1", "2"]
+    watched = model(Norm(40), Norm(40))
+    watched[1].register_forward_hook(lambda *_: None)
+    watched[2].forward = lambda x: x + 1
+    report = sp.sparsify_(watched, layout="csr")
+    assert [f.reason for f in report.fusions] == ["a hook observes the module"] * 2
+    assert torch.equal(watched(x), watched[1](watched[0](x)) + 1)
+
+
+def test_gradients_autocast_compilation_and_a_missing_core(monkeypatch, close):
+    net = model(Norm(40))
+    twin = copy.deepcopy(net)
+    sp.sparsify_(net, layout="csr")
+    x = torch.randn(3, 40)
+    for each in (net, twin):
+        each(x).square().sum().backward()
+    close(net[1].weight.grad, twin[1].weight.grad)
+    with torch.no_grad():
+        direct = net[1](x)
+        close(torch.compile(net[1], fullgraph=True, backend="eager")(x), direct)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = net[1](x.bfloat16())
+            assert half.dtype == twin[1](x.bfloat16()).dtype == torch.float32
+        monkeypatch.setenv("SPARSEPRUNE_BACKEND", "reference")
+        close(net[1](x), direct)
+    with pytest.raises(ValueError, match="weight expected"):
+        net[1](torch.randn(3, 41))
+
+
+def test_an_assigned_weight_stays_after_densify():
+    net = model(Norm(40))
+    sp.sparsify_(net, layout="csr")
+    gain = torch.arange(40.0)
+    net.load_state_dict({**net.state_dict(), "1.weight": gain}, assign=True)
+    x = torch.randn(4, 40)
+    with torch.no_grad():
+        expected = net(x)
+        sp.densify_(net)
+        assert torch.equal(net[1].weight, gain)
+        torch.testing.assert_close(net(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_brings_it_back(tmp_path):
+    net, empty = model(Norm(40)), model(Norm(40, eps=1e-5))
+    sp.sparsify_(net, layout="csr")
+    sp.save(net, tmp_path / "net.safetensors")
+    sp.load(empty, tmp_path / "net.safetensors")
+    x = torch.randn(4, 40)
+    assert fused(empty) == ["1"] and torch.equal(empty(x), net(x))
