@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import encodings, layouts
 from ._files import replacing
-from .nn import MaskedLinear, SparseLinear, fuse_, unfuse_
+from .nn import MaskedLinear, RoundedLinear, SparseLinear, fuse_, unfuse_
 from .nn.filters import take_slow_path_
 from .nn.fusion import FUSED
 from .nn.linear import ACTIVATIONS, VALUES
@@ -50,7 +50,8 @@ class _State:
     """A model's state apart from the model: ``tensors`` name -> dense tensor, and what the structure JSON holds.
 
     ``ties``: name -> the name it shares its tensor with; ``linears``: fqn -> (out_features, in_features); ``sparse``:
-    fqn -> how its SparseLinear ran; ``masked``: fqns of MaskedLinears; ``fused``: whether fuse_ had been at work.
+    fqn -> how its SparseLinear ran; ``masked``: fqns of MaskedLinears; ``fused``: whether fuse_ had been at work;
+    ``rounded``: fqn -> up to how many rows of x a RoundedLinear answers from its copy.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class _State:
     sparse: dict[str, dict[str, Any]] = field(default_factory=dict)
     masked: list[str] = field(default_factory=list)
     fused: bool = False
+    rounded: dict[str, int] = field(default_factory=dict)
     encoded: dict[str, dict[str, Any]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)  # bytes in the file, after reading
 
@@ -139,6 +141,8 @@ def _state_of(model: nn.Module) -> _State:
             state.sparse[fqn] = _how(module)
         elif isinstance(module, MaskedLinear):
             state.masked.append(fqn)
+        elif isinstance(module, RoundedLinear):
+            state.rounded[fqn] = module.rows
         if isinstance(module, SparseLinear | nn.Linear):
             state.linears[fqn] = [module.out_features, module.in_features]
     first: dict[tuple[Any, ...], str] = {}
@@ -199,6 +203,7 @@ def _write(state: _State, path: str | os.PathLike[str], values: str) -> None:
             "sparse": state.sparse,
             "masked": state.masked,
             "fused": state.fused,
+            **({"rounded": state.rounded} if state.rounded else {}),
         },
         sort_keys=True,
     )
@@ -308,7 +313,7 @@ def _parsed(structure: str, tensors: dict[str, Tensor]) -> _State:
     except json.JSONDecodeError as error:
         raise ValueError(f"structure expected JSON ({error})") from None
     known = {"encoded", "ties", "linears", "sparse", "masked", "fused"}
-    if not isinstance(found, dict) or set(found) != known:
+    if not isinstance(found, dict) or set(found) - {"rounded"} != known:
         raise ValueError(f"structure expected the keys {sorted(known)}, got {sorted(found) if found else found}")
     state = _State(
         ties=_field(found, "ties", dict),
@@ -317,6 +322,7 @@ def _parsed(structure: str, tensors: dict[str, Tensor]) -> _State:
         masked=_field(found, "masked", list),
         fused=_field(found, "fused", bool),
         encoded=_field(found, "encoded", dict),
+        rounded=_field({"rounded": {}, **found}, "rounded", dict),
     )
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -344,6 +350,9 @@ def _parsed(structure: str, tensors: dict[str, Tensor]) -> _State:
         _check_how(fqn, how, state)
     if not all(isinstance(fqn, str) and fqn in state.linears for fqn in state.masked):
         raise ValueError("structure: masked expected names of Linears in the file")
+    for fqn, rows in state.rounded.items():
+        if fqn not in state.linears or fqn in state.sparse or fqn in state.masked or type(rows) is not int or rows < 1:
+            raise ValueError(f"structure: rounded expected rows of a dense Linear in the file, got {fqn!r}: {rows!r}")
     return state
 
 
@@ -451,6 +460,11 @@ def _fill_linears(model: nn.Module, state: _State, content: Mapping[str, Tensor]
         take_slow_path_(model)
         if state.fused:
             fuse_(model)
+    for fqn, rows in state.rounded.items():
+        owner, _, child_name = fqn.rpartition(".")
+        linear = model.get_submodule(fqn)
+        if fqn and isinstance(linear, nn.Linear):
+            setattr(model.get_submodule(owner), child_name, RoundedLinear.from_linear(linear, rows))
 
 
 def _wanted(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -324,6 +324,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (normed * weight.to(wide)).to(torch.promote_types(x.dtype, weight.dtype))
 
 
+@kernel("rounded_linear", "reference", _always)
+def rounded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x: `[..., K]`; weight bfloat16 `[N, K]`; bias `[N]`; returns x W^T + bias `[..., N]` in x's dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
+
+
 def packed_places(index: Tensor, offsets: Tensor, plan: Sequence[int]) -> Tensor:
     """int64 `[packed]`: where in the flat `[N_out * K]` weight each packed value lies; ``native.matmul.Packed`` has
     the order.

@@ -4,6 +4,7 @@ from .filters import Selection, prunable_linears, select_linears
 from .fusion import Fusion, fuse_, unfuse_
 from .linear import SparseLinear
 from .masked import MaskedLinear
+from .rounded import RoundedLinear
 from .sparsify import DensifyReport, LayerChoice, SparsifyReport, densify_, explain, sparsify_
 from .unpack import Attention, use_linears_
 
@@ -13,6 +14,7 @@ __all__ = [
     "Fusion",
     "LayerChoice",
     "MaskedLinear",
+    "RoundedLinear",
     "Selection",
     "SparseLinear",
     "SparsifyReport",

@@ -132,7 +132,7 @@ def _epilogue_of(module: nn.Module) -> str | None:
     return _EPILOGUES.get(type(module).__name__)
 
 
-def _hooked(*modules: nn.Module) -> bool:
+def hooked(*modules: nn.Module) -> bool:
     """Whether something watches these modules, or has replaced the forward of one."""
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
@@ -161,7 +161,7 @@ def _fuse_activation(name: str, parent: nn.Module, linear: SparseLinear, child: 
     activation = getattr(parent, child)
     what = _epilogue_of(activation)
     assert what is not None
-    if _hooked(linear, activation):
+    if hooked(linear, activation):
         return Fusion(name, what, "a hook observes the modules")
     x = _probe(linear, linear.in_features)
 
@@ -211,7 +211,7 @@ def _is_output_block(module: nn.Module) -> bool:
 @torch.no_grad()
 def _fuse_output(name: str, module: nn.Module) -> tuple[Fusion, FusedOutput | None]:
     what = "residual + LayerNorm"
-    if _hooked(module, *module.children()):
+    if hooked(module, *module.children()):
         return Fusion(name, what, "a hook observes the modules"), None
     fused = FusedOutput(module)
     dense = fused.dense
@@ -242,7 +242,7 @@ def _eps_of(module: nn.Module) -> float | None:
 @torch.no_grad()
 def _fuse_rms_norm(name: str, module: nn.Module, eps: float) -> tuple[Fusion, FusedRMSNorm | None]:
     what = "RMSNorm"
-    if _hooked(module):
+    if hooked(module):
         return Fusion(name, what, "a hook observes the module"), None
     fused = FusedRMSNorm(module, eps)
     scale = torch.tensor([[1e-4], [1e-2], [1.0], [1e2]])  # small inputs show the eps

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from .. import _native, backends, bench, native
 from .filters import FilterFn, select_linears, take_fast_path_, take_slow_path_
-from .fusion import Fusion, fuse_, unfuse_
+from .fusion import Fusion, fuse_, hooked, unfuse_
 from .linear import VALUES, SparseLinear, why_not_direct
+from .rounded import RoundedLinear
 
 __all__ = ["DensifyReport", "LayerChoice", "SparsifyReport", "densify_", "explain", "sparsify_"]
 
 LAYOUTS = ("auto", "csr", "bsr", "nm")
+DENSE_VALUES = ("float32", "bfloat16")
 
 # What layout="auto" tries: column blocks along the outputs for bsr, widest first, and the usual N:M patterns.
 _BLOCKSIZES = ((16, 1), (8, 1), (4, 1))
@@ -51,13 +53,14 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class SparsifyReport:
-    """What :func:`sparsify_` did: ``layers`` in the model's order, ``fusions``, and ``skipped`` Linears with the
-    reason.
+    """What :func:`sparsify_` did: ``layers`` in the model's order, ``fusions``, ``skipped`` Linears with the reason,
+    and with ``dense_values`` the Linears that are not sparse: ``rounded``, layout "bfloat16" where that is faster.
     """
 
     layers: list[LayerChoice]
     fusions: list[Fusion] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    rounded: list[LayerChoice] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> LayerChoice:
         for layer in self.layers:
@@ -86,6 +89,8 @@ class SparsifyReport:
         done = [f for f in self.fusions if not f.reason]
         lines += [f"fused: {f.name} + {f.what}" for f in done]
         lines += [f"not fused: {f.name} + {f.what}: {f.reason}" for f in self.fusions if f.reason]
+        lines += [f"{r.layout}, {r.ratio:.2f} times dense: {r.name}" for r in self.rounded if r.layout != "dense"]
+        lines += [f"not rounded: {r.name}: {r.reason}" for r in self.rounded if r.layout == "dense"]
         return "\n".join(lines)
 
 
@@ -114,6 +119,7 @@ def sparsify_(
     nm: tuple[int, int] | None = None,
     values: str = "float32",
     per_call: bool = True,
+    dense_values: str = "float32",
 ) -> SparsifyReport:
     """Replaces in place the model's pruned Linears by :class:`SparseLinear` where that pays, and reports why or why
     not.
@@ -128,6 +134,11 @@ def sparsify_(
     measuring. ``fuse``: activations, residuals and LayerNorms that follow move into the kernels' epilogues where that
     is safe. ``values``: how inference holds the weights, "float32" (exact), "bfloat16" or "int8".
 
+    ``dense_values="bfloat16"`` also holds the Linears that stay dense, the head among them, rounded for calls of up to
+    8 rows, those of ``tokens`` where that is measured faster (ratio of 1.1 up): a copy beside the exact weight, which
+    longer calls, training and a tied embedding go on using (:class:`RoundedLinear`). It changes the results of layers
+    that were not pruned, hence not by default.
+
     ``filter_fn(module, fqn)`` replaces the default choice of Linears. Raises ValueError on an unknown layout, a layout
     that does not fit, a filter that selects nothing, and for a model that is itself a Linear (use
     ``SparseLinear.from_linear``); the model is then as it was.
@@ -140,6 +151,8 @@ def sparsify_(
         raise ValueError(f"sparsify_: layout expected one of {LAYOUTS}, got {layout!r}")
     if values not in VALUES:
         raise ValueError(f"sparsify_: values expected one of {VALUES}, got {values!r}")
+    if dense_values not in DENSE_VALUES:
+        raise ValueError(f"sparsify_: dense_values expected one of {DENSE_VALUES}, got {dense_values!r}")
     counts = (tokens,) if isinstance(tokens, int) else tuple(tokens)
     if not counts or min(counts) < 1:
         raise ValueError(f"sparsify_: tokens expected one or more numbers >= 1, got {tokens!r}")
@@ -175,11 +188,67 @@ def sparsify_(
     if replacements:
         take_slow_path_(model)
     fusions = fuse_(model) if fuse and replacements else []
-    return SparsifyReport(choices, fusions, selection.skipped)
+    rounded = _round_(model, counts) if dense_values == "bfloat16" else []
+    return SparsifyReport(choices, fusions, selection.skipped, rounded)
+
+
+def _round_(model: nn.Module, counts: tuple[int, ...]) -> list[LayerChoice]:
+    """Puts a RoundedLinear wherever a dense Linear in float32 is slower at one of the counts of up to 8 rows."""
+    few = sorted(rows for rows in counts if rows <= _FEW)
+    choices: list[LayerChoice] = []
+    replacements: dict[int, nn.Module] = {}
+    for name, linear in model.named_modules():
+        if type(linear) is not nn.Linear or not isinstance(linear._parameters.get("weight"), nn.Parameter):
+            continue
+        weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+        ratio, reason, most = None, "", 0
+        if weight.dtype != torch.float32 or weight.device.type != "cpu":
+            reason = f"needs float32 on the CPU, got {weight.dtype} on {weight.device}"
+        elif _native.C is None:
+            reason = _native.why_no_c() or ""
+        elif hooked(linear):
+            reason = "a hook observes the module"
+        elif not few:
+            reason = f"no call of up to {_FEW} rows among tokens={counts}"
+        else:
+            found = {rows: _rounded_ratio(weight, bias, rows) for rows in few}
+            most = max((rows for rows, gain in found.items() if gain >= _MIN_RATIO), default=0)
+            ratio = max(found.values())
+            reason = "bfloat16 runs " + ", ".join(f"{gain:.2f} at {rows} tokens" for rows, gain in found.items())
+        if most:
+            replacements[id(linear)] = RoundedLinear.from_linear(linear, most)
+        density = float(torch.count_nonzero(weight)) / max(1, weight.numel())
+        layout = "bfloat16" if most else "dense"
+        choices.append(LayerChoice(name, (linear.out_features, linear.in_features), density, layout, ratio, reason))
+    _replace_(model, replacements)
+    return choices
+
+
+def _rounded_ratio(weight: Tensor, bias: Tensor | None, rows: int) -> float:
+    """Dense time / time from a copy in bfloat16, each from memory."""
+    copies = max(1, _IN_TURN // max(1, weight.numel() * weight.element_size()))
+
+    def dense(count: int) -> Callable[[], object]:
+        x, weights = torch.randn(count, weight.shape[1]), [weight, *(weight.clone() for _ in range(copies - 1))]
+        return _without_grad(lambda: [F.linear(x, each, bias) for each in weights])
+
+    def rounded(count: int) -> Callable[[], object]:
+        x, weights = torch.randn(count, weight.shape[1]), [weight.bfloat16() for _ in range(copies)]
+        return _without_grad(lambda: [native.decode.rounded_linear(x, each, bias) for each in weights])
+
+    shape = (weight.shape[0], weight.shape[1])
+    found = bench.choose_fastest(
+        {"dense": dense, "rounded": rounded},
+        tokens=(rows,),
+        min_ratio=_MIN_RATIO,
+        key=lambda label, count: bench.layer_key(shape, 1.0, label, count, weight.dtype, "values=bfloat16"),
+    )
+    return found.ratios["rounded"][rows]
 
 
 def densify_(model: nn.Module) -> DensifyReport:
-    """Puts an ``nn.Linear`` back in place of every :class:`SparseLinear` and undoes the fusions.
+    """Puts an ``nn.Linear`` back in place of every :class:`SparseLinear` and :class:`RoundedLinear`, and undoes the
+    fusions.
 
     The weights are bit-identical to those that were sparsified, except where a low-rank term was added in; the report
     says so.
@@ -196,6 +265,8 @@ def densify_(model: nn.Module) -> DensifyReport:
                 notes[name] = (
                     f"its low-rank term (rank {module.low_rank_a.shape[0]}) was added to the weight, which is dense now"
                 )
+        elif isinstance(module, RoundedLinear):
+            replacements[id(module)] = module.to_linear()
     _replace_(model, replacements)
     return DensifyReport(names, notes)
 

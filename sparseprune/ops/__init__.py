@@ -13,6 +13,7 @@ from .linear import (
     packed_linear,
     repack,
     rms_norm,
+    rounded_linear,
     sddmm,
     trained_linear,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "radix_histogram",
     "repack",
     "rms_norm",
+    "rounded_linear",
     "sddmm",
     "threshold_mask",
     "topk_mask",

@@ -29,6 +29,7 @@ __all__ = [
     "packed_linear",
     "repack",
     "rms_norm",
+    "rounded_linear",
     "sddmm",
     "trained_linear",
 ]
@@ -495,3 +496,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     if _needs_grad(x, weight):
         return reference.rms_norm(x, weight, eps)
     return _OPS.rms_norm(x, weight, eps)
+
+
+define(
+    "rounded_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "rounded_linear",
+    lambda x, weight, bias: _out(x, weight.shape[0]),
+)
+
+
+def rounded_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x: `[..., K]`; weight bfloat16 `[N_out, K]`, dense; bias `[N_out]`; returns x W^T + bias, `[..., N_out]`, sums in
+    float32: for few tokens, where reading the weight is what takes the time. For inference: RuntimeError where a
+    gradient would be needed.
+    """
+    if _needs_grad(x, weight, bias):
+        raise RuntimeError("rounded_linear has no gradient; use F.linear, or torch.no_grad()")
+    if weight.dim() != 2 or weight.dtype != torch.bfloat16:
+        raise ValueError(f"rounded_linear: weight expected bfloat16 [N, K], got {weight.dtype} {list(weight.shape)}")
+    _check("rounded_linear", x, weight.shape[0], weight.shape[1], bias, "none")
+    return _OPS.rounded_linear(x, weight.contiguous(), bias)

@@ -44,9 +44,32 @@ def test_rms_norm_has_the_gradients_of_its_formula(close):
         close(ops.rms_norm(x.float(), weight.float(), 1e-3), x / (x.square().mean(-1, True) + 1e-3).sqrt() * weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, columns", [(1, 1), (8, 64), (33, 127), (16, 577), (0, 5)])
+def test_rounded_linear(tier, rows, columns, dtype, close):
+    weight, bias = torch.randn(rows, columns).bfloat16(), torch.randn(rows)
+    for n in (0, 1, 2, 3, 4, 7, 9):
+        x = (torch.randn(n, columns + 2)[:, 1 : columns + 1] / max(1, columns) ** 0.5).to(dtype)
+        for shift in (bias, None):
+            got = decode.rounded_linear(x, weight, shift)
+            assert got.dtype == dtype and got.shape == (n, rows)
+            close(got, reference.rounded_linear(x.double(), weight, shift))
+            close(got, reference.rounded_linear(x, weight, shift))
+
+
 def test_the_ops_pass_opcheck_and_say_what_is_wrong():
     x, weight = torch.randn(3, 16), torch.randn(16)
     torch.library.opcheck(torch.ops.sparseprune.rms_norm.default, (x, weight, 1e-5))
     torch.library.opcheck(torch.ops.sparseprune.rms_norm.default, (x.bfloat16(), weight, 1e-5))
+    half = torch.randn(5, 16).bfloat16()
+    torch.library.opcheck(torch.ops.sparseprune.rounded_linear.default, (x, half, torch.randn(5)))
+    assert ops.rounded_linear(x, half).shape == (3, 5)
+    assert torch.equal(ops.rounded_linear(x[:, :0], half[:, :0], torch.ones(5)), torch.ones(3, 5))
+    with pytest.raises(RuntimeError, match="rounded_linear has no gradient"):
+        ops.rounded_linear(x.clone().requires_grad_(), half)
+    with pytest.raises(ValueError, match="weight expected bfloat16"):
+        ops.rounded_linear(x, half.float())
+    with pytest.raises(ValueError, match="x expected 16 features"):
+        ops.rounded_linear(x[:, :8], half)
     with pytest.raises(ValueError, match=r"rms_norm: weight expected \[16\], got \[8\]"):
         ops.rms_norm(x, weight[:8])
