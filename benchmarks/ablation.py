@@ -382,8 +382,10 @@ def interval(cells: dict[Any, list[float]], draws: int = 10_000, seed: int = 0) 
     return mean, means[int(0.025 * draws)], means[int(0.975 * draws) - 1], n
 
 
-def table(records: list[dict[str, Any]], split: str = "test") -> str:
-    """Two tables in Markdown: each arm's means, and the paired differences with their intervals."""
+def table(records: list[dict[str, Any]], split: str = "test", by_cell: bool = False) -> str:
+    """Two tables in Markdown: each arm's means, and the paired differences with their intervals; by_cell: of each cell
+    by itself.
+    """
     lines = [f"| data | sparsity | arm | n | {split} accuracy kept | agreement | KL | ECE | fresh D | CPU s |",
              "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     groups: dict[Any, list[dict[str, Any]]] = defaultdict(list)
@@ -398,23 +400,27 @@ def table(records: list[dict[str, Any]], split: str = "test") -> str:
         spread = f" ± {statistics.stdev(kept):.4f}" if len(kept) > 1 else ""
         fresh = statistics.fmean(r["fresh_discriminator"] for r in rows)
         cpu = statistics.fmean(r["cpu_seconds"] for r in rows)
-        units = "" if granularity == "element" else f" {granularity}"
-        lines.append(f"| {data} | {sparsity}{units} | `{ARMS[arm]}` | {len(rows)} | "
+        lines.append(f"| {data} | {_share(sparsity, granularity)} | `{ARMS[arm]}` | {len(rows)} | "
                      f"{statistics.fmean(kept):.4f}{spread} | {mean('agreement'):.4f} | {mean('kl'):.4f} | "
                      f"{mean('ece'):.4f} | {fresh:.3f} | {cpu:.1f} |")  # fmt: skip
     lines += ["", "| difference | n | cells | accuracy, points | agreement, points | KL |", "|---|---|---|---|---|---|"]
     for a, b in CONTRASTS:
-        cells = paired(records, a, b, "accuracy", split)
-        if not cells:
-            continue
-        entries = []
-        for figure, scale in (("accuracy", 100), ("agreement", 100), ("kl", 1)):
-            mean_, low, high, n = interval(paired(records, a, b, figure, split))
-            few = min(len(differences) for differences in cells.values()) < 2
-            spread = "no interval: one seed" if few else f"{low * scale:+.3f}, {high * scale:+.3f}"
-            entries.append(f"{mean_ * scale:+.3f} [{spread}]")
-        lines.append(f"| `{a}` - `{b}` | {n} | {len(cells)} | " + " | ".join(entries) + " |")
+        found = {figure: paired(records, a, b, figure, split) for figure in ("accuracy", "agreement", "kl")}
+        every = list(found["accuracy"])
+        for cells in [[cell] for cell in every] if by_cell else [every] if every else []:
+            where = "" if not by_cell else f", {cells[0][0]} {_share(*cells[0][1:])}"
+            few = min(len(found["accuracy"][cell]) for cell in cells) < 2
+            entries = []
+            for figure, scale in (("accuracy", 100), ("agreement", 100), ("kl", 1)):
+                mean_, low, high, n = interval({cell: found[figure][cell] for cell in cells})
+                spread = "no interval: one seed" if few else f"{low * scale:+.3f}, {high * scale:+.3f}"
+                entries.append(f"{mean_ * scale:+.3f} [{spread}]")
+            lines.append(f"| `{a}` - `{b}`{where} | {n} | {len(cells)} | " + " | ".join(entries) + " |")
     return "\n".join(lines)
+
+
+def _share(sparsity: float, granularity: str) -> str:
+    return f"{sparsity}" if granularity == "element" else f"{sparsity} {granularity}"
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
@@ -453,6 +459,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, help="folder for the dense pretrained models, to train each once")
     parser.add_argument("--tuning", action="store_true", help="record and show the validation split, not the test")
     parser.add_argument("--table", action="store_true", help="render what is there and stop")
+    parser.add_argument("--by-cell", action="store_true", help="differences of each data set and sparsity by itself")
     parser.add_argument("--plot", type=Path, help="also draw the differences to this file")
     options = parser.parse_args(arguments)
     path = options.results or (TUNING if options.tuning else RESULTS)
@@ -463,7 +470,7 @@ def main(arguments: list[str] | None = None) -> None:
         )  # fmt: skip
         experiment(plan, path)
     records = [r for r in read(path) if r["setting"] == SIZES[options.size].key()]
-    print(table(records, "valid" if options.tuning else "test"))
+    print(table(records, "valid" if options.tuning else "test", options.by_cell))
     if options.plot and records:
         plot(records, options.plot)
 

@@ -68,6 +68,15 @@ def test_differences_are_paired_by_cell_and_seed(ablation):
     wide = ablation.interval({"a": [0.0, 0.1], "b": [-0.1, 0.0]}, draws=2000)
     assert wide[1] < 0 < wide[2]
     assert "`gan` - `scores_kd` | 4 | 2 | +2.000" in ablation.table(records)
+    alone = [
+        {**record("gan", "b", 0, 0.6), "granularity": "16x1"},
+        {**record("scores_kd", "b", 0, 0.5), "granularity": "16x1"},
+    ]
+    rows = [
+        line for line in ablation.table(records + alone, by_cell=True).splitlines() if line.startswith("| `gan` - `s")
+    ]
+    assert len(rows) == 3 and rows[0].startswith("| `gan` - `scores_kd`, a 0.95 | 2 | 1 | +2.000 [+2.000, +2.000]")
+    assert rows[1].startswith("| `gan` - `scores_kd`, b 0.95 16x1 | 1 | 1 | +10.000 [no interval: one seed]")
 
 
 def test_a_line_cut_short_is_run_again(ablation, tmp_path):
