@@ -166,9 +166,9 @@ def _run_options(command: argparse.ArgumentParser, name: str) -> None:
     )
     command.add_argument(
         "--method",
-        default="magnitude",
+        default="scores",
         choices=("magnitude", "scores", "gan", "movement"),
-        help="what decides which weights stay; all but gan without the adversary (default magnitude)",
+        help="what decides which weights stay; all but gan without the adversary (default scores)",
     )
     command.add_argument(
         "--compensation",

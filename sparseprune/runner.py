@@ -131,7 +131,7 @@ class _Setup:
 
 def run_demo(
     *, out: str | Path = "runs", name: str = "demo", data: str = "clinc10", density: float = 0.1,
-    granularity: Any = "element", layers: Sequence[str] | None = None, method: str = "magnitude",
+    granularity: Any = "element", layers: Sequence[str] | None = None, method: str = "scores",
     compensation: str = "none", seed: int = 0, epochs: float | None = None, max_seconds: float | None = None,
     layout: str = "auto", quiet: bool = False, config: RunConfig | None = None,
 ) -> RunResult:  # fmt: skip
@@ -155,7 +155,7 @@ def run_demo(
 def run_prune(
     model: str, train: str | Path, valid: str | Path, test: str | Path, *, out: str | Path = "runs",
     name: str = "prune", density: float = 0.1, granularity: Any = "element", layers: Sequence[str] | None = None,
-    method: str = "magnitude", compensation: str = "none", teacher: str | None = None, seed: int = 0,
+    method: str = "scores", compensation: str = "none", teacher: str | None = None, seed: int = 0,
     epochs: float = 5.0, dense_epochs: int = 3, lr: float = 3e-5, batch_size: int = 32, max_length: int = 128,
     max_seconds: float | None = None, layout: str = "auto", quiet: bool = False, config: GANConfig | None = None,
 ) -> RunResult:  # fmt: skip

@@ -70,10 +70,10 @@ class DiscriminatorConfig(Config):
 class GANConfig(Config):
     """One training run that prunes. Every arm of the ablation is a setting of this.
 
-    method: where the scores come from: "magnitude" takes |W|, the default, because no costlier method has beaten it
-    beyond its interval (docs/gan.md); "gan" and "scores" learn them, with and without the adversarial term; "movement"
-    sums -W dL/dW. schedule: the density over the pruning window; density: checked
-    against it. granularity: a name, a granularity, or a dict from name patterns (fnmatch) to them. scope: "global" or
+    method: where the scores come from: "scores" learns them, the default, for on a pretrained model it keeps more than
+    magnitude and elsewhere as much (docs/gan.md); "gan" learns them with the adversarial term too; "magnitude" takes
+    |W|; "movement" sums -W dL/dW. schedule: the density over the pruning window; density: checked against it.
+    granularity: a name, a granularity, or a dict from name patterns (fnmatch) to them. scope: "global" or
     "layer"; floor: the least density of a layer under "global", as a share of the density of all.
 
     The run lasts ``steps`` (default: ``epochs`` times the loader), or until ``max_seconds`` are over, whichever comes
@@ -93,7 +93,7 @@ class GANConfig(Config):
     dropout on, in teacher and student alike.
     """
 
-    method: Literal["gan", "scores", "magnitude", "movement"] = "magnitude"
+    method: Literal["gan", "scores", "magnitude", "movement"] = "scores"
     schedule: Schedule = field(default_factory=lambda: RetentionSchedule(r0=0.1, z_min=0.1))
     density: float | None = None
     granularity: str | Granularity | dict[str, str | Granularity] = "element"

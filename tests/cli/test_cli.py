@@ -78,15 +78,15 @@ def test_prune_writes_a_run_that_report_reads(files, tmp_path, capsys):
     assert json.loads((tmp_path / "runs" / "two" / "run.json").read_text())["mask_hash"] == record["mask_hash"]
 
 
-def test_every_way_in_prunes_by_magnitude_unless_told_otherwise():
+def test_every_way_in_learns_scores_unless_told_otherwise():
     from sparseprune.runner import run_demo, run_prune
 
-    assert sp.GANConfig().method == "magnitude"
-    assert {inspect.signature(run).parameters["method"].default for run in (run_demo, run_prune)} == {"magnitude"}
-    assert parser().parse_args(["demo"]).method == "magnitude"
+    assert sp.GANConfig().method == "scores"
+    assert {inspect.signature(run).parameters["method"].default for run in (run_demo, run_prune)} == {"scores"}
+    assert parser().parse_args(["demo"]).method == "scores"
 
 
-@pytest.mark.parametrize(("more", "method"), [((), "magnitude"), (("--method", "gan"), "gan")])
+@pytest.mark.parametrize(("more", "method"), [((), "scores"), (("--method", "gan"), "gan")])
 def test_the_adversary_plays_only_when_asked_for(files, tmp_path, more, method):
     assert main(prune_arguments(files, tmp_path, "--name", "one", *more)) == 0
     record = json.loads((tmp_path / "one" / "run.json").read_text())
