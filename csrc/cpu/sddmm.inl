@@ -131,23 +131,23 @@ static void sddmm(const Packed& w, const float* x, int64_t x_stride, const float
     return;
   }
   const int threads = threads_for_cycles(entries * w.height * (n + 8) / 8 + (w.rows + w.columns) * n / 4);
-  Workspace& shared = shared_workspace();
-  float* x_panel = shared.reserve((w.columns + w.rows) * kSddmmTile);
-  float* dy_panel = x_panel + w.columns * kSddmmTile;
+  Ending ending;
 #pragma omp parallel num_threads(threads)
   {
-    const Range columns = share(w.columns, 16, thread_id(), team_size());
+    // every thread packs all of x for itself: that costs less than waiting for the others at each tile, asleep or not
     const Range blocks = share(row_blocks, 1, thread_id(), team_size());
     const int64_t row0 = blocks.begin * w.row_block, row1 = blocks.end * w.row_block < w.rows ? blocks.end * w.row_block : w.rows;
-    for (int64_t t = 0; t < n; t += kSddmmTile) {
+    Workspace& own = workspace();
+    float* x_panel = own.reserve((w.columns + w.row_block * (blocks.end - blocks.begin)) * kSddmmTile);
+    float* dy_panel = x_panel + w.columns * kSddmmTile;
+    for (int64_t t = 0; t < n && row0 < row1; t += kSddmmTile) {
       const int64_t here = n - t < kSddmmTile ? n - t : kSddmmTile;
-      pack_panel(x + t * x_stride, x_stride, here, kSddmmTile, x_panel + columns.begin * kSddmmTile, columns.begin, columns.end);
+      pack_panel(x + t * x_stride, x_stride, here, kSddmmTile, x_panel, 0, w.columns);
       if (w.height >= 8) {
-        copy_groups(dy + t * dy_stride, dy_stride, here, w.height, dy_panel + row0 * kSddmmTile, row0, row1);
+        copy_groups(dy + t * dy_stride, dy_stride, here, w.height, dy_panel, row0, row1);
       } else {
-        pack_panel(dy + t * dy_stride, dy_stride, here, kSddmmTile, dy_panel + row0 * kSddmmTile, row0, row1 < row0 ? row0 : row1);
+        pack_panel(dy + t * dy_stride, dy_stride, here, kSddmmTile, dy_panel, row0, row1);
       }
-#pragma omp barrier
       for (int64_t b = blocks.begin; b < blocks.end; ++b) {
         const int64_t row = b * w.row_block, rows = row + w.row_block < w.rows ? w.row_block : w.rows - row;
         const int64_t groups = rows / w.height;
@@ -156,13 +156,13 @@ static void sddmm(const Packed& w, const float* x, int64_t x_stride, const float
           for (int64_t g = 0; g < groups; ++g) {
             const int64_t begin = slots[2 * g];
             sddmm_any_slot(w.height, w.index + begin, slots[2 * g + 2] - begin, x_panel + k * w.k_block * kSddmmTile,
-                           dy_panel + (row + static_cast<int64_t>(slots[2 * g + 1]) * w.height) * kSddmmTile, grad + begin * w.height,
-                           t == 0);
+                           dy_panel + (row - row0 + static_cast<int64_t>(slots[2 * g + 1]) * w.height) * kSddmmTile,
+                           grad + begin * w.height, t == 0);
           }
         }
       }
-#pragma omp barrier
     }
+    own.trim();
+    ending.leave();
   }
-  shared.trim();
 }

@@ -13,10 +13,8 @@
 // so that a load of x serves 8 multiply-adds: the one plan here that the multiply-adds themselves can bound, not the loads.
 // One token, height 1: dot products.
 
-constexpr int64_t kTokensEach = 32;         // fewer tokens a thread, and the threads share the outputs instead
 constexpr int64_t kTile = 64;               // tokens of a panel where tokens are vectorised
 constexpr int64_t kTallTokens = 32;         // from here on heights 8 and 16 are vectorised over tokens too
-constexpr int64_t kPanelFloats = 1 << 18;   // a panel that several tiles share stays below this where it can
 constexpr int64_t kWriteRows = 128;         // of sums that are written to y at a time
 constexpr bool kManyRegisters = SP_LANES == 16;
 
@@ -223,7 +221,7 @@ static void panel_tile(const Packed& w, const float* panel, int64_t n, float* su
 
 static int tile_width(int64_t n) { return n > 48 ? 64 : n > 32 ? 48 : n > 16 ? 32 : n > 8 ? 16 : 8; }
 
-static void run_panel_tile(const Packed& w, int T, const float* panel, int64_t n, float* sums, float* scratch, int64_t b0,
+static __attribute__((noinline)) void run_panel_tile(const Packed& w, int T, const float* panel, int64_t n, float* sums, float* scratch, int64_t b0,
                            int64_t b1, float* y, int64_t y_stride, int64_t token, const Epilogue& e) {
   switch (T) {
     case 8: return panel_tile<v8, 8>(w, panel, n, sums, scratch, b0, b1, y, y_stride, token, e);
@@ -234,42 +232,33 @@ static void run_panel_tile(const Packed& w, int T, const float* panel, int64_t n
   }
 }
 
+// Each thread begins with its own tiles, then helps with the row blocks that are left of the others'. Whoever works at a tile packs a
+// panel of its own: that costs less than waiting for another's, or than fetching it from another core.
 static void spmm_tokens(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride,
                         const Epilogue& e, int threads) {
-  const int64_t row_blocks = (w.rows + w.row_block - 1) / w.row_block;
+  const int64_t row_blocks = (w.rows + w.row_block - 1) / w.row_block, tiles = (n + kTile - 1) / kTile;
   const int64_t sums_size = w.row_block * kTile, scratch_size = w.height * w.k_block + 64;
-  if (n >= kTokensEach * threads) {  // each thread its own tokens: nothing to wait for
-#pragma omp parallel num_threads(threads)
-    {
-      Workspace& own = workspace();
-      float* sums = own.reserve(sums_size + scratch_size + w.columns * kTile);
-      float *scratch = sums + sums_size, *panel = scratch + scratch_size;
-      const Range part = share(n, 16, thread_id(), team_size());
-      for (int64_t token = part.begin; token < part.end; token += kTile) {
-        const int64_t here = part.end - token < kTile ? part.end - token : kTile;
-        const int T = tile_width(here);
-        pack_panel(x + token * x_stride, x_stride, here, T, panel, 0, w.columns);
-        run_panel_tile(w, T, panel, here, sums, scratch, 0, row_blocks, y, y_stride, token, e);
-      }
-      own.trim();
-    }
-    return;
-  }
-  // each thread its own outputs; the caller packs the panel, which for so few tokens takes less than a barrier would
   Workspace& shared = shared_workspace();
-  float* panel = shared.reserve(w.columns * kTile);
-  for (int64_t token = 0; token < n; token += kTile) {
-    const int64_t here = n - token < kTile ? n - token : kTile;
-    const int T = tile_width(here);
-    pack_panel(x + token * x_stride, x_stride, here, T, panel, 0, w.columns);
+  Turns* turns = turns_in(shared, tiles);
+  Ending ending;
 #pragma omp parallel num_threads(threads)
-    {
-      Workspace& own = workspace();
-      float* sums = own.reserve(sums_size + scratch_size);
-      const Range blocks = share(row_blocks, 1, thread_id(), team_size());
-      run_panel_tile(w, T, panel, here, sums, sums + sums_size, blocks.begin, blocks.end, y, y_stride, token, e);
-      own.trim();
+  {
+    Workspace& own = workspace();
+    float* sums = own.reserve(sums_size + scratch_size + w.columns * kTile);
+    float *scratch = sums + sums_size, *panel = scratch + scratch_size;
+    const Range mine = share(tiles, 1, thread_id(), team_size());
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t t = (mine.begin + i) % tiles, token = t * kTile;
+      if (turns[t].taken() >= row_blocks - (t >= mine.begin && t < mine.end ? 0 : 1)) continue;
+      const int64_t here = n - token < kTile ? n - token : kTile;
+      const int T = tile_width(here);
+      pack_panel(x + token * x_stride, x_stride, here, T, panel, 0, w.columns);
+      turns[t].take(row_blocks, [&](int64_t b) {
+        run_panel_tile(w, T, panel, here, sums, scratch, b, b + 1, y, y_stride, token, e);
+      });
     }
+    own.trim();
+    ending.leave();
   }
   shared.trim();
 }
@@ -395,40 +384,23 @@ static void pack_rows(const float* x, int64_t x_stride, int64_t n, float* panels
 static void spmm_rows(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride, const Epilogue& e,
                       int threads) {
   const int64_t groups = w.rows / w.height, scratch_size = w.height * w.k_block + 64;
-  const int64_t fit = kPanelFloats / (w.columns < 1 ? 1 : w.columns) / 24 * 24;
-  const int64_t at_once = fit < 48 ? 48 : fit;
-  if (n >= kTokensEach * threads) {  // each thread its own tokens: nothing to wait for
-#pragma omp parallel num_threads(threads)
-    {
-      const Range part = share(n, 8, thread_id(), team_size());
-      Workspace& own = workspace();
-      float* scratch = own.reserve(scratch_size + w.columns * (at_once + 8));
-      float* panels = scratch + scratch_size;
-      for (int64_t t = part.begin; t < part.end; t += at_once) {
-        const int64_t here = part.end - t < at_once ? part.end - t : at_once;
-        pack_rows(x + t * x_stride, x_stride, here, panels, w.columns, 0, w.columns);
-        rows_groups(w, 0, groups, panels, false, here, scratch, y, y_stride, t, e);
-      }
-      own.trim();
-    }
-    return;
-  }
+  const int64_t each = threads == 1 ? groups : (groups + 16 * threads - 1) / (16 * threads);
   const bool one = n == 1;
-  Workspace& shared = shared_workspace();
-  float* packed = one ? nullptr : shared.reserve(w.columns * ((at_once < n ? at_once : n) + 8));
-  for (int64_t t = 0; t < n; t += at_once) {
-    const int64_t here = n - t < at_once ? n - t : at_once;
-    if (!one) pack_rows(x + t * x_stride, x_stride, here, packed, w.columns, 0, w.columns);
+  Turns turns;
+  Ending ending;
 #pragma omp parallel num_threads(threads)
-    {
-      Workspace& own = workspace();
-      float* scratch = own.reserve(scratch_size);
-      const Range part = share(groups, 1, thread_id(), team_size());
-      rows_groups(w, part.begin, part.end, one ? x : packed, one, here, scratch, y, y_stride, t, e);
-      own.trim();
-    }
+  {
+    Workspace& own = workspace();
+    float* scratch = own.reserve(scratch_size + (one ? 0 : w.columns * (n + 8)));
+    float* panels = scratch + scratch_size;
+    if (!one) pack_rows(x, x_stride, n, panels, w.columns, 0, w.columns);
+    turns.take((groups + each - 1) / each, [&](int64_t u) {
+      const int64_t g = u * each, end = g + each < groups ? g + each : groups;
+      rows_groups(w, g, end, one ? x : panels, one, n, scratch, y, y_stride, 0, e);
+    });
+    own.trim();
+    ending.leave();
   }
-  shared.trim();
 }
 
 // ---- one token, height 1
@@ -476,14 +448,14 @@ static void write_one(const float* sums, int64_t rows, float* y, int64_t out, co
 }
 
 static void spmm_dot(const Packed& w, const float* x, float* y, const Epilogue& e, int threads) {
-  const int64_t row_blocks = (w.rows + w.row_block - 1) / w.row_block;
+  Turns blocks;
+  Ending ending;
 #pragma omp parallel num_threads(threads)
   {
     Workspace& own = workspace();
     float* sums = own.reserve(w.row_block + w.k_block + 64);
     float* scratch = sums + w.row_block;
-    const Range part = share(row_blocks, 1, thread_id(), team_size());
-    for (int64_t b = part.begin; b < part.end; ++b) {
+    blocks.take((w.rows + w.row_block - 1) / w.row_block, [&](int64_t b) {
       const int64_t row = b * w.row_block, rows = row + w.row_block < w.rows ? w.row_block : w.rows - row;
       const int32_t* slots = w.slots + 2 * row * w.k_blocks;
       for (int64_t k = 0; k < w.k_blocks; ++k, slots += 2 * rows) {
@@ -495,7 +467,8 @@ static void spmm_dot(const Packed& w, const float* x, float* y, const Epilogue& 
         }
       }
       write_one(sums, rows, y, row, e);
-    }
+    });
     own.trim();
+    ending.leave();
   }
 }

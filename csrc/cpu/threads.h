@@ -38,3 +38,41 @@ static inline Range share(int64_t n, int64_t step, int id, int team) {
   if (end > n) end = n;
   return {begin, end};
 }
+
+// Units of work that a team shares, each taken by who is free: a sleeping thread comes late, by more than many a product takes.
+class Turns {
+ public:
+  // Runs unit(u) for one u in [0, units) after the other until none is left to take.
+  template <class F>
+  void take(int64_t units, F unit) {
+    for (int64_t u; (u = __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED)) < units;) unit(u);
+  }
+  int64_t taken() const { return __atomic_load_n(&next_, __ATOMIC_RELAXED); }
+
+ private:
+  alignas(64) int64_t next_ = 0;
+};
+
+// The last thing in a parallel region. Its end puts whoever is early to sleep, and being woken costs as much as waking: so the caller
+// stays out until the others are there. Who waits long gives its core away.
+class Ending {
+ public:
+  void leave() {
+    if (thread_id() != 0) {
+      __atomic_fetch_add(&left_, 1, __ATOMIC_RELEASE);
+      return;
+    }
+    for (int64_t turns = 0; __atomic_load_n(&left_, __ATOMIC_ACQUIRE) < team_size() - 1; ++turns) {
+#if defined(__x86_64__)
+      if (turns < 4096) {
+        __builtin_ia32_pause();
+        continue;
+      }
+#endif
+      sched_yield();
+    }
+  }
+
+ private:
+  alignas(64) int64_t left_ = 0;
+};

@@ -45,3 +45,10 @@ static Workspace& workspace() {
   static thread_local Workspace mine;
   return mine;
 }
+
+// n fresh ones in this memory.
+static inline Turns* turns_in(Workspace& memory, int64_t n) {
+  Turns* turns = reinterpret_cast<Turns*>(memory.reserve(n * static_cast<int64_t>(sizeof(Turns) / sizeof(float))));
+  for (int64_t i = 0; i < n; ++i) turns[i] = Turns();
+  return turns;
+}

@@ -1,5 +1,7 @@
 // What every tier file includes after it has set SP_LANES and SP_TIER: all kernel texts, inside an anonymous namespace, and the
 // one function with external linkage, which returns the tier's table.
+#include <sched.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
