@@ -3,6 +3,8 @@
     python benchmarks/oneshot.py --model smollm2 --text valid.txt --out benchmarks/results/oneshot.json
     python benchmarks/oneshot.py --model DIR --text FILE --criteria sparsegpt best --settings 0.5 2:4 0.6
     python benchmarks/oneshot.py --text FILE --memory --criteria best --settings 0.5
+    python benchmarks/oneshot.py --text FILE --windows 16 --settings 0.6 --criteria wanda --allocations owl sensitivity
+    python benchmarks/oneshot.py --text FILE --windows 16 --judge DIR DIR
     python benchmarks/oneshot.py --plot benchmarks/results/oneshot.json --image docs/oneshot.svg
 
 One half of the text calibrates, the other is judged; with ``--calibrate FILE`` that text calibrates instead (a TSV: its
@@ -18,7 +20,9 @@ import contextlib
 import copy
 import dataclasses
 import importlib.util
+import itertools
 import json
+import math
 import os
 import platform
 import resource
@@ -36,7 +40,7 @@ from sparseprune import evaluate
 from sparseprune._files import write_text
 from sparseprune.nn.filters import prunable_linears
 from sparseprune.pruning import make_criterion
-from sparseprune.pruning.oneshot import methods
+from sparseprune.pruning.oneshot import Sensitivity, fast_bfloat16, methods, sensitivity
 from sparseprune.pruning.oneshot.reconstruct import reconstruct
 from sparseprune.pruning.oneshot.store import release
 from sparseprune.pruning.oneshot.structure import find_stacks
@@ -121,6 +125,7 @@ class Account:
         self.peaks: dict[str, float] = {}
         self.made_of: dict[str, float] = {}
         self.part, self.stays, self.statistics = "the capture", 0, 0
+        self.by_shape: dict[str, int] = {}
 
     def turn(self, part: str) -> None:
         """The part so far is over, this one follows."""
@@ -137,6 +142,25 @@ class Account:
         self.part = part
         self.memory.reset()
 
+    def shapes(self, task: Any, groups: list[Any]) -> None:
+        """What the solve and the training of a block hold, by the shapes of its layers, in bytes: the bound that is
+        stated beside the peak.
+        """
+        sizes = {name: linear.weight.numel() for name, linear in task.linears.items()}
+        solves = []
+        for group in groups:
+            weights, width = sum(sizes[name] for name in group.names), group.squares.numel()
+            solves.append((4 * 4 + 2) * weights + 4 * width * width)  # four copies, two masks, one matrix
+        tokens = max(math.prod(task.student[0].shape[:-1]), 1)
+        through = sum(linear.in_features + linear.out_features for linear in task.linears.values())
+        every, widest = sum(sizes.values()), max(sizes.values())
+        found = {
+            "statistics and solve": self.statistics + max(solves),
+            # two moments, the weights in bfloat16, a gradient in both types; each layer's input and output of a chunk
+            "training": (2 * 4 + 2) * every + 6 * widest + 4 * tokens * through,
+        }
+        self.by_shape = {name: max(size, self.by_shape.get(name, 0)) for name, size in found.items()}
+
     def watch(self, method: Any) -> Any:
         """The method, its parts told apart."""
         account = self
@@ -151,6 +175,7 @@ class Account:
                     account.stays = status("RssAnon") - account.memory.begin + account.files
                     found = collect(*args, **kwargs)
                     account.statistics = sum(group.nbytes for group in found)
+                    account.shapes(task, found)
                     account.turn("the solve")
                     return found
 
@@ -200,7 +225,8 @@ def account(
         "criterion": criterion, "setting": setting, "options": {k: str(v) for k, v in options.items()},
         "blocks": blocks, **{k: v / 2**20 for k, v in sizes.items()},
         "made of": {k: v / 2**20 for k, v in seen.made_of.items()},
-        "peaks": {k: v / 2**20 for k, v in seen.peaks.items()}, "seconds": seconds, "load": os.getloadavg()[0],
+        "peaks": {k: v / 2**20 for k, v in seen.peaks.items()},
+        "by shape": {k: v / 2**20 for k, v in seen.by_shape.items()}, "seconds": seconds, "load": os.getloadavg()[0],
         "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
     }  # fmt: skip
 
@@ -220,6 +246,8 @@ def accounts(arguments: argparse.Namespace) -> None:
             for name, size in row["made of"].items():
                 print(f"  {size:6.1f}  {name}")
             peaks = ", ".join(f"{name} {size:.0f}" for name, size in row["peaks"].items() if name)
+            stated = ", ".join(f"{name} {size:.0f}" for name, size in row["by shape"].items())
+            print(f"  stated, by shape: {stated}")
             print(f"  peaks: {peaks}; {row['seconds']:.0f} s", flush=True)
 
 
@@ -234,16 +262,44 @@ class Watch:
         self.peaks.append(self.memory.peak())
 
 
-def prune(model: Any, criterion: Any, setting: str, data: torch.Tensor, options: dict[str, Any]) -> Any:
+def prune(
+    model: Any,
+    criterion: Any,
+    setting: str,
+    data: torch.Tensor,
+    options: dict[str, Any],
+    densities: dict[str, float] | None = None,
+) -> Any:
+    """densities: fqn -> density, in place of the same for every layer."""
     if criterion == "magnitude":
         options = {}
     scope = "layer" if criterion == "magnitude" else "global"
+    common: dict[str, Any] = {"criterion": criterion, "data": data, "scope": scope, "criterion_options": options}
     if ":" in setting:
         n, m = map(int, setting.split(":"))
-        return sp.prune_(
-            model, criterion=criterion, granularity=sp.NM(n, m), data=data, scope=scope, criterion_options=options
-        )
-    return sp.prune_(model, float(setting), criterion=criterion, data=data, scope=scope, criterion_options=options)
+        return sp.prune_(model, granularity=sp.NM(n, m), **common)
+    return sp.prune_(model, float(setting), densities=densities, **common)
+
+
+def sensitivities(model: Any, data: torch.Tensor, known: dict[str, Any] | None) -> tuple[Sensitivity, dict[str, Any]]:
+    """What each block costs by itself at five densities, calibrated on 8 of the windows and judged on 4 of these;
+    and the same as JSON, measured only where it is not known.
+    """
+    windows = data[:: max(1, len(data) // 8)][:8]
+    judged = windows[::2]
+    linears = prunable_linears(model)
+
+    def loss(pruned: Any) -> float:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_bfloat16(torch.device("cpu"))):
+            return evaluate.perplexity(pruned, judged).loss
+
+    if known is None:
+        found = sensitivity(model, linears, list(windows.split(1)), loss, densities=(0.6, 0.5, 0.4, 0.3, 0.2))
+        print(found.table(), flush=True)
+        return found, dataclasses.asdict(found)
+    losses = {block: {float(d): value for d, value in row.items()} for block, row in known["losses"].items()}
+    members = {block: tuple(names) for block, names in known["members"].items()}
+    return Sensitivity(known["dense"], losses, known["sizes"], members), known
 
 
 def generation(dense: Any, folders: list[Path], prompt: torch.Tensor, peers: bool, repeats: int) -> dict[str, Any]:
@@ -275,12 +331,42 @@ def generation(dense: Any, folders: list[Path], prompt: torch.Tensor, peers: boo
             model = copy.deepcopy(pruned)
             report = sp.sparsify_(model, tokens=(1, prompt.numel()), values=values)
             models[f"{folder.name} {values}, {len(report.converted)} of {len(linears)} sparse"] = model
+        model = copy.deepcopy(pruned)
+        report = sp.sparsify_(model, tokens=(1, prompt.numel()), values="bfloat16", dense_values="bfloat16")
+        rounded = sum(choice.layout != "dense" for choice in report.rounded)
+        models[f"{folder.name} bfloat16, head too ({rounded} rounded)"] = model
     speeds = evaluate.tokens_per_second(models, prompt, new_tokens=64, repeats=repeats)
     print(evaluate.speed_table(speeds))
     for row in files:
         of = f"{row['bytes']:,} of {row['dense_bytes']:,} bytes"
         print(f"{row['model']} {row['values']}: {of}, {row['share']:.3f} of what was pruned")
     return {"speeds": {k: dataclasses.asdict(v) for k, v in speeds.items()}, "files": files, "load": os.getloadavg()[0]}
+
+
+def judge(
+    dense: Any, folders: list[Path], text: torch.Tensor, context: int, windows: int, count: int
+) -> list[dict[str, Any]]:
+    """Perplexity of saved models on the judged windows, and on count others of the same text, on which nothing was
+    chosen.
+    """
+    from transformers import AutoModelForCausalLM
+
+    every = evaluate.token_windows(text, context)
+    rest = torch.ones(len(every), dtype=torch.bool)
+    rest[torch.linspace(0, len(every) - 1, windows).long()] = False  # as token_windows spreads them
+    sets = {"judged": every[~rest], "others": evaluate.token_windows(every[rest], context, count)}
+    rows: list[dict[str, Any]] = []
+    for folder in (None, *folders):
+        model = dense if folder is None else AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        row: dict[str, Any] = {"model": "dense" if folder is None else folder.name}
+        for name, ids in sets.items():
+            found = evaluate.perplexity(model, ids)
+            ratio = found.value / (found.value if folder is None else rows[0][name]["perplexity"])
+            row[name] = {"perplexity": found.value, "ratio": ratio, "tokens": found.tokens}
+        rows.append(row)
+        cells = [f"{name} {row[name]['perplexity']:.2f} ({row[name]['ratio']:.3f})" for name in sets]
+        print("  ".join([row["model"], *cells]), flush=True)
+    return rows
 
 
 def plot(source: Path, image: Path) -> None:
@@ -294,6 +380,8 @@ def plot(source: Path, image: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6.4, 4.4))
     for criterion in dict.fromkeys(row["criterion"] for row in content["rows"]):
         rows = [r for r in content["rows"] if r["criterion"] == criterion and ":" not in r["setting"]]
+        if rows and rows[0].get("allocation", "uniform") != "uniform":
+            continue
         points = sorted((float(r["setting"]), r["perplexity"] / dense) for r in rows)
         axes.plot([0, *(p[0] for p in points)], [1, *(p[1] for p in points)], marker="o", label=criterion)
         axes.annotate(f"{points[-1][1]:,.3g}" if points[-1][1] < 1000 else f"{points[-1][1]:,.0f}", points[-1],
@@ -319,6 +407,10 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="a plain text file")
     parser.add_argument("--criteria", nargs="+", default=["magnitude", "wanda", "sparsegpt", "best"])
     parser.add_argument("--settings", nargs="+", default=["0.3", "0.5", "0.6", "0.7", "2:4"])
+    parser.add_argument(
+        "--allocations", nargs="+", default=["uniform"], choices=("uniform", "owl", "score", "sensitivity"),
+        help="how much of each block stays; sensitivity: as measured on the calibration windows",
+    )  # fmt: skip
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--calibration", type=int, default=32, help="windows")
     parser.add_argument("--calibrate", type=Path, help="calibrate on this text instead of --text's first half")
@@ -328,6 +420,8 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=512, help="calibration tokens in one forward pass")
     parser.add_argument("--save", type=Path, help="folder: write every pruned model there as safetensors")
     parser.add_argument("--speed", type=Path, nargs="+", help="only time generation of these saved models")
+    parser.add_argument("--judge", type=Path, nargs="+", help="only judge these saved models, on other windows too")
+    parser.add_argument("--others", type=int, default=64, help="with --judge: how many other windows")
     parser.add_argument("--peers", action="store_true", help="with --speed: torch in bfloat16 and int8 too")
     parser.add_argument("--repeats", type=int, default=5, help="with --speed: rounds")
     parser.add_argument("--out", type=Path, help="default: results/oneshot.json here, with --speed oneshot_speed.json")
@@ -344,7 +438,8 @@ def main() -> None:
     if arguments.text is None:
         raise SystemExit("--text FILE is needed")
     if arguments.out is None:  # three kinds of results: one must not be written over the other
-        kind = "_memory" if arguments.memory else "" if arguments.speed is None else "_speed"
+        kind = "_memory" if arguments.memory else "_speed" if arguments.speed is not None else ""
+        kind = kind or ("" if arguments.judge is None else "_other_windows")
         arguments.out = Path(__file__).parent / "results" / f"oneshot{kind}.json"
     if arguments.memory:
         accounts(arguments)
@@ -358,6 +453,10 @@ def main() -> None:
     first, second = (
         torch.tensor(tokenizer(part)["input_ids"]) for part in halves(arguments.text.read_text(encoding="utf-8"))
     )
+    if arguments.judge is not None:
+        rows = judge(model, arguments.judge, second, arguments.context, arguments.windows, arguments.others)
+        write_text(arguments.out, json.dumps(rows, indent=1) + "\n")
+        return
     if arguments.calibrate is not None:
         first = torch.tensor(tokenizer(other_text(arguments.calibrate))["input_ids"])
     data = evaluate.token_windows(first, arguments.context, arguments.calibration)
@@ -386,29 +485,36 @@ def main() -> None:
     done = {(row["criterion"], row["setting"]) for row in content["rows"]}
     dense = {k: v.clone() for k, v in model.state_dict().items()}
     for setting in arguments.settings:
-        for criterion in arguments.criteria:
+        for criterion, allocation in itertools.product(arguments.criteria, arguments.allocations):
             options = {**common, **(training if criterion == "best" else {})}
             name = f"best, epochs={arguments.epochs}" if "epochs" in options else criterion
+            name = name if allocation == "uniform" else f"{name}, {allocation}"
             if (name, setting) in done:
                 continue
             model.load_state_dict(dense)
+            densities = None
+            if allocation == "sensitivity":
+                measured, content["sensitivity"] = sensitivities(model, data, content.get("sensitivity"))
+                densities = measured.suggest(1 - float(setting))
+            elif allocation != "uniform":
+                options["allocation"] = allocation
             memory, begin = Memory(), time.perf_counter()
             peaks: list[int] = []
-            report = prune(model, criterion, setting, data, {**options, "progress": Watch(memory, peaks)})
+            report = prune(model, criterion, setting, data, {**options, "progress": Watch(memory, peaks)}, densities)
             seconds, total = time.perf_counter() - begin, memory.peak()
             found = evaluate.perplexity(model, judged)
             row = {
                 "criterion": name, "setting": setting, "perplexity": found.value,
                 "ratio": found.value / content["dense"]["perplexity"], "seconds": seconds,
                 "walk_mib": max(peaks, default=0) / 2**20, "extra_mib": total / 2**20,
-                "kept": report.kept, "total": report.total, "load": os.getloadavg()[0],
+                "kept": report.kept, "total": report.total, "allocation": allocation, "load": os.getloadavg()[0],
                 "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
             }  # fmt: skip
             content["rows"].append(row)
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             write_text(arguments.out, json.dumps(content, indent=1) + "\n")
             print(
-                f"{setting:>5} {name:<14} {found.value:9.2f}  {row['ratio']:7.3f} x  {seconds:6.0f} s  "
+                f"{setting:>5} {name:<18} {found.value:9.2f}  {row['ratio']:7.3f} x  {seconds:6.0f} s  "
                 f"+{row['walk_mib']:.0f} MiB, +{row['extra_mib']:.0f} MiB with the report",
                 flush=True,
             )
