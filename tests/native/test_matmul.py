@@ -176,6 +176,36 @@ def test_many_threads_share_one_weight(tier):
     assert not wrong
 
 
+@pytest.mark.parametrize("block", [(1, 1), (4, 1), (16, 1)])
+def test_a_team_gives_what_one_thread_gives(tier, block):
+    """Large enough that several threads are worth waking; who takes which tile and row block must not show."""
+    layout = weight(1040, 768, 0.4, block)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(_products(layout))
+    finally:
+        torch.set_num_threads(before)
+    for one, team in zip(*results):
+        assert torch.equal(one, team)
+
+
+def _products(layout: layouts.Layout) -> list[Tensor]:
+    """y at few and at many tokens, and the gradient of the values."""
+    generator = torch.Generator().manual_seed(5)
+    x, dy = torch.randn(200, 768, generator=generator), torch.randn(200, 1040, generator=generator)
+    results = []
+    for n in (1, 7, 30, 64, 200):
+        packed = ops.pack(layout, tokens=n)
+        if packed.plan[0] == 0:
+            results.append(matmul.linear(x[:n], packed))
+    packed, size = ops.pack(layout, tokens=128), layout.values.numel()
+    results.append(matmul.packed_sddmm(x, dy, packed.index, packed.offsets, packed.perm, packed.plan, size))
+    return results
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident size from /proc")
 def test_memory_stays_flat():
     def resident() -> int:
