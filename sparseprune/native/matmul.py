@@ -105,7 +105,7 @@ def _blocks(rows: int, columns: int, height: int, tokens: int, density: float) -
     """
     whole = min(-(-columns // 8) * 8, 65536)
     if height >= 8:
-        return max(8, whole), height * 8
+        return max(8, whole), 128  # as many rows as are written to y at a time (csrc/cpu/spmm.inl, kWriteRows)
     if tokens == 1:
         k_block = whole
     elif height > 1:
