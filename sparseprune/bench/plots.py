@@ -107,12 +107,12 @@ def speedup(records: Sequence[Record], path: Path, title: str = "", per_row: int
 
 
 def roofline(records: Sequence[Record], peaks: dict[str, Any], path: Path, title: str = "") -> None:
-    """Every contestant of ours as a point: GFLOP/s over flops a byte, under the machine's measured roofs.
+    """Ours with float32 values, each contestant a point: GFLOP/s over flops a byte, under the machine's measured roofs.
 
     ``peaks``: :meth:`Peaks.to_dict`.
     """
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(6, 4.2))
+    figure, axis = plt.subplots(figsize=(7.2, 4.2))
     low, high = 0.05, 300.0
     xs = [low * (high / low) ** (i / 200) for i in range(201)]
     bandwidths = peaks["read_gbs"]
@@ -126,26 +126,30 @@ def roofline(records: Sequence[Record], peaks: dict[str, Any], path: Path, title
     axis.axhline(peaks["l1_fma_gflops"], color="#d1495b", linewidth=0.9)
     axis.annotate("one L1 load a multiply-add", (low, peaks["l1_fma_gflops"]), fontsize=7, va="bottom", color="#d1495b")
     axis.annotate("multiply-adds", (low, peaks["fma_gflops"]), fontsize=7, va="bottom", color="#666666")
-    drawn: dict[str, str] = {}
+    colours: dict[str, str] = {}
+    markers: dict[int, str] = {}
     for record in records:
-        case = case_of(record)
+        tokens = case_of(record).tokens
         for name, result in record["results"].items():
             if not result["ours"] or "gflops" not in result or "bytes" not in result or not result["flops"]:
                 continue
-            key = f"{name}, N={case.tokens}"
-            colour = drawn.setdefault(key, _COLOURS[len(drawn) % len(_COLOURS)])
-            first = sum(1 for line in axis.get_lines() if line.get_label() == key) == 0
-            axis.plot(
-                [result["flops"] / result["bytes"]], [result["gflops"]], "o", color=colour, markersize=4,
-                label=key if first else f"_{key}",
-            )  # fmt: skip
+            if name.endswith(("bfloat16", "int8")):
+                continue
+            colour = colours.setdefault(name, _COLOURS[len(colours) % len(_COLOURS)])
+            marker = markers.setdefault(tokens, "os^vD"[len(markers) % 5])
+            point = [result["flops"] / result["bytes"]], [result["gflops"]]
+            axis.plot(*point, marker, color=colour, markersize=4, alpha=0.7, label=f"_{name}, N={tokens}")
+    for name, colour in colours.items():
+        axis.plot([], [], "o", color=colour, markersize=4, label=name)
+    for tokens, marker in sorted(markers.items()):
+        axis.plot([], [], marker, color="#666666", markersize=4, label=f"N = {tokens}")
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_ylim(1, peaks["fma_gflops"] * 1.6)
     axis.set_xlabel("floating point operations on kept weights a byte")
     axis.set_ylabel("GFLOP/s on kept weights")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=6, loc="lower right", ncol=2)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     if title:
         axis.set_title(title, fontsize=9)
     figure.tight_layout()
