@@ -87,7 +87,10 @@ def parser() -> argparse.ArgumentParser:
             " its label in the last column, an empty line between sentences)",
         )
     prune.add_argument("--teacher", help="folder or name of an already fine-tuned classifier")
-    prune.add_argument("--lr", type=float, default=3e-5, help="learning rate of the weights (default 3e-5; MiniLM-L6 keeps more with 4e-4)")
+    prune.add_argument(
+        "--lr", type=float, default=3e-5,
+        help="learning rate of the weights (default 3e-5; MiniLM-L6 keeps more with 4e-4)",
+    )  # fmt: skip
     prune.add_argument("--dense-epochs", type=int, default=3, help="epochs of dense fine-tuning (default 3)")
     prune.add_argument("--batch-size", type=int, default=32)
     prune.add_argument("--max-length", type=int, default=128, help="tokens a text (default 128)")

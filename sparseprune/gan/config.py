@@ -82,9 +82,9 @@ class GANConfig(Config):
     rest heals.
 
     loss: ``ce`` CE + ``kd`` tau^2 KL(teacher, student) + ``hidden`` mean square of the normalised hidden states +
-    lambda L_adv, with lambda set by the gradient balance ``kappa``. lr: the weights' (3e-5 is careful with a pretrained model; MiniLM-L6 keeps more with
-    4e-4, docs/gan.md).
-    gumbel: temperature of the Gumbel noise on the scores at the start; it falls to 0 at the end of the window.
+    lambda L_adv, with lambda set by the gradient balance ``kappa``. lr: the weights' (3e-5 is careful with a pretrained
+    model; MiniLM-L6 keeps more with 4e-4, docs/gan.md). gumbel: temperature of the Gumbel noise on the scores at the
+    start; it falls to 0 at the end of the window.
     compensation: what stands in, from the freeze on, for what the masks removed, so that each layer's outputs come
     nearer to the teacher's; fitted to the last batches, each layer taking what serves it best on the validation split
     (without one, on held-out rows), or nothing:
