@@ -137,6 +137,10 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--windows", type=int, help="at most that many windows, spread over the text")
     evaluate.add_argument("--new-tokens", type=int, default=32, help="tokens to generate for the speed (default 32)")
     evaluate.add_argument("--values", default="float32", choices=("float32", "bfloat16", "int8"))
+    evaluate.add_argument(
+        "--dense-values", default="float32", choices=("float32", "bfloat16"),
+        help="how calls of few tokens hold what was not pruned, the head among it (default float32, exact)",
+    )  # fmt: skip
 
     sensitivity = _add(
         commands,
@@ -324,8 +328,12 @@ def _eval(arguments: argparse.Namespace) -> int:
     elif any(bool((linear.weight == 0).any()) for linear in prunable_linears(model).values()):
         pruned = copy.deepcopy(model)
     if pruned is not None:
-        report = sparsify_(pruned, tokens=(1, 128), values=arguments.values)
-        print(f"sparse ({arguments.values}): {perplexity(pruned, windows)}, {len(report.converted)} sparse layers")
+        report = sparsify_(pruned, tokens=(1, 128), values=arguments.values, dense_values=arguments.dense_values)
+        rounded = sum(layer.layout != "dense" for layer in report.rounded)
+        print(
+            f"sparse ({arguments.values}): {perplexity(pruned, windows)}, {len(report.converted)} sparse layers"
+            + (f", {rounded} dense in bfloat16" if arguments.dense_values == "bfloat16" else "")
+        )
         models["sparse"] = pruned
     print(speed_table(tokens_per_second(models, windows[0, :128], new_tokens=arguments.new_tokens)))
     return 0

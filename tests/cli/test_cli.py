@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 
@@ -268,7 +269,7 @@ def test_eval_shows_dense_beside_sparse(language_model, tmp_path, capsys):
     assert text.count("perplexity") == 3 and "sparse" in text
 
 
-def test_eval_runs_the_zeros_of_the_model_itself_sparse(language_model, tmp_path, capsys):
+def test_eval_runs_the_zeros_of_the_model_itself_sparse(language_model, tmp_path, capsys, monkeypatch):
     folder, model, text = language_model
     argv = [str(a) for a in ["eval", "--model", folder, "--text", text, "--context", "64", "--new-tokens", "4"]]
     assert main(argv) == 0
@@ -278,6 +279,12 @@ def test_eval_runs_the_zeros_of_the_model_itself_sparse(language_model, tmp_path
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert out.count("perplexity") == 2 and "sparse (float32)" in out and "sparse layers" in out
+    assert "dense in bfloat16" not in out
+    sparsify, given = sp.nn.sparsify_, {}
+    monkeypatch.setattr("sparseprune.nn.sparsify_", lambda *a, **named: given.update(named) or sparsify(*a, **named))
+    assert main([*argv, "--values", "bfloat16", "--dense-values", "bfloat16"]) == 0
+    assert (given["values"], given["dense_values"]) == ("bfloat16", "bfloat16")
+    assert re.search(r"sparse layers, \d+ dense in bfloat16", capsys.readouterr().out)
 
 
 def test_a_checkpoint_of_another_model(language_model, tmp_path, capsys):
