@@ -221,8 +221,9 @@ static void panel_tile(const Packed& w, const float* panel, int64_t n, float* su
 
 static int tile_width(int64_t n) { return n > 48 ? 64 : n > 32 ? 48 : n > 16 ? 32 : n > 8 ? 16 : 8; }
 
-static __attribute__((noinline)) void run_panel_tile(const Packed& w, int T, const float* panel, int64_t n, float* sums, float* scratch, int64_t b0,
-                           int64_t b1, float* y, int64_t y_stride, int64_t token, const Epilogue& e) {
+static __attribute__((noinline)) void run_panel_tile(const Packed& w, int T, const float* panel, int64_t n, float* sums,
+                                                     float* scratch, int64_t b0, int64_t b1, float* y, int64_t y_stride,
+                                                     int64_t token, const Epilogue& e) {
   switch (T) {
     case 8: return panel_tile<v8, 8>(w, panel, n, sums, scratch, b0, b1, y, y_stride, token, e);
     case 16: return panel_tile<vf, 16>(w, panel, n, sums, scratch, b0, b1, y, y_stride, token, e);
