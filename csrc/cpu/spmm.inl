@@ -448,6 +448,22 @@ static void write_one(const float* sums, int64_t rows, float* y, int64_t out, co
   for (; r < rows; ++r) y[out + r] = finish_one(sums[r], e, 0, out + r);
 }
 
+// Row block b of one token. A function of its own, for the compiler keeps in registers what a lambda reads through its captures.
+static __attribute__((noinline)) void dot_row_block(const Packed& w, int64_t b, const float* x, float* sums, float* scratch, float* y,
+                                                    const Epilogue& e) {
+  const int64_t row = b * w.row_block, rows = row + w.row_block < w.rows ? w.row_block : w.rows - row;
+  const int32_t* slots = w.slots + 2 * row * w.k_blocks;
+  for (int64_t k = 0; k < w.k_blocks; ++k, slots += 2 * rows) {
+    for (int64_t g = 0; g < rows; ++g) {
+      const int64_t begin = slots[2 * g], n = slots[2 * g + 2] - begin;
+      const float s = dot(w.index + begin, float_values(w, begin, n, scratch), n, x + k * w.k_block);
+      float* to = sums + slots[2 * g + 1];
+      *to = k == 0 ? s : *to + s;
+    }
+  }
+  write_one(sums, rows, y, row, e);
+}
+
 static void spmm_dot(const Packed& w, const float* x, float* y, const Epilogue& e, int threads) {
   Turns blocks;
   Ending ending;
@@ -456,19 +472,7 @@ static void spmm_dot(const Packed& w, const float* x, float* y, const Epilogue& 
     Workspace& own = workspace();
     float* sums = own.reserve(w.row_block + w.k_block + 64);
     float* scratch = sums + w.row_block;
-    blocks.take((w.rows + w.row_block - 1) / w.row_block, [&](int64_t b) {
-      const int64_t row = b * w.row_block, rows = row + w.row_block < w.rows ? w.row_block : w.rows - row;
-      const int32_t* slots = w.slots + 2 * row * w.k_blocks;
-      for (int64_t k = 0; k < w.k_blocks; ++k, slots += 2 * rows) {
-        for (int64_t g = 0; g < rows; ++g) {
-          const int64_t begin = slots[2 * g], n = slots[2 * g + 2] - begin;
-          const float s = dot(w.index + begin, float_values(w, begin, n, scratch), n, x + k * w.k_block);
-          float* to = sums + slots[2 * g + 1];
-          *to = k == 0 ? s : *to + s;
-        }
-      }
-      write_one(sums, rows, y, row, e);
-    });
+    blocks.take((w.rows + w.row_block - 1) / w.row_block, [&](int64_t b) { dot_row_block(w, b, x, sums, scratch, y, e); });
     own.trim();
     ending.leave();
   }
