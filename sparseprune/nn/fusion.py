@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import _native, backends, native, ops
-from .linear import SparseLinear, why_not_direct
+from .. import native, ops
+from .linear import SparseLinear, runs_direct
 
 __all__ = ["FUSED", "FusedActivation", "FusedOutput", "FusedRMSNorm", "Fusion", "fuse_", "unfuse_"]
 
@@ -108,9 +108,7 @@ class FusedRMSNorm(nn.Module):
         weight = self._parameters["weight"]
         assert weight is not None
         if (
-            why_not_direct(x, weight) is None
-            and backends.forced_backend() in (None, "native")
-            and _native.C is not None
+            runs_direct(x, weight)
             and x.dtype in native.matmul.DTYPES
             and weight.dtype in native.matmul.DTYPES
             and x.shape[-1:] == weight.shape

@@ -65,6 +65,15 @@ def why_not_direct(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def runs_direct(*tensors: Tensor | None) -> bool:
+    """Whether a kernel of the compiled core is called directly on these: nothing is in the way, and it is there and not
+    passed over by SPARSEPRUNE_BACKEND.
+    """
+    return (
+        _native.C is not None and why_not_direct(*tensors) is None and backends.forced_backend() in (None, "native")
+    )
+
+
 class SparseLinear(nn.Module):
     """y = activation(x W^T + bias + (x A^T) B^T) with W `[N, K]` in one of the sparse layouts.
 
@@ -250,12 +259,7 @@ class SparseLinear(nn.Module):
     def _sparse(self, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         parameters = self._parameters  # past nn.Module.__getattr__, which takes longer than the checks
         bias = parameters["bias"]
-        if (
-            why_not_direct(input, residual, bias, parameters["values"]) is None
-            and backends.forced_backend() in (None, "native")
-            and _native.C is not None
-            and input.dtype in native.matmul.DTYPES
-        ):
+        if runs_direct(input, residual, bias, parameters["values"]) and input.dtype in native.matmul.DTYPES:
             form = self._form(input)
             if form == "unpacked":
                 return self._unpacked(input, bias, residual, activation)

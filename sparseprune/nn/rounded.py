@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _native, backends, native
-from .linear import why_not_direct
+from .. import native
+from .linear import runs_direct
 
 __all__ = ["RoundedLinear"]
 
@@ -45,9 +45,7 @@ class RoundedLinear(nn.Linear):
             and not self.training
             and 0 < input.shape[:-1].numel() <= self.rows
             and input.shape[-1:] == weight.shape[1:]
-            and why_not_direct(input, weight, bias) is None
-            and backends.forced_backend() in (None, "native")
-            and _native.C is not None
+            and runs_direct(input, weight, bias)
         ):
             return native.decode.rounded_linear(input, self._rounded(weight), bias)
         return F.linear(input, weight, bias)

@@ -132,7 +132,8 @@ def sparsify_(
     with the weight coming from memory where the selected Linears take more than 32 MiB together. "csr" | "bsr"
     (``blocksize``, 16x1 by default) | "nm" (``nm``, 2:4 by default) forces one on every selected Linear without
     measuring. ``fuse``: activations, residuals and LayerNorms that follow move into the kernels' epilogues where that
-    is safe. ``values``: how inference holds the weights, "float32" (exact), "bfloat16" or "int8".
+    is safe, and RMSNorms run in one pass. ``values``: how inference holds the weights, "float32" (exact), "bfloat16" or
+    "int8".
 
     ``dense_values="bfloat16"`` also holds the Linears that stay dense, the head among them, rounded for calls of up to
     8 rows, those of ``tokens`` where that is measured faster (ratio of 1.1 up): a copy beside the exact weight, which

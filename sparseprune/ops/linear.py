@@ -489,8 +489,11 @@ define(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x: `[..., D]`; weight `[D]`; returns x / sqrt(mean(x^2) + eps) * weight in the wider of the two dtypes (Zhang and
-    Sennrich, 2019). For inference; where a gradient is needed it is composed from torch's own ops.
+    Sennrich, 2019). For inference; where a gradient is needed it is composed from torch's own ops. ValueError where the
+    weight is not as long as x's last dimension, and on a scalar.
     """
+    if x.dim() < 1:
+        raise ValueError("rms_norm: x expected shape [..., D], got a scalar")
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight expected [{x.shape[-1]}], got {list(weight.shape)}")
     if _needs_grad(x, weight):
@@ -508,7 +511,7 @@ define(
 def rounded_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: `[..., K]`; weight bfloat16 `[N_out, K]`, dense; bias `[N_out]`; returns x W^T + bias, `[..., N_out]`, sums in
     float32: for few tokens, where reading the weight is what takes the time. For inference: RuntimeError where a
-    gradient would be needed.
+    gradient would be needed. ValueError on shapes that do not fit and on a weight of another dtype.
     """
     if _needs_grad(x, weight, bias):
         raise RuntimeError("rounded_linear has no gradient; use F.linear, or torch.no_grad()")

@@ -71,5 +71,7 @@ def test_the_ops_pass_opcheck_and_say_what_is_wrong():
         ops.rounded_linear(x, half.float())
     with pytest.raises(ValueError, match="x expected 16 features"):
         ops.rounded_linear(x[:, :8], half)
+    with pytest.raises(ValueError, match=r"rms_norm: x expected shape .*, got a scalar"):
+        ops.rms_norm(torch.ones(()), torch.ones(8))
     with pytest.raises(ValueError, match=r"rms_norm: weight expected \[16\], got \[8\]"):
         ops.rms_norm(x, weight[:8])
