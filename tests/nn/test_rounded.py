@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparseprune as sp
-from sparseprune import _native
+from sparseprune import _native, checkpoint
 from sparseprune.checkpoint import CheckpointError
-from sparseprune.nn import RoundedLinear
+from sparseprune.nn import RoundedLinear, SparseLinear
+from sparseprune.nn.fusion import FusedRMSNorm
 
 pytestmark = pytest.mark.skipif(_native.C is None, reason="needs the compiled core")
 
@@ -82,6 +85,9 @@ def test_the_copy_follows_the_weight(close):
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert twin._copy is None and twin.rows == 1
         check(twin)
+    layer.double().float()  # may come back to the same address
+    assert layer._copy is None
+    check(layer)
     half = copy.deepcopy(layer).to(torch.bfloat16)
     with torch.no_grad():
         assert half(x.bfloat16()).dtype == torch.bfloat16
@@ -148,3 +154,31 @@ def test_a_checkpoint_with_wrong_rows_is_refused(tmp_path, monkeypatch):
     sp.save(model, path)
     with pytest.raises(CheckpointError, match="rounded expected rows of a dense Linear in the file"):
         sp.load(tied(monkeypatch), path)
+
+
+def test_a_checkpoint_that_rounds_a_sparse_layer_is_refused(tmp_path, monkeypatch):
+    model, path = tied(monkeypatch), tmp_path / "model.safetensors"
+    sp.sparsify_(model, layout="csr", tokens=1)
+    state = checkpoint._state_of(model)
+    (sparse, *_) = state.sparse
+    monkeypatch.setattr(checkpoint, "_state_of", lambda model: replace(state, rounded={sparse: 1}))
+    sp.save(model, path)
+    with pytest.raises(CheckpointError, match=f"rounded expected rows of a dense Linear in the file, got '{sparse}'"):
+        sp.load(tied(monkeypatch), path)
+
+
+def test_without_the_core_each_layer_takes_another_way(monkeypatch, close):
+    linear = nn.Linear(16, 8).eval()
+    sp.prune_(nn.Sequential(linear), 0.5)
+    norm = nn.RMSNorm(16, eps=1e-6).eval()
+    layers = [
+        (SparseLinear.from_linear(linear).eval(), linear),
+        (RoundedLinear.from_linear(linear, 4), linear),
+        (FusedRMSNorm(norm, 1e-6), norm),
+    ]
+    monkeypatch.setattr(_native, "C", None)
+    x = torch.randn(2, 16)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # said once: the reference runs
+        for layer, plain in layers:
+            close(layer(x), plain(x))
