@@ -15,6 +15,23 @@ Packed packed_of(const py::tuple& plan, uintptr_t values, int dtype, uintptr_t i
           at<const uint16_t>(index), at<const int32_t>(slots)};
 }
 
+// Asks for huge pages under this memory; false where there are none.
+bool use_huge_pages(uintptr_t begin, uintptr_t end) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  return madvise(at<void>(begin), end - begin, MADV_HUGEPAGE) == 0;
+#else
+  return false;
+#endif
+}
+
+// glibc takes what is larger than this from the system anew for every call, at a page fault for each 4 KiB; huge pages, whose size
+// is a divisor of it, make that a fortieth as many.
+constexpr uintptr_t kFresh = uintptr_t(32) << 20, kHugePage = uintptr_t(2) << 20;
+void expect_faults(uintptr_t y, int64_t bytes) {
+  if (static_cast<uintptr_t>(bytes) < kFresh) return;
+  use_huge_pages((y + kHugePage - 1) / kHugePage * kHugePage, (y + bytes) / kHugePage * kHugePage);
+}
+
 // The pointers of a packed weight, read once; whoever holds it holds the tensors too.
 struct Weight {
   Packed packed;
@@ -31,6 +48,7 @@ void bind_matmul(py::module_& m) {
                       int64_t x_stride, int64_t n, uintptr_t y) {
         const Epilogue e{w.scale, at<const float>(bias), at<const float>(residual), residual_stride, activation};
         py::gil_scoped_release release;
+        expect_faults(y, n * w.packed.rows * static_cast<int64_t>(sizeof(float)));
         kernels().matmul.spmm(w.packed, at<const float>(x), x_stride, n, at<float>(y), w.packed.rows, e);
       });
   m.def("sddmm", [](const py::tuple& plan, uintptr_t index, uintptr_t slots, uintptr_t x, int64_t x_stride, uintptr_t dy,
@@ -51,14 +69,8 @@ void bind_matmul(py::module_& m) {
         kernels().matmul.scatter_values(at<const float>(packed), at<const int32_t>(perm), n, at<float>(canonical));
       },
       ReleaseGil());
-  // Asks for huge pages under this memory, whose address is a multiple of theirs; false where there are none.
-  m.def("use_huge_pages", [](uintptr_t address, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    return madvise(at<void>(address), bytes, MADV_HUGEPAGE) == 0;
-#else
-    return false;
-#endif
-  });
+  // begin and end are multiples of the size of huge pages.
+  m.def("use_huge_pages", use_huge_pages);
   m.def(
       "add_layer_norm",
       [](uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t residual_stride, uintptr_t weight, uintptr_t bias, float eps,

@@ -14,6 +14,7 @@
 // One token, height 1: dot products.
 
 constexpr int64_t kTile = 64;               // tokens of a panel where tokens are vectorised
+constexpr int kAhead = 24;                  // entries whose lines of the panel are fetched in advance where it does not fit into L1
 constexpr int64_t kTallTokens = 32;         // from here on heights 8 and 16 are vectorised over tokens too
 constexpr int64_t kWriteRows = 128;         // of sums that are written to y at a time
 constexpr bool kManyRegisters = SP_LANES == 16;
@@ -113,6 +114,10 @@ static inline __attribute__((always_inline)) void panel_group(const float* panel
       const F w = broadcast_at<F>(values + p);
       for (int i = 0; i < R; ++i) to[0][i] += w * read<F>(q + i * L);
     } else {
+      if constexpr (V == 8) {  // the registers of 8 rows leave the loads time for this; with fewer rows it costs more than it brings
+        const float* ahead = panel + static_cast<size_t>(index[p + kAhead]) * T;
+        for (int i = 0; i < R; ++i) __builtin_prefetch(ahead + i * L);
+      }
       F x[R];
       for (int i = 0; i < R; ++i) x[i] = read<F>(q + i * L);
       for (int v = 0; v < V; ++v) {
