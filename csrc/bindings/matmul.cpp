@@ -36,6 +36,12 @@ void expect_faults(uintptr_t y, int64_t bytes) {
 struct Weight {
   Packed packed;
   const float* scale;
+
+  void spmm(uintptr_t x, int64_t x_stride, int64_t n, uintptr_t y, const Epilogue& e) const {
+    py::gil_scoped_release release;
+    expect_faults(y, n * packed.rows * static_cast<int64_t>(sizeof(float)));
+    kernels().matmul.spmm(packed, at<const float>(x), x_stride, n, at<float>(y), e);
+  }
 };
 }  // namespace
 
@@ -46,10 +52,13 @@ void bind_matmul(py::module_& m) {
       }))
       .def("spmm", [](const Weight& w, uintptr_t bias, uintptr_t residual, int64_t residual_stride, int activation, uintptr_t x,
                       int64_t x_stride, int64_t n, uintptr_t y) {
-        const Epilogue e{w.scale, at<const float>(bias), at<const float>(residual), residual_stride, activation};
-        py::gil_scoped_release release;
-        expect_faults(y, n * w.packed.rows * static_cast<int64_t>(sizeof(float)));
-        kernels().matmul.spmm(w.packed, at<const float>(x), x_stride, n, at<float>(y), w.packed.rows, e);
+        w.spmm(x, x_stride, n, y, {w.scale, at<const float>(bias), at<const float>(residual), residual_stride, activation});
+      })
+      .def("spmm_norm", [](const Weight& w, uintptr_t gain, uintptr_t shift, float eps, uintptr_t bias, uintptr_t residual,
+                           int64_t residual_stride, int activation, uintptr_t x, int64_t x_stride, int64_t n, uintptr_t y) {
+        w.spmm(x, x_stride, n, y,
+               {w.scale, at<const float>(bias), at<const float>(residual), residual_stride, activation, at<const float>(gain),
+                at<const float>(shift), eps});
       });
   m.def("sddmm", [](const py::tuple& plan, uintptr_t index, uintptr_t slots, uintptr_t x, int64_t x_stride, uintptr_t dy,
                     int64_t dy_stride, int64_t n, uintptr_t grad) {

@@ -88,18 +88,21 @@ struct Packed {
   const int32_t* slots;       // groups: [slots + 1][2]; bitmask: [rows + 1], the first value of each row
 };
 
-// What happens to each sum before it is written: * scale, + bias, activation, + residual.
+// What happens to each sum before it is written: * scale, + bias, activation, + residual. And to each finished row of y: LayerNorm.
 struct Epilogue {
   const float* scale;     // [rows] or null
   const float* bias;      // [rows] or null
   const float* residual;  // [tokens, rows] or null
   int64_t residual_stride;
   int activation;         // activations.inl
+  const float* gain = nullptr;   // [rows] of a LayerNorm, or null
+  const float* shift = nullptr;  // [rows], its bias, where gain is not null
+  float eps = 0.0f;
 };
 
 struct MatmulKernels {
-  // y [n, rows] = epilogue(x [n, columns] W^T); rows of x, y and residual are dense, strides count floats between them.
-  void (*spmm)(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride, const Epilogue& e);
+  // y [n, rows] = epilogue(x [n, columns] W^T); rows of x and residual are dense, strides count floats between them.
+  void (*spmm)(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, const Epilogue& e);
   // grad [entries * height], packed order: the gradient of the values; x [n, columns], dy [n, rows]. Kind "groups" only.
   void (*sddmm)(const Packed& w, const float* x, int64_t x_stride, const float* dy, int64_t dy_stride, int64_t n, float* grad);
   void (*gather_values)(const float* canonical, const int32_t* perm, int64_t n, void* packed, int dtype);

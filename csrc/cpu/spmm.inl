@@ -261,6 +261,11 @@ static void spmm_tokens(const Packed& w, const float* x, int64_t x_stride, int64
       pack_panel(x + token * x_stride, x_stride, here, T, panel, 0, w.columns);
       turns[t].take(row_blocks, [&](int64_t b) {
         run_panel_tile(w, T, panel, here, sums, scratch, b, b + 1, y, y_stride, token, e);
+        if (!e.gain || !turns[t].last(row_blocks)) return;
+        for (int64_t j = token; j < token + here; ++j) {  // still in L2 for the most part
+          float* row = y + j * y_stride;
+          layer_norm_row(row, nullptr, e.gain, e.shift, e.eps, w.rows, row);
+        }
       });
     }
     own.trim();

@@ -48,9 +48,12 @@ class Turns {
     for (int64_t u; (u = __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED)) < units;) unit(u);
   }
   int64_t taken() const { return __atomic_load_n(&next_, __ATOMIC_RELAXED); }
+  // Called once for each unit that is done: true for the last of them, who then sees what all have written.
+  bool last(int64_t units) { return __atomic_add_fetch(&done_, 1, __ATOMIC_ACQ_REL) == units; }
 
  private:
   alignas(64) int64_t next_ = 0;
+  int64_t done_ = 0;
 };
 
 // The last thing in a parallel region. Its end puts whoever is early to sleep, and being woken costs as much as waking: so the caller

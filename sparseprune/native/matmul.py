@@ -11,7 +11,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -368,9 +368,16 @@ def trained_linear(
 
 
 def linear(
-    x: Tensor, packed: Packed, bias: Tensor | None = None, residual: Tensor | None = None, activation: str = "none"
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
-    """The direct call: no dispatcher, no autograd. x: `[..., K]` on the CPU; returns `[..., N_out]` in x's dtype."""
+    """The direct call: no dispatcher, no autograd. x: `[..., K]` on the CPU; norm: weight `[N_out]`, bias `[N_out]` and
+    eps of a LayerNorm over the result; returns `[..., N_out]` in x's dtype.
+    """
     rows, stride = packed.plan[1], packed.plan[2]
     dtype, lead = x.dtype, x.shape[:-1]
     if dtype is not torch.float32 or not x.is_contiguous():
@@ -380,7 +387,11 @@ def linear(
     if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous()):
         bias = _f32(bias)
     add = None if residual is None else rows_of(residual, rows)
-    packed.weight.spmm(
+    spmm = packed.weight.spmm
+    if norm is not None:
+        gain, shift = (t.to(torch.float32).contiguous() for t in norm[:2])
+        spmm = partial(packed.weight.spmm_norm, gain.data_ptr(), shift.data_ptr(), norm[2])
+    spmm(
         0 if bias is None else bias.data_ptr(),
         0 if add is None else add.data_ptr(),
         0 if add is None else add.stride(0),

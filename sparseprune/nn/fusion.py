@@ -63,7 +63,7 @@ class FusedActivation(nn.Module):
 
 
 class FusedOutput(nn.Module):
-    """LayerNorm(dropout(dense(x)) + residual), residual and LayerNorm in one pass where there is no dropout to apply.
+    """LayerNorm(dropout(dense(x)) + residual), all of it by ``dense`` where there is no dropout to apply.
 
     x: `[..., K]`; residual: `[..., N]`; returns `[..., N]`. Holds the children of the block it replaces under their
     own names.
@@ -85,7 +85,7 @@ class FusedOutput(nn.Module):
         dense, norm = self.dense, self.LayerNorm
         if self.training and self.dropout.p > 0:
             return norm(self.dropout(dense(hidden_states)) + input_tensor)
-        return ops.add_layer_norm(dense(hidden_states), input_tensor, norm.weight, norm.bias, norm.eps)
+        return dense(hidden_states, input_tensor, norm)
 
 
 class FusedRMSNorm(nn.Module):

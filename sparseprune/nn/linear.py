@@ -69,9 +69,7 @@ def runs_direct(*tensors: Tensor | None) -> bool:
     """Whether a kernel of the compiled core is called directly on these: nothing is in the way, and it is there and not
     passed over by SPARSEPRUNE_BACKEND.
     """
-    return (
-        _native.C is not None and why_not_direct(*tensors) is None and backends.forced_backend() in (None, "native")
-    )
+    return _native.C is not None and why_not_direct(*tensors) is None and backends.forced_backend() in (None, "native")
 
 
 class SparseLinear(nn.Module):
@@ -233,10 +231,11 @@ class SparseLinear(nn.Module):
         """nnz / (N * K)."""
         return self.nnz / max(1, self.out_features * self.in_features)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """input: `[..., K]`; residual: `[..., N]`, added after the activation; returns `[..., N]`.
+    def forward(self, input: Tensor, residual: Tensor | None = None, norm: nn.LayerNorm | None = None) -> Tensor:
+        """input: `[..., K]`; residual: `[..., N]`, added after the activation; norm: over `[N]`, with weight and bias,
+        what comes last; returns `[..., N]`.
 
-        ValueError where input or residual has another width.
+        ValueError where input, residual or norm has another width.
         """
         shape = input.shape
         if not shape or shape[-1] != self.in_features:
@@ -244,6 +243,28 @@ class SparseLinear(nn.Module):
         if residual is not None and residual.shape != (*shape[:-1], self.out_features):
             expected = [*shape[:-1], self.out_features]
             raise ValueError(f"SparseLinear: residual expected {expected}, got {list(residual.shape)}")
+        if norm is not None:
+            return self._normalised(input, residual, norm)
+        return self._whole(input, residual)
+
+    def _normalised(self, input: Tensor, residual: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+        """LayerNorm over what the layer gives, by the threads that finish its rows where the compiled core runs."""
+        gain, shift = norm.weight, norm.bias
+        if gain is None or shift is None or gain.shape != (self.out_features,):
+            got = f"{list(norm.normalized_shape)}{'' if gain is not None and shift is not None else ' without them'}"
+            raise ValueError(f"SparseLinear: norm expected over [{self.out_features}] with weight and bias, got {got}")
+        bias = self._parameters["bias"]
+        if (
+            self._parameters["low_rank_a"] is None
+            and runs_direct(input, residual, bias, self._parameters["values"], gain, shift)
+            and {input.dtype, gain.dtype, shift.dtype} <= native.matmul.DTYPES
+            and (form := self._form(input)) != "unpacked"
+        ):
+            packed, after = self._packed(form), (gain, shift, norm.eps)
+            return native.matmul.linear(input, packed, bias, residual, self.activation, after)
+        return ops.add_layer_norm(self._whole(input, None), residual, gain, shift, norm.eps)
+
+    def _whole(self, input: Tensor, residual: Tensor | None) -> Tensor:
         if self._parameters["low_rank_a"] is not None:
             return self._forward_with_low_rank(input, residual)
         return self._sparse(input, residual, self.activation)

@@ -73,6 +73,21 @@ def test_epilogue(tier, name, activation, close):
             close(matmul.linear(x, packed, bias, residual, activation), expected)
 
 
+@pytest.mark.parametrize("name", ["half", "ninety", "16x1", "8x1", "2x2", "one column", "dense"])
+def test_epilogue_and_layer_norm(tier, name, close):
+    layout = WEIGHTS[name]
+    dense = layout.to_dense()
+    bias, gain, shift = (torch.randn(dense.shape[0]) for _ in range(3))
+    for tuned in (1, 8, 128):
+        packed = ops.pack(layout, tokens=tuned)
+        for n in (0, 1, 7, 31, 65, 130):
+            x, residual = 2 * torch.randn(n, dense.shape[1]), torch.randn(n, dense.shape[0])
+            for add, activation in ((residual, "none"), (None, "gelu")):
+                plain = reference.activate(F.linear(x, dense, bias), activation) + (0 if add is None else add)
+                expected = F.layer_norm(plain, gain.shape, gain, shift, 1e-5)
+                close(matmul.linear(x, packed, bias, add, activation, (gain, shift, 1e-5)), expected)
+
+
 @pytest.mark.parametrize("name", ["half", "ninety", "16x1", "8x1", "2x2"])
 @pytest.mark.parametrize("values", ["bfloat16", "int8"])
 def test_narrow_values(tier, name, values, close):
@@ -118,6 +133,13 @@ def test_wide_columns_beyond_16_bits(tier, close):
             for n in (1, 3, 70):
                 x = torch.randn(n, columns)
                 close(matmul.linear(x, packed), F.linear(x, layout.to_dense()), torch.float32)
+
+
+def test_more_than_32_mib_of_outputs(tier, close):
+    """From there on y lies in huge pages where the system has them."""
+    layout = weight(3000, 40, 0.2)
+    x = torch.randn(3001, 40)
+    close(matmul.linear(x, ops.pack(layout)), F.linear(x, layout.to_dense()))
 
 
 def test_strided_inputs(tier, close):
@@ -201,6 +223,7 @@ def _products(layout: layouts.Layout) -> list[Tensor]:
         packed = ops.pack(layout, tokens=n)
         if packed.plan[0] == 0:
             results.append(matmul.linear(x[:n], packed))
+            results.append(matmul.linear(x[:n], packed, norm=(torch.ones(1040), torch.zeros(1040), 1e-5)))
     packed, size = ops.pack(layout, tokens=128), layout.values.numel()
     results.append(matmul.packed_sddmm(x, dy, packed.index, packed.offsets, packed.perm, packed.plan, size))
     return results

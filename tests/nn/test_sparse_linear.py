@@ -84,6 +84,40 @@ def test_activation_and_residual(activation, training, close):
         close(sparse(x, residual=residual), expected + residual)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["plain", "gelu", "low rank", "unpacked", "training", "reference"])
+def test_residual_and_layer_norm(kind, dtype, close, monkeypatch):
+    linear = pruned().to(dtype)
+    options = {
+        "gelu": {"activation": "gelu"},
+        "low rank": {"low_rank_a": torch.randn(3, 60).to(dtype), "low_rank_b": torch.randn(48, 3).to(dtype)},
+        "unpacked": {"dense_from": 1},
+    }
+    if kind == "reference":
+        monkeypatch.setenv("SPARSEPRUNE_BACKEND", "reference")
+    sparse = SparseLinear.from_linear(linear, **options.get(kind, {})).train(kind == "training")
+    norm = torch.nn.LayerNorm(48, eps=1e-3).to(dtype)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    for n in (1, 9, 70):
+        x, residual = torch.randn(n, 60).to(dtype), torch.randn(n, 48).to(dtype)
+        for add in (residual, None):
+            with torch.set_grad_enabled(kind == "training"):
+                result, plain = sparse(x, add, norm), sparse(x)
+                close(result, norm(plain if add is None else plain + add))
+            if kind == "training":
+                grads = torch.autograd.grad(result.square().sum(), [sparse.values, norm.weight, norm.bias])
+                assert all(bool(g.abs().sum() > 0) for g in grads)
+
+
+@pytest.mark.parametrize(
+    "norm", [torch.nn.LayerNorm(47), torch.nn.LayerNorm((2, 48)), torch.nn.LayerNorm(48, elementwise_affine=False)]
+)
+def test_a_layer_norm_of_another_kind_is_refused(norm):
+    sparse = SparseLinear.from_linear(pruned()).eval()
+    with pytest.raises(ValueError, match=r"norm expected over \[48\] with weight and bias, got"), torch.no_grad():
+        sparse(torch.ones(2, 60), None, norm)
+
+
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 def test_low_rank_term(activation, close):
     linear = pruned()

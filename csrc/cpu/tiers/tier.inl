@@ -32,11 +32,11 @@ namespace {
 #include "../peaks.inl"
 #include "../workspace.h"
 #include "../activations.inl"
+#include "../layer_norm.inl"
 #include "../spmm.inl"
 #include "../bitmask.inl"
 #include "../sddmm.inl"
 #include "../pack.inl"
-#include "../layer_norm.inl"
 #include "../matmul.inl"
 #include "../rounded.inl"
 }  // namespace
