@@ -124,6 +124,35 @@ def test_it_lowers_the_error_and_touches_nothing_else(bfloat16: bool, monkeypatc
     assert float((block.up.weight.grad - 3.0).abs().max()) > 0
 
 
+def test_spilled_moments_and_weights_rounded_again_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "fast_bfloat16", lambda _: True)
+    monkeypatch.setattr(module, "SLICE", 40)  # some rows that divide neither layer
+    made_again: list[torch.Size] = []
+    rounded = module._Rounded.made
+
+    def watched(self: module._Rounded) -> Tensor:
+        made_again.append(self.weight.shape)
+        return rounded(self)
+
+    results = []
+    for spill, instead in ((None, False), (None, True), (tmp_path, True)):
+        block, inputs, targets = made()
+        task, masks = task_of(block, inputs, targets)
+        task.spill = spill
+        with monkeypatch.context() as patch:
+            if instead:
+                patch.setattr(module._Rounded, "made", watched)
+            else:
+                patch.setattr(module._Rounded, "instead", lambda saved, _: saved)
+            reconstruct(task, masks, epochs=1, rate=0.05)
+        results.append([block.up.weight.detach(), block.down.weight.detach()])
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+    assert {*made_again} == {torch.Size([20, 12]), torch.Size([12, 20])}
+    assert not list(tmp_path.iterdir())
+
+
 def test_pads_do_not_count_and_bfloat16_weights_learn() -> None:
     results = []
     for fill in (0.0, 50.0):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from sparseprune.pruning.oneshot import admm as admm_module
-from sparseprune.pruning.oneshot.admm import admm, loss_change, on_the_mask_
+from sparseprune.pruning.oneshot import patterns as patterns_module
+from sparseprune.pruning.oneshot.admm import _transpose_, admm_, loss_change, on_the_mask_
 from sparseprune.pruning.oneshot.methods import wanda_scores
-from sparseprune.pruning.oneshot.patterns import Pattern, choose, select_rows, spread
-from sparseprune.pruning.oneshot.sparsegpt import damp_, factor_, inverse_factor, sparsegpt
+from sparseprune.pruning.oneshot.patterns import Pattern, choose, choose_sliced, row_slices, select_rows, spread
+from sparseprune.pruning.oneshot.sparsegpt import damp_, factor_, inverse_factor, sparsegpt_
+from sparseprune.pruning.oneshot.store import SpilledMatrix
 
 
 def problem(rows: int, columns: int, samples: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -20,6 +24,20 @@ def problem(rows: int, columns: int, samples: int = 200, seed: int = 0) -> tuple
     mix = torch.randn(columns, columns, generator=generator)
     x = torch.randn(samples, columns, generator=generator) @ mix
     return torch.randn(rows, columns, generator=generator), x.T @ x / samples
+
+
+Solved = list[tuple[Tensor, Tensor]]
+
+
+def sparsegpt(weights: list[Tensor], hessian: Tensor, keeps: list[int], pattern: Pattern, **options: Any) -> Solved:
+    """(weights, mask) of copies pruned in place."""
+    pruned = [weight.clone() for weight in weights]
+    return list(zip(pruned, sparsegpt_(pruned, hessian.clone, keeps, pattern, **options)))
+
+
+def admm(weights: list[Tensor], hessian: Tensor, keeps: list[int], pattern: Pattern, **options: Any) -> Solved:
+    pruned = [weight.clone() for weight in weights]
+    return list(zip(pruned, admm_(pruned, hessian.clone, keeps, pattern, **options)))
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
@@ -47,7 +65,7 @@ def test_spread_is_exact_and_even() -> None:
 
 def test_rows_keep_their_largest_and_ties_go_to_the_lower_index() -> None:
     scores = torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]])
-    assert select_rows(scores, 3).tolist() == [[False, True, True], [True, False, False]]
+    assert select_rows(scores, [2, 1]).tolist() == [[False, True, True], [True, False, False]]
 
 
 @pytest.mark.parametrize("pattern", [Pattern(), Pattern("block", r=2, c=3), Pattern("nm", n=1, m=3)])
@@ -125,20 +143,21 @@ def test_dead_inputs_and_rank_deficient_hessians() -> None:
     hessian[2] = hessian[:, 2] = 0
     ((pruned, mask),) = sparsegpt([weight], hessian, [16], Pattern())
     assert bool(torch.isfinite(pruned).all()) and int(mask.sum()) == 16
-    upper = inverse_factor(hessian, 0.01)
+    upper = inverse_factor(hessian.clone, 0.01)
     torch.testing.assert_close(upper.T @ upper @ damped(hessian, 0.01), torch.eye(8), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("chunk", [2**18, 20])
 def test_conjugate_gradients_reach_least_squares_on_the_mask(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admm_module, "CHUNK", chunk)  # two rows at a time: their number does not divide five
+    monkeypatch.setattr(admm_module, "POLISHED", chunk)  # two rows at a time: their number does not divide five
     weight, hessian = problem(5, 10, seed=2)
     mask = torch.rand(5, 10) < 0.5
     mask[3] = False
     start = weight * mask
-    got = on_the_mask_(start.clone(), weight @ hessian, hessian, mask, iterations=40)
+    pull = SpilledMatrix.of(weight @ hessian, None)
+    got = on_the_mask_(start.clone(), pull, hessian, mask, iterations=40)
     torch.testing.assert_close(got.double(), least_squares(weight, hessian, mask), rtol=1e-2, atol=1e-3)
-    change = loss_change(got, start, weight @ hessian, hessian)
+    change = loss_change(got, SpilledMatrix.of(start, None), pull, hessian)
     assert change == pytest.approx(loss(got, weight, hessian) - loss(start, weight, hessian), rel=1e-4)
 
 
@@ -167,17 +186,16 @@ def test_layer_that_admm_does_not_improve_keeps_the_sweep(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("pattern", [Pattern(), Pattern("block", r=2, c=2), Pattern("nm", n=2, m=4)])
 @pytest.mark.parametrize("scope", ["row", "layer"])
-def test_admm_counts_are_exact_and_it_beats_the_sweep(pattern: Pattern, scope: str) -> None:
+def test_admm_counts_are_exact_and_it_beats_the_sweep(pattern: Pattern, scope: str, tmp_path: Path) -> None:
     weight, hessian = problem(8, 24)
     second = torch.randn(4, 24)
     keeps = [24, 9] if pattern.kind == "block" else [96, 36]
     arguments = ([weight, second], hessian, keeps, pattern)
     swept = sparsegpt(*arguments, scope=scope)
-    before = hessian.clone()
     solved = admm(*arguments, scope=scope)
-    assert torch.equal(hessian, before)
-    again = admm(arguments[0], hessian.clone(), *arguments[2:], scope=scope, overwrite=True)
+    again = admm(*arguments, scope=scope, spill=tmp_path)
     assert all(torch.equal(a, b) for one, other in zip(solved, again) for a, b in zip(one, other))
+    assert not list(tmp_path.iterdir())
     damp = damped(hessian, 0.01)
     for original, (old, _), (new, mask), keep in zip((weight, second), swept, solved, keeps):
         expected = original.numel() // 2 if pattern.kind == "nm" else keep * pattern.r * pattern.c
@@ -201,3 +219,100 @@ def test_admm_comes_close_to_the_best_of_all_masks() -> None:
         ratios.append(loss(got, weight, damp) / best)
     assert min(ratios) > 0.999
     assert sorted(ratios)[3] < 1.3
+
+
+@pytest.mark.parametrize("scope", ["row", "layer"])
+@pytest.mark.parametrize(
+    ("pattern", "shape", "keep"),
+    [
+        (Pattern(), (37, 23), 301),
+        (Pattern("block", r=5, c=3), (35, 21), 17),
+        (Pattern("nm", n=1, m=3), (37, 21), 0),
+    ],
+    ids=str,
+)
+def test_slices_of_rows_choose_and_solve_as_the_whole(
+    pattern: Pattern, shape: tuple[int, int], keep: int, scope: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Odd shapes, in slices whose rows divide nothing, with and without files, against one slice."""
+    weight, hessian = problem(*shape)
+    magnitude = weight.abs().mul_(4).round_()  # with ties
+    expected = choose(magnitude, pattern, keep, scope)
+    whole = admm([weight], hessian, [keep], pattern, scope=scope)
+    swept = sparsegpt([weight], hessian, [keep], pattern, scope=scope)
+    for numbers in (1, 7 * shape[1], 2**20):
+        monkeypatch.setattr(patterns_module, "SLICE", numbers)
+        monkeypatch.setattr(admm_module, "SLICE", numbers)
+        monkeypatch.setattr(admm_module, "POLISHED", numbers)
+        assert torch.equal(choose_sliced(lambda rows: magnitude[rows], weight, pattern, keep, scope), expected)
+        for folder in (None, tmp_path):
+            ((got, mask),) = admm([weight], hessian, [keep], pattern, scope=scope, spill=folder)
+            assert torch.equal(mask, whole[0][1])
+            torch.testing.assert_close(got, whole[0][0], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(whole[0][1], swept[0][1])
+
+
+@pytest.mark.parametrize("solve", [sparsegpt, admm])
+def test_weights_of_any_dtype_and_layout_are_solved_in_float32(solve: Any) -> None:
+    weight, hessian = problem(9, 14)
+    weight = weight.bfloat16()
+    ((expected, mask),) = solve([weight.float()], hessian, [60], Pattern())
+    for given in (weight, weight.t().contiguous().t()):
+        ((got, found),) = solve([given], hessian, [60], Pattern())
+        assert got.dtype == torch.bfloat16 and got.stride() == given.stride()
+        assert torch.equal(found, mask) and torch.equal(got, expected.bfloat16())
+    turned = weight.float().t().contiguous().t()
+    ((got, found),) = solve([turned], hessian, [60], Pattern())
+    assert torch.equal(found, mask) and torch.equal(got, expected)
+
+
+def test_a_hessian_is_fetched_again_for_more_damping() -> None:
+    hessian = torch.diag(torch.tensor([1.0, 1.0, 1.0, 1.0]))
+    hessian[0, 1] = hessian[1, 0] = 1.04  # not positive definite with damping 0.01
+    fetched: list[Tensor] = []
+
+    def fetch() -> Tensor:
+        fetched.append(hessian.clone())
+        return fetched[-1]
+
+    upper = inverse_factor(fetch, 0.01)
+    assert len(fetched) == 2
+    torch.testing.assert_close(upper.T @ upper @ damped(hessian, 0.1), torch.eye(4), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"damping 1\.0"):
+        inverse_factor(lambda: 500 * torch.ones(2, 2) - 400 * torch.eye(2), 0.01)
+
+
+def test_a_square_is_transposed_in_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admm_module, "TILE", 4)
+    matrix = torch.arange(121.0).view(11, 11)
+    expected, place = matrix.t().clone(), matrix.data_ptr()
+    assert torch.equal(_transpose_(matrix), expected) and matrix.data_ptr() == place
+
+
+def test_rows_are_covered_once_in_whole_units() -> None:
+    for rows, columns, numbers, whole in ((1536, 576, 2**19, 1), (37, 8, 64, 5), (0, 4, 8, 1), (3, 1000, 10, 2)):
+        slices = list(row_slices((rows, columns), numbers, whole))
+        assert [i for part in slices for i in range(rows)[part]] == list(range(rows))
+        assert all((part.stop - part.start) % whole == 0 for part in slices[:-1])
+    assert [part.stop for part in row_slices((1536, 576), 2**19)] == [896, 1536]
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+def test_rows_of_a_matrix_come_back(spilled: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "new" if spilled else None
+    values = torch.randn(7, 3)
+    matrix = SpilledMatrix.of(values.clone(), folder)
+    got = matrix[2:5]
+    assert torch.equal(got, values[2:5])
+    got.zero_()  # a copy
+    assert torch.equal(matrix[:], values)
+    matrix[5:7] = values[:2]
+    matrix.opened().add_(1)
+    assert torch.equal(matrix[:], torch.cat([values[:5], values[:2]]) + 1)
+    if folder is not None:
+        assert not list(folder.iterdir())
+        assert matrix._file is not None
+        matrix._file.truncate(40)
+        with pytest.raises(OSError, match=r"rows 2 to 7 .* expected 60 bytes, got 16"):
+            matrix[2:7]
+    matrix.close()

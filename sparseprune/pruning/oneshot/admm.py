@@ -9,41 +9,44 @@ the best weights on the settled mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
-from .patterns import Pattern, choose
-from .sparsegpt import damp_, factor_, sweep
-from .store import release
+from ... import ops
+from ..masks import MaskSet
+from .patterns import Pattern, choose_sliced, row_slices
+from .sparsegpt import damp_, factor_, in_float32, inverse_factor, sweep_
+from .store import SpilledMatrix, release
 
-__all__ = ["admm", "loss_change", "on_the_mask_"]
+__all__ = ["admm_", "loss_change", "on_the_mask_"]
 
 # (rho, iterations) for inputs scaled to unit second moment. On layers of a language model a constant rho leaves 10 to
 # 15 % more loss, twice the iterations gain 2 %.
 STAGES = ((0.1, 4), (0.2, 4), (0.4, 3), (0.8, 2), (1.6, 2))
 
-# Rows are independent once the mask is chosen; so many numbers at a time keep the temporaries in the cache.
-CHUNK = 2**18
+# Rows are independent once the mask is chosen; so many numbers at a time keep the temporaries small, in the cache where
+# several are in use at once.
+SLICE = 2**19
+POLISHED = 2**18
+
+TILE = 256
 
 
-def _rows(matrix: Tensor) -> Iterator[slice]:
-    step = max(1, CHUNK // max(1, matrix.shape[1]))
-    for start in range(0, matrix.shape[0], step):
-        yield slice(start, start + step)
-
-
-def loss_change(new: Tensor, old: Tensor, pull: Tensor, hessian: Tensor) -> float:
+def loss_change(new: Tensor, old: SpilledMatrix, pull: SpilledMatrix, hessian: Tensor) -> float:
     """The layer loss of new less that of old, all `[N, K]`; pull `[N, K]` is target @ hessian."""
     total = 0.0
-    for rows in _rows(new):
-        slope = torch.addmm(pull[rows], new[rows] + old[rows], hessian, beta=-2)
-        total += float((slope * (new[rows] - old[rows])).sum())
+    for rows in row_slices(new.shape, POLISHED):
+        before = old[rows]
+        slope = pull[rows].addmm_(new[rows] + before, hessian, beta=-2)
+        total += float(slope.mul_(before.neg_().add_(new[rows])).sum())
     return total
 
 
-def on_the_mask_(weight: Tensor, pull: Tensor, hessian: Tensor, mask: Tensor, iterations: int) -> Tensor:
+def on_the_mask_(weight: Tensor, pull: SpilledMatrix, hessian: Tensor, mask: Tensor, iterations: int) -> Tensor:
     """Lowers the layer loss over weights that are zero outside mask, by conjugate gradients on all rows at once.
 
     weight (zero outside mask; changed in place and returned), pull = target @ hessian, mask `[N, K]`; hessian
@@ -51,25 +54,25 @@ def on_the_mask_(weight: Tensor, pull: Tensor, hessian: Tensor, mask: Tensor, it
     at its minimum.
     """
     tiny = torch.finfo(weight.dtype).tiny
-    for rows in _rows(weight):
+    for rows in row_slices(weight.shape, POLISHED):
         kept, part = mask[rows], weight[rows]
-        residual = torch.addmm(pull[rows], part, hessian, alpha=-1).mul_(kept)
-        direction = residual.clone()
-        square = residual.square().sum(1, keepdim=True)
+        residual = pull[rows].addmm_(part, hessian, alpha=-1).mul_(kept)
+        direction, image, room = residual.clone(), torch.empty_like(residual), torch.empty_like(residual)
+        square = torch.square(residual, out=room).sum(1, keepdim=True)
         for _ in range(iterations):
-            image = (direction @ hessian).mul_(kept)
-            step = square / (direction * image).sum(1, keepdim=True).clamp_min(tiny)
+            torch.mm(direction, hessian, out=image).mul_(kept)
+            step = square / torch.mul(direction, image, out=room).sum(1, keepdim=True).clamp_min(tiny)
             part.addcmul_(step, direction)
             residual.addcmul_(step, image, value=-1)
-            fresh = residual.square().sum(1, keepdim=True)
+            fresh = torch.square(residual, out=room).sum(1, keepdim=True)
             direction.mul_(fresh / square.clamp_min(tiny)).add_(residual)
             square = fresh
     return weight
 
 
-def admm(
+def admm_(
     weights: list[Tensor],
-    hessian: Tensor,
+    hessian: Callable[[], Tensor],
     keeps: list[int],
     pattern: Pattern,
     *,
@@ -77,70 +80,146 @@ def admm(
     damping: float = 0.01,
     blocksize: int = 128,
     polish: int = 8,
-    overwrite: bool = False,
-) -> list[tuple[Tensor, Tensor]]:
-    """weights: `[N_i, K]` that read one input with hessian `[K, K]`; keeps: units of the pattern to keep in each.
+    spill: str | os.PathLike[str] | None = None,
+) -> list[Tensor]:
+    """weights: `[N_i, K]` that read one input, of any floating dtype, pruned in place; hessian: gives the mean outer
+    product of the inputs `[K, K]`, contiguous, in memory of its own; keeps: units of the pattern to keep in each.
 
-    polish: conjugate-gradient iterations at the end; overwrite: hessian may be used as workspace. Returns (weight
-    float32 `[N_i, K]`, mask bool `[N_i, K]`) for each. It starts from `sparsegpt` and never returns a layer with more
-    (damped) loss than that. Beside the result it holds three float32 copies of the weights and one matrix `[K, K]`
-    (two without overwrite).
+    polish: conjugate-gradient iterations at the end. Returns the mask bool `[N_i, K]` of each. It starts from
+    `sparsegpt_` and never returns a layer with more (damped) loss than that. All iterations work in the weights' own
+    memory. Beside it there are the masks, one matrix `[K, K]` and slices of rows; float32 copies of weights of another
+    dtype; and two more of the weights, in files where spill names a folder.
     """
-    sizes = [w.shape[0] for w in weights]
-    start, swept = sweep(weights, hessian, keeps, pattern, scope=scope, damping=damping, blocksize=blocksize)
-    release()
-    unit = damp_(hessian if overwrite else hessian.clone(), damping)
+    with ExitStack() as stack:
+        layers = [
+            _Layer(values, keep, pattern, scope, spill)
+            for values, keep in zip([stack.enter_context(in_float32(w)) for w in weights], keeps)
+        ]
+        unit, scale = _unit(hessian, damping)
+        for layer in layers:
+            layer.aim(unit, scale)
+        del unit
+        upper = inverse_factor(hessian, damping)
+        swept = {str(i): layer.sweep(upper, scale, blocksize) for i, layer in enumerate(layers)}
+        bits = MaskSet(swept)
+        del upper, swept
+        release()
+        rho = STAGES[0][0]
+        unit, _ = _unit(hessian, damping)
+        for layer in layers:
+            layer.begin(unit, rho)
+        done = 1
+        del unit
+        for stage, iterations in STAGES:
+            inverse = _transpose_(_unit(hessian, damping)[0]).t()
+            inverse.diagonal().add_(stage)
+            if not factor_(inverse):
+                raise ValueError(
+                    "best: the Hessian is not positive definite; raise damping or give more calibration data"
+                )
+            torch.cholesky_inverse(inverse, out=inverse)
+            for layer in layers:
+                layer.iterate(inverse, stage, rho / stage, iterations - done)
+            rho, done = stage, 0
+            del inverse  # before the next one is made
+        release()
+        unit, _ = _unit(hessian, damping)
+        for i, layer in enumerate(layers):
+            layer.finish(unit, scale, polish, bits[str(i)])
+        return [layer.mask for layer in layers]
+
+
+def _unit(hessian: Callable[[], Tensor], damping: float) -> tuple[Tensor, Tensor]:
+    """The damped Hessian of inputs scaled to unit second moment, and the scale `[K]`."""
+    unit = damp_(hessian(), damping)
     scale = unit.diagonal().sqrt()
-    unit.div_(scale).div_(scale[:, None])
-    start *= scale
-    point = torch.cat([w.detach().float() for w in weights]).mul_(scale)
-    pull = point @ unit
-    room = torch.empty_like(point)
-    inverse = torch.empty_like(unit).t()
-    # V + U of the first iteration, whose V is start: U is chosen such that start is stationary.
-    rho = STAGES[0][0]
-    torch.addmm(pull, start, unit, alpha=-1, out=point).div_(rho).add_(start)
-    mask = _project(point, room, sizes, keeps, pattern, scope)
-    # Between iterations point holds Z where mask is set and -U elsewhere: Z - U, which is all the next one needs.
-    _reflect_(point, mask, room, -1.0)
-    done = 1
-    for stage, iterations in STAGES:
-        _reflect_(point, mask, room, rho / stage)  # U is in units of 1 / rho
-        rho = stage
-        inverse.copy_(unit).diagonal().add_(rho)
-        if not factor_(inverse):
-            raise ValueError("best: the Hessian is not positive definite; raise damping or give more calibration data")
-        torch.cholesky_inverse(inverse, out=inverse)
-        for _ in range(iterations - done):
-            torch.add(pull, point, alpha=rho, out=room)
-            point.masked_fill_(mask, 0).addmm_(room, inverse, beta=-1)
-            mask = _project(point, room, sizes, keeps, pattern, scope)
-            _reflect_(point, mask, room, -1.0)
-        done = 0
-    del room, inverse
-    release()
-    point.mul_(mask)
-    on_the_mask_(point, pull, unit, mask, polish)
-    parts = (each.split(sizes) for each in (point, start, pull, mask, swept))
-    for new, old, pulled, chosen, first in zip(*parts):
-        if loss_change(new, old, pulled, unit) > 0:
-            new.copy_(old)
-            chosen.copy_(first)
-    point /= scale
-    return list(zip(point.split(sizes), mask.split(sizes)))
+    return unit.div_(scale).div_(scale[:, None]), scale
 
 
-def _reflect_(point: Tensor, mask: Tensor, room: Tensor, factor: float) -> None:
-    """point `[N, K]` times factor outside mask; room: memory of its size."""
-    torch.mul(point, factor, out=room)
-    torch.where(mask, point, room, out=point)
+def _transpose_(matrix: Tensor) -> Tensor:
+    """A square matrix transposed in its own memory."""
+    tiles = [slice(i, i + TILE) for i in range(0, matrix.shape[0], TILE)]
+    for i, a in enumerate(tiles):
+        for b in tiles[: i + 1]:
+            lower = matrix[a, b].t().clone()
+            matrix[a, b] = matrix[b, a].t().clone()
+            matrix[b, a] = lower
+    return matrix
 
 
-def _project(
-    values: Tensor, room: Tensor, sizes: list[int], keeps: list[int], pattern: Pattern, scope: str
-) -> Tensor:
-    """values `[sum N_i, K]` -> the mask that the projection keeps in each layer: the largest squares, summed over a
-    block. room: memory of their size.
+class _Layer:
+    """One layer's iterations in the memory of its weights `[N, K]`, in units of the scaled inputs from `sweep` to
+    `finish`. pull `[N, K]`: the dense weights times the Hessian; start `[N, K]`: what SparseGPT made of them.
     """
-    scores = torch.square(values, out=room) if pattern.kind == "block" else torch.abs(values, out=room)
-    return torch.cat([choose(part, pattern, keep, scope) for part, keep in zip(scores.split(sizes), keeps)])
+
+    def __init__(
+        self, values: Tensor, keep: int, pattern: Pattern, scope: str, spill: str | os.PathLike[str] | None
+    ) -> None:
+        self.values, self.keep, self.pattern, self.scope = values, keep, pattern, scope
+        self.pull = SpilledMatrix(values.shape, values.device, spill)
+        self.start = SpilledMatrix(values.shape, values.device, spill)
+        self.slices = list(row_slices(values.shape, SLICE))
+        self.mask = torch.empty(0)
+
+    def aim(self, unit: Tensor, scale: Tensor) -> None:
+        for rows in self.slices:
+            self.pull[rows] = (self.values[rows] * scale) @ unit
+
+    def sweep(self, upper: Tensor, scale: Tensor, blocksize: int) -> Tensor:
+        """Leaves SparseGPT's weights, returns their mask."""
+        mask = sweep_(self.values, upper, self.keep, self.pattern, scope=self.scope, blocksize=blocksize)
+        self.values *= scale
+        self.start[:] = self.values
+        return mask
+
+    def begin(self, unit: Tensor, rho: float) -> None:
+        """V + U of the first iteration, whose V is start: U is chosen such that start is stationary.
+
+        Between iterations values holds Z where mask is set and -U elsewhere: Z - U, which is all the next one needs.
+        """
+        for rows in self.slices:
+            point = self.values[rows]
+            self.values[rows] = self.pull[rows].addmm_(point, unit, alpha=-1).div_(rho).add_(point)
+        self.project()
+        self.reflect(-1.0)
+
+    def iterate(self, inverse: Tensor, rho: float, change: float, iterations: int) -> None:
+        """change: of the unit of U, which is 1 / rho."""
+        self.reflect(change)
+        for _ in range(iterations):
+            for rows in self.slices:
+                point = self.values[rows]
+                room = self.pull[rows].add_(point, alpha=rho)
+                point.masked_fill_(self.mask[rows], 0).addmm_(room, inverse, beta=-1)
+            self.project()
+            self.reflect(-1.0)
+
+    def finish(self, unit: Tensor, scale: Tensor, polish: int, swept: Tensor) -> None:
+        self.values.mul_(self.mask)
+        on_the_mask_(self.values, self.pull, unit, self.mask, polish)
+        if loss_change(self.values, self.start, self.pull, unit) > 0:
+            for rows in self.slices:
+                self.values[rows] = self.start[rows]
+            self.mask = swept
+        self.values /= scale
+        self.pull.close()
+        self.start.close()
+
+    def reflect(self, factor: float) -> None:
+        """Everything outside the mask times factor."""
+        for rows in self.slices:
+            point = self.values[rows]
+            torch.where(self.mask[rows], point, point * factor, out=point)
+
+    def project(self) -> None:
+        """The mask that the projection keeps: the largest squares, summed over a block."""
+        self.mask = torch.empty(0)
+        values = self.values
+        if self.pattern.kind == "element" and self.scope != "row":
+            self.mask = ops.magnitude_mask(values, self.keep)
+            return
+
+        def scores(rows: slice) -> Tensor:
+            return values[rows].square() if self.pattern.kind == "block" else values[rows].abs()
+
+        self.mask = choose_sliced(scores, values, self.pattern, self.keep, self.scope)

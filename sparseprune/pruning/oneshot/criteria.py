@@ -34,10 +34,11 @@ class OneShotCriterion(Criterion):
     Wanda scores); the total is exact with each. ``prune_``'s own ``densities`` take its place, and ``scope="layer"``
     rounds in every layer by itself. owl: {"threshold": 5.0, "spread": 0.08} for "owl". chunk_tokens: positions in one
     forward pass. min_tokens: the least calibration data accepted; by default as many positions as the widest layer has
-    inputs (an eighth of it for Wanda). spill: a folder for the hidden states, which are then not in memory; True: the
-    system's temporary folder, False or None: in memory. The replaced weights wait there in any case. state: a folder
-    in which finished blocks are kept, so that a killed run goes on; what is temporary is then there too, and a run
-    that goes on removes what the killed one left. progress: called with a `Progress` after each block.
+    inputs (an eighth of it for Wanda). spill: a folder for the hidden states and, with weights on the CPU, statistics,
+    moments and solvers' copies, which are then not in memory; True: the system's temporary folder, False or None: in
+    memory. The replaced weights wait in files in any case. state: a folder in which finished blocks are kept, so that a
+    killed run goes on; what is temporary is then there too, and a run that goes on removes what the killed one left.
+    progress: called with a `Progress` after each block.
     """
 
     needs_data = True

@@ -1,8 +1,9 @@
 """The walk through a model: block after block, the pruned block's outputs feeding the next one.
 
-Memory on top of the model: one block's statistics, one chunk of activations, the hidden states of the calibration data
-(none in memory when they are spilled), one bit a weight for the masks and, where a method trains its blocks, the
-moments of one block. The values that pruning replaces go to files, so that an error leaves the model as it was, and a
+Memory on top of the model: one chunk of activations, one matrix as wide as a layer's inputs, one bit a weight for the
+masks. The other things that a run keeps (hidden states of the calibration data, statistics, what solvers put aside, the
+moments of a block in training) wait in files, unless they are to stay in memory. The values that pruning replaces are
+in files in any case, so that methods may work in the weights' own memory, an error leaves the model as it was, and a
 run that was killed goes on where it stopped.
 """
 
@@ -23,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from ..._files import remove_unfinished, replacing, write_text
+from ..masks import MaskSet
 from .calibration import Batch, digest
 from .patterns import Pattern
-from .store import ChunkStore, release
+from .store import ChunkStore, no_holes, release
 from .structure import Stack, calibrating, capture, find_stacks
 from .task import BlockTask, PieceTask, Task
 
@@ -38,9 +40,9 @@ class Method(Protocol):
     @property
     def teacher(self) -> bool: ...
 
-    def prune(self, task: Task) -> dict[str, Tensor]:
+    def prune(self, task: Task) -> MaskSet:
         """Writes the pruned weights into task.linears (and whatever else of the block it tunes) and returns the
-        masks.
+        masks. What the parameters held before is safe: it may work in their memory.
         """
         ...
 
@@ -125,7 +127,7 @@ class _State:
     def load(self, index: int) -> dict[str, Any] | None:
         return torch.load(self.path(index), weights_only=True) if self.path(index).exists() else None
 
-    def save(self, index: int, tensors: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
+    def save(self, index: int, tensors: dict[str, Tensor], masks: Mapping[str, Tensor]) -> None:
         remove_unfinished(self.path(index))
         cpu = {k: v.detach().cpu() for k, v in tensors.items()}
         with replacing(self.path(index)) as temporary:
@@ -179,11 +181,11 @@ def walk(
 ) -> None:
     """Prunes linears (fqn -> Linear of model) in place, keep[fqn] units of patterns[fqn] in each.
 
-    deliver(fqn, mask bool `[N, K]`) is called once for each. spill: a folder for hidden states, True for the system's
-    temporary one, False to keep them in memory. state: a folder; finished blocks are kept there and a second call with
-    the same arguments goes on after them, to the same masks; what is temporary lies there too (unless spill names a
-    folder), and what a killed run left of it is removed. Any error, the user's interrupt
-    included, leaves the model as it was and is raised again.
+    deliver(fqn, mask bool `[N, K]`) is called once for each. spill: a folder for hidden states and, of weights on the
+    CPU, statistics, moments and solvers' copies; True for the system's temporary one, False to keep them in memory.
+    state: a folder; finished blocks are kept there and a second call with the same arguments goes on after them, to the
+    same masks; what is temporary lies there too (unless spill names a folder), and what a killed run left of it is
+    removed. Any error, the user's interrupt included, leaves the model as it was and is raised again.
     """
     begin = time.perf_counter()
     record = None
@@ -193,6 +195,8 @@ def walk(
     named = None if isinstance(spill, bool) else Path(spill)
     scratch = named or (Path(tempfile.gettempdir()) if record is None else record.scratch())
     hidden = None if spill is False else scratch
+    # What solvers and statistics put aside crosses no bus: away from the CPU it stays on the device.
+    files = hidden if all(linear.weight.device.type == "cpu" for linear in linears.values()) else None
     undo = _Undo(scratch)
     done = 0
     stores: list[ChunkStore] = []
@@ -203,7 +207,7 @@ def walk(
         undo.remember(tensors)
         found = record.load(index) if record is not None else None
         if found is None:
-            masks = method.prune(task)
+            masks: Mapping[str, Tensor] = method.prune(task)
             for fqn, linear in task.linears.items():
                 if not bool(torch.isfinite(linear.weight).all()):
                     raise ValueError(f"one-shot pruning: {fqn} became NaN or infinite; raise damping or check the data")
@@ -220,7 +224,7 @@ def walk(
             progress(Progress(task.name, index, total, time.perf_counter() - begin, found is not None))
 
     try:
-        with calibrating(model), torch.no_grad():
+        with calibrating(model), torch.no_grad(), no_holes():
             stacks = find_stacks(model, linears)
             pieces = _pieces(model, dict(linears), stacks)
             total = sum(1 if p.stack is None else len(p.stack.blocks) for p in pieces)
@@ -241,7 +245,7 @@ def walk(
                     inside = {f: m for f, m in piece.linears.items() if f == name or f.startswith(name + ".")}
                     task = BlockTask(
                         name, block, inside, {f: keep[f] for f in inside}, {f: patterns[f] for f in inside}, scope, b,
-                        captured, student,
+                        captured, student, spill=files,
                     )  # fmt: skip
                     if teacher is not None:  # the dense block, before it is pruned
                         task.target = teacher
@@ -254,7 +258,7 @@ def walk(
                         task.advance(student)
                 captured.close()
             if loose:
-                finish(PieceTask("", model, loose, dict(keep), dict(patterns), scope, batches), done)
+                finish(PieceTask("", model, loose, dict(keep), dict(patterns), scope, batches, spill=files), done)
     except BaseException:
         undo.restore()
         raise

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from .admm import admm
-from .patterns import Pattern, choose
+from ..masks import MaskSet
+from .admm import admm_
+from .patterns import Pattern, choose_sliced
 from .reconstruct import reconstruct
-from .sparsegpt import sparsegpt
-from .store import release
+from .sparsegpt import sparsegpt_
+from .store import SpilledMatrix, release
 from .task import BlockTask, Task
 
 __all__ = ["ADMMMethod", "SparseGPTMethod", "WandaMethod", "wanda_scores"]
@@ -29,15 +32,20 @@ class WandaMethod:
 
     teacher: bool = False
 
-    def prune(self, task: Task) -> dict[str, Tensor]:
-        masks: dict[str, Tensor] = {}
+    def prune(self, task: Task) -> MaskSet:
+        masks: list[MaskSet] = []
         for group in task.statistics(hessian=False):
             for fqn in group.names:
                 weight = task.linears[fqn].weight.data
-                scores = wanda_scores(weight, group.squares.to(weight.device))
-                masks[fqn] = choose(scores, task.patterns[fqn], task.keep[fqn], task.scope)
-                weight.masked_fill_(~masks[fqn], 0)
-        return masks
+                squares = group.squares.to(weight.device)
+
+                def scores(rows: slice, weight: Tensor = weight, squares: Tensor = squares) -> Tensor:
+                    return wanda_scores(weight[rows], squares)
+
+                mask = choose_sliced(scores, weight, task.patterns[fqn], task.keep[fqn], task.scope)
+                weight.masked_fill_(~mask, 0)
+                masks.append(MaskSet({fqn: mask}))
+        return MaskSet.joined(masks)
 
 
 def by_pattern(task: Task, names: tuple[str, ...]) -> list[tuple[Pattern, list[str]]]:
@@ -54,39 +62,39 @@ class SparseGPTMethod:
     blocksize: int = 128
     teacher: bool = False
 
-    def solve(
-        self, weights: list[Tensor], hessian: Tensor, keeps: list[int], pattern: Pattern, scope: str, last: bool
-    ) -> list[tuple[Tensor, Tensor]]:
-        """last: nothing needs hessian afterwards."""
-        return sparsegpt(
-            weights, hessian, keeps, pattern, scope=scope, damping=self.damping, blocksize=self.blocksize
+    def solve_(
+        self, weights: list[Tensor], hessian: Callable[[], Tensor], keeps: list[int], pattern: Pattern, task: Task
+    ) -> Iterable[Tensor]:
+        """weights `[N_i, K]` are pruned in place; hessian: gives a copy of it `[K, K]`. Returns their masks."""
+        return sparsegpt_(
+            weights, hessian, keeps, pattern, scope=task.scope, damping=self.damping, blocksize=self.blocksize
         )
 
-    def prune(self, task: Task) -> dict[str, Tensor]:
-        masks: dict[str, Tensor] = {}
+    def prune(self, task: Task) -> MaskSet:
+        masks: list[MaskSet] = []
         groups = task.statistics(hessian=True)
         release()
-        groups.sort(key=lambda group: -group.squares.numel())  # the widest Hessian goes first, before most is in use
-        for group in groups:
-            kinds = by_pattern(task, group.names)
-            for i, (pattern, names) in enumerate(kinds):
-                assert group.hessian is not None
-                weights = [task.linears[fqn].weight for fqn in names]
-                keeps = [task.keep[fqn] for fqn in names]
-                hessian = group.hessian.to(weights[0].device)
-                solved = self.solve(weights, hessian, keeps, pattern, task.scope, i == len(kinds) - 1)
-                for fqn, (weight, mask) in zip(names, solved):
-                    task.linears[fqn].weight.data.copy_(weight)
-                    masks[fqn] = mask
-                del solved, weight, hessian
-            group.hessian = None
+        for group in sorted(groups, key=lambda group: -group.squares.numel()):  # the widest before libraries hold most
+            assert group.hessian is not None
+            matrix = group.hessian
+            for pattern, names in by_pattern(task, group.names):
+                weights = [task.linears[fqn].weight.data for fqn in names]
+                device = weights[0].device
+
+                def hessian(matrix: SpilledMatrix = matrix, device: torch.device = device) -> Tensor:
+                    return matrix[:].to(device)
+
+                solved = self.solve_(weights, hessian, [task.keep[fqn] for fqn in names], pattern, task)
+                masks += [MaskSet({fqn: mask}) for fqn, mask in zip(names, solved)]
+                del solved
+            matrix.close()
             release()
-        return masks
+        return MaskSet.joined(masks)
 
 
 @dataclass(frozen=True)
 class ADMMMethod(SparseGPTMethod):
-    """ADMM from the SparseGPT solution of every group of layers, see `admm`; then each block trained to give its dense
+    """ADMM from the SparseGPT solution of every group of layers, see `admm_`; then each block trained to give its dense
     outputs for epochs over the data, see `reconstruct`.
     """
 
@@ -94,15 +102,15 @@ class ADMMMethod(SparseGPTMethod):
     epochs: int = 0
     rate: float = 0.0
 
-    def solve(
-        self, weights: list[Tensor], hessian: Tensor, keeps: list[int], pattern: Pattern, scope: str, last: bool
-    ) -> list[tuple[Tensor, Tensor]]:
-        return admm(
-            weights, hessian, keeps, pattern, scope=scope, damping=self.damping, blocksize=self.blocksize,
-            polish=self.polish, overwrite=last,
+    def solve_(
+        self, weights: list[Tensor], hessian: Callable[[], Tensor], keeps: list[int], pattern: Pattern, task: Task
+    ) -> Iterable[Tensor]:
+        return admm_(
+            weights, hessian, keeps, pattern, scope=task.scope, damping=self.damping, blocksize=self.blocksize,
+            polish=self.polish, spill=task.spill,
         )  # fmt: skip
 
-    def prune(self, task: Task) -> dict[str, Tensor]:
+    def prune(self, task: Task) -> MaskSet:
         masks = super().prune(task)
         if isinstance(task, BlockTask) and task.target is not None and self.epochs:
             reconstruct(task, masks, epochs=self.epochs, rate=self.rate)

@@ -6,12 +6,14 @@ for.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Pattern", "choose", "select", "select_rows", "spread"]
+__all__ = ["Pattern", "choose", "choose_sliced", "row_slices", "select", "select_rows", "spread"]
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,27 @@ def select(scores: Tensor, keep: int) -> Tensor:
     return ops.topk_mask(scores.contiguous(), keep)
 
 
-def select_rows(scores: Tensor, keep: int) -> Tensor:
-    """scores `[N, K]` -> bool mask with keep spread evenly over the rows, the largest of each; ties to the lower
-    index.
+def row_slices(shape: Sequence[int], numbers: int, whole: int = 1) -> Iterator[slice]:
+    """shape (N, K): slices of about so many numbers that cover all rows, each but the last of a multiple of whole rows
+    and, where there are that many, of 64, so that products of a slice are those of the whole.
     """
-    counts = torch.tensor(spread(keep, scores.shape[0]), device=scores.device)
+    rows, columns = shape
+    step = max(1, numbers // max(1, columns))
+    for multiple in (whole * 64 // math.gcd(whole, 64), whole):
+        if step >= multiple:
+            step = step // multiple * multiple
+            break
+    else:
+        step = whole
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def select_rows(scores: Tensor, counts: Sequence[int]) -> Tensor:
+    """scores `[N, K]` -> bool mask with counts[i] in row i, its largest; ties go to the lower index."""
+    kept = torch.tensor(counts, device=scores.device)
     order = scores.argsort(dim=1, descending=True, stable=True)
-    ranked = torch.arange(scores.shape[1], device=scores.device)[None] < counts[:, None]
+    ranked = torch.arange(scores.shape[1], device=scores.device)[None] < kept[:, None]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, ranked)
 
 
@@ -79,6 +95,32 @@ def choose(scores: Tensor, pattern: Pattern, keep: int, scope: str) -> Tensor:
 
         return ops.nm_mask(scores, pattern.n, pattern.m)
     units = pattern.reduce(scores)
-    return pattern.expand(select_rows(units, keep) if scope == "row" else select(units, keep))
+    chosen = select_rows(units, spread(keep, units.shape[0])) if scope == "row" else select(units, keep)
+    return pattern.expand(chosen)
 
 
+SLICE = 2**17  # numbers: half a MiB of float32
+
+
+def choose_sliced(
+    scores: Callable[[slice], Tensor], like: Tensor, pattern: Pattern, keep: int, scope: str
+) -> Tensor:
+    """`choose` from scores that are made some rows at a time: scores(rows) float32 are those rows of `[N, K]`, the
+    shape and device of like. All of them are held at once only where single weights of a whole layer are compared.
+    """
+    rows, columns = like.shape
+    slices = row_slices(like.shape, SLICE, pattern.r)
+    if pattern.kind != "nm" and scope != "row":
+        units = like.new_empty(rows // pattern.r, columns // pattern.c, dtype=torch.float32)
+        for part in slices:
+            units[part.start // pattern.r : part.stop // pattern.r] = pattern.reduce(scores(part))
+        return pattern.expand(select(units, keep))
+    mask = torch.empty_like(like, dtype=torch.bool, memory_format=torch.contiguous_format)
+    counts = spread(keep, rows // pattern.r)
+    for part in slices:
+        if pattern.kind == "nm":
+            mask[part] = choose(scores(part), pattern, keep, scope)
+        else:
+            kept = counts[part.start // pattern.r : part.stop // pattern.r]
+            mask[part] = pattern.expand(select_rows(pattern.reduce(scores(part)), kept))
+    return mask

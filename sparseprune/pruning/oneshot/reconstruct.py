@@ -10,16 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
+from .patterns import row_slices
+from .store import SpilledMatrix
 from .task import BlockTask
 
 __all__ = ["fast_bfloat16", "reconstruct"]
 
 BETAS = (0.9, 0.95)
 WARMUP = 4
+SLICE = 2**18  # numbers of a moment that are in memory at a time where they are spilled
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -31,27 +36,63 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 class _Adam:
     """Adam on the kept entries of one weight, run from the hook that sees its gradient, so that one gradient is held
-    at a time. rate: of a step, as a share of the root mean square of the kept weights.
+    at a time. rate: of a step, as a share of the root mean square of the kept weights; spill: the folder of the
+    moments, some rows of which are then in memory at a time.
     """
 
-    def __init__(self, parameter: Tensor, mask: Tensor, rate: float) -> None:
-        self.parameter, self.mask = parameter, mask
+    def __init__(self, parameter: Tensor, fqn: str, masks: Mapping[str, Tensor], rate: float, spill: Path | None):
+        self.parameter, self.fqn, self.masks = parameter, fqn, masks
         self.value = parameter.detach().float()  # the weight itself where it is float32
-        kept = max(1, int(torch.count_nonzero(mask)))
+        kept = max(1, int(torch.count_nonzero(masks[fqn])))
         self.rate = rate * float(self.value.norm()) / math.sqrt(kept)
-        self.mean = torch.zeros_like(self.value)
-        self.square = torch.zeros_like(self.value)
+        self.mean, self.square = (SpilledMatrix.of(torch.zeros_like(self.value), spill) for _ in range(2))
 
     def step(self, gradient: Tensor, number: int, scale: float) -> None:
-        """number: of this step, from 1; scale: of the rate. gradient `[N, K]` is overwritten."""
+        """number: of this step, from 1; scale: of the rate. gradient `[N, K]`."""
         first, second = BETAS
-        gradient = gradient.float().mul_(self.mask)
-        self.mean.lerp_(gradient, 1 - first)
-        self.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        root = torch.sqrt(self.square, out=gradient).mul_((1 - second**number) ** -0.5).add_(1e-12)
-        self.value.addcdiv_(self.mean, root, value=-scale * self.rate / (1 - first**number))
+        mask = self.masks[self.fqn]
+        for rows in row_slices(self.value.shape, SLICE):
+            part = gradient[rows] * mask[rows]
+            part = part.float()
+            mean = self.mean[rows].lerp_(part, 1 - first)
+            self.mean[rows] = mean
+            square = self.square[rows].mul_(second).addcmul_(part, part, value=1 - second)
+            self.square[rows] = square
+            root = square.sqrt_().mul_((1 - second**number) ** -0.5).add_(1e-12)
+            self.value[rows].addcdiv_(mean, root, value=-scale * self.rate / (1 - first**number))
         if self.value.data_ptr() != self.parameter.data_ptr():
             self.parameter.detach().copy_(self.value)
+
+    def close(self) -> None:
+        self.mean.close()
+        self.square.close()
+
+
+class _Rounded:
+    """Stands for a rounded copy of a weight that a product would keep for its gradient: made again when needed."""
+
+    def __init__(self, weight: Tensor, like: Tensor) -> None:
+        self.weight, self.dtype, self.flipped = weight, like.dtype, not like.is_contiguous()
+
+    def made(self) -> Tensor:
+        rounded = self.weight.detach().to(self.dtype)
+        return rounded.t() if self.flipped else rounded
+
+    @classmethod
+    def instead(cls, saved: Tensor, weights: list[Tensor]) -> Tensor | _Rounded:
+        """saved itself, unless it holds what rounding one of the weights `[N, K]` gives, or its transpose."""
+        if saved.dim() == 2 and (saved.is_contiguous() or saved.t().is_contiguous()):
+            for weight in weights:
+                if saved.dtype != weight.dtype and saved.numel() == weight.numel():
+                    found = cls(weight, saved)
+                    made = found.made()
+                    if made.stride() == saved.stride() and torch.equal(made, saved):
+                        return found
+        return saved
+
+
+def _unpacked(saved: Tensor | _Rounded) -> Tensor:
+    return saved.made() if isinstance(saved, _Rounded) else saved
 
 
 def reconstruct(task: BlockTask, masks: Mapping[str, Tensor], *, epochs: int, rate: float) -> None:
@@ -65,7 +106,8 @@ def reconstruct(task: BlockTask, masks: Mapping[str, Tensor], *, epochs: int, ra
     steps = epochs * chunks
     parameters = {fqn: task.linears[fqn].weight for fqn in masks}
     device = next(iter(parameters.values())).device
-    optimizers = [_Adam(parameter, masks[fqn], rate) for fqn, parameter in parameters.items()]
+    optimizers = [_Adam(parameter, fqn, masks, rate, task.spill) for fqn, parameter in parameters.items()]
+    weights = [parameter.detach() for parameter in parameters.values()]
     number = 0
 
     def hook(optimizer: _Adam) -> Callable[[Tensor], None]:
@@ -80,6 +122,8 @@ def reconstruct(task: BlockTask, masks: Mapping[str, Tensor], *, epochs: int, ra
 
     order = torch.Generator().manual_seed(task.index)
     with ExitStack() as stack:
+        for optimizer in optimizers:
+            stack.callback(optimizer.close)
         for parameter in task.module.parameters():
             stack.callback(_restore, parameter, parameter.requires_grad, parameter.grad)
             parameter.grad = None
@@ -91,10 +135,14 @@ def reconstruct(task: BlockTask, masks: Mapping[str, Tensor], *, epochs: int, ra
         for _ in range(epochs):
             for chunk in torch.randperm(chunks, generator=order).tolist():
                 number += 1
-                with torch.enable_grad():
-                    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bfloat16(device)):
+                with torch.enable_grad(), saved_tensors_hooks(lambda t: _Rounded.instead(t, weights), _unpacked):
+                    with torch.autocast(
+                        device.type, dtype=torch.bfloat16, enabled=fast_bfloat16(device), cache_enabled=False
+                    ):
                         output = task.run(task.student[chunk], chunk)
-                    _error(output, task.target[chunk], task.capture.positions[chunk]).backward()
+                    error = _error(output, task.target[chunk], task.capture.positions[chunk])
+                    del output
+                    error.backward()
 
 
 def _error(output: Tensor, target: Tensor, positions: Tensor | None) -> Tensor:

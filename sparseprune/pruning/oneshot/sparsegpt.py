@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from .patterns import Pattern, choose
 
-__all__ = ["damp_", "factor_", "inverse_factor", "sparsegpt", "sweep"]
+__all__ = ["damp_", "factor_", "in_float32", "inverse_factor", "sparsegpt_", "sweep_"]
+
+
+@contextmanager
+def in_float32(weight: Tensor) -> Iterator[Tensor]:
+    """weight `[N, K]` as a contiguous float32 tensor to change in place: its own memory where it is one, else a copy
+    that is written back at the end.
+    """
+    values = weight.detach()
+    work = values.float().contiguous()
+    yield work
+    if work.data_ptr() != values.data_ptr():
+        values.copy_(work)
 
 
 def damp_(hessian: Tensor, damping: float) -> Tensor:
@@ -33,18 +48,19 @@ def factor_(matrix: Tensor, *, upper: bool = False) -> bool:
     return int(info) == 0
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+def inverse_factor(hessian: Callable[[], Tensor], damping: float) -> Tensor:
     """Upper Cholesky factor U `[K, K]` of the damped inverse, U^T U = H^-1.
 
-    A matrix that is not positive definite in float32 is tried again with ten times the damping, up to 1.0; then
-    ValueError.
+    hessian: gives H `[K, K]`, contiguous, in memory that becomes the factor. A matrix that is not positive definite in
+    float32 is fetched and tried again with ten times the damping, up to 1.0; then ValueError.
     """
     while True:
-        upper = damp_(hessian.clone(memory_format=torch.contiguous_format), damping).t()
+        upper = damp_(hessian(), damping).t()
         if factor_(upper):
             torch.cholesky_inverse(upper, out=upper)
             if factor_(upper, upper=True):
                 return upper
+        del upper
         if damping >= 1.0:
             raise ValueError(
                 "sparsegpt: the Hessian is not positive definite even with damping 1.0; give more calibration data"
@@ -52,58 +68,48 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         damping = min(1.0, max(damping, 1e-3) * 10)
 
 
-def sparsegpt(
+def sparsegpt_(
     weights: list[Tensor],
-    hessian: Tensor,
+    hessian: Callable[[], Tensor],
     keeps: list[int],
     pattern: Pattern,
     *,
     scope: str = "layer",
     damping: float = 0.01,
     blocksize: int = 128,
-) -> list[tuple[Tensor, Tensor]]:
-    """weights: `[N_i, K]` that read one input with hessian `[K, K]`; keeps: units of the pattern to keep in each.
+) -> Iterator[Tensor]:
+    """weights: `[N_i, K]` that read one input, of any floating dtype, pruned in place; hessian: as for
+    `inverse_factor`; keeps: units of the pattern to keep in each.
 
-    Returns (weight float32 `[N_i, K]`, mask bool `[N_i, K]`) for each. Within every blocksize columns the mask is
-    chosen by w^2 / U_jj^2, the share of kept units following the layer's density to the unit; the error of each
-    removed column is carried to the columns right of it.
+    Yields the mask bool `[N_i, K]` of each, once it is pruned. Beside the weights it holds one matrix `[K, K]`, one
+    mask and some columns; of weights that are not float32, a float32 copy of one.
     """
-    solved, mask = sweep(weights, hessian, keeps, pattern, scope=scope, damping=damping, blocksize=blocksize)
-    sizes = [w.shape[0] for w in weights]
-    return list(zip(solved.split(sizes), mask.split(sizes)))
-
-
-def sweep(
-    weights: list[Tensor],
-    hessian: Tensor,
-    keeps: list[int],
-    pattern: Pattern,
-    *,
-    scope: str,
-    damping: float,
-    blocksize: int,
-) -> tuple[Tensor, Tensor]:
-    """`sparsegpt` with the layers below each other: weight float32 `[sum N_i, K]` and its mask."""
-    sizes = [w.shape[0] for w in weights]
-    w = torch.cat([v.detach().float() for v in weights])
-    columns = w.shape[1]
     upper = inverse_factor(hessian, damping)
-    mask = torch.ones_like(w, dtype=torch.bool)
+    for weight, keep in zip(weights, keeps):
+        with in_float32(weight) as values:
+            mask = sweep_(values, upper, keep, pattern, scope=scope, blocksize=blocksize)
+        yield mask
+
+
+def sweep_(weight: Tensor, upper: Tensor, keep: int, pattern: Pattern, *, scope: str, blocksize: int) -> Tensor:
+    """weight float32 `[N, K]`, pruned in place; upper: `inverse_factor` `[K, K]`; returns the mask bool `[N, K]`.
+
+    Within every blocksize columns the mask is chosen by w^2 / U_jj^2, the share of kept units following the layer's
+    density to the unit; the error of each removed column is carried to the columns right of it.
+    """
+    columns = weight.shape[1]
+    mask = torch.ones_like(weight, dtype=torch.bool)
     step = max(pattern.width, blocksize // pattern.width * pattern.width)
     for start in range(0, columns, step):
         stop = min(start + step, columns)
-        block = w[:, start:stop].clone()
+        block = weight[:, start:stop].clone()
         factor = upper[start:stop, start:stop]
         diagonal = factor.diagonal()
-        error = torch.zeros_like(block)
         kept = mask[:, start:stop]
         if pattern.kind != "nm":
-            scores = (block / diagonal).square_()
-            offset = 0
-            for size, keep in zip(sizes, keeps):
-                share = keep * stop // columns - keep * start // columns
-                kept[offset : offset + size] = choose(scores[offset : offset + size], pattern, share, scope)
-                offset += size
+            share = keep * stop // columns - keep * start // columns
+            kept.copy_(choose((block / diagonal).square_(), pattern, share, scope))
+        error = torch.zeros_like(block)
         for j in range(stop - start):
             if pattern.kind == "nm" and j % pattern.m == 0:
                 group = slice(j, j + pattern.m)
@@ -112,7 +118,8 @@ def sweep(
             gone = torch.where(kept[:, j], 0.0, column) / diagonal[j]
             block[:, j:].addr_(gone, factor[j, j:], alpha=-1.0)
             error[:, j] = gone
-        w[:, start:stop] = block.masked_fill_(~kept, 0.0)
+        weight[:, start:stop] = block.masked_fill_(~kept, 0.0)
+        del block
         if stop < columns:
-            w[:, stop:].addmm_(error, upper[start:stop, stop:], alpha=-1.0)
-    return w, mask
+            weight[:, stop:].addmm_(error, upper[start:stop, stop:], alpha=-1.0)
+    return mask

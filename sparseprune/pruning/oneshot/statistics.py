@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .store import SpilledMatrix
 from .structure import Stopped
 
 __all__ = ["InputStatistics", "collect"]
@@ -18,23 +20,21 @@ __all__ = ["InputStatistics", "collect"]
 @dataclass
 class InputStatistics:
     """Of the Linears `names`, which all read the same input `[..., K]`: count positions, squares `[K]` = sum of x^2
-    and, when asked for, hessian `[K, K]` = sum of x x^T. Everything float32 and divided by count once complete.
+    or, when asked for, hessian `[K, K]` = sum of x x^T, of which squares is then the diagonal. Everything float32 and
+    divided by count once complete.
     """
 
     names: tuple[str, ...]
     count: int
     squares: Tensor
-    hessian: Tensor | None
-
-    @property
-    def nbytes(self) -> int:
-        return 4 * (self.squares.numel() + (0 if self.hessian is None else self.hessian.numel()))
+    hessian: SpilledMatrix | None
 
 
 class _Collector:
-    def __init__(self, linears: Mapping[str, nn.Linear], hessian: bool) -> None:
+    def __init__(self, linears: Mapping[str, nn.Linear], hessian: bool, spill: str | os.PathLike[str] | None) -> None:
         self.linears = dict(linears)
         self.hessian = hessian
+        self.spill = spill
         self.groups: dict[str, InputStatistics] = {}
         self.leader: dict[str, str] = {}
         self.positions: Tensor | None = None
@@ -81,24 +81,28 @@ class _Collector:
         x = x.detach().reshape(-1, k).float()
         group = self.groups.get(name)
         if group is None:
-            hessian = torch.zeros(k, k, device=x.device) if self.hessian else None
+            hessian = SpilledMatrix.of(torch.zeros(k, k, device=x.device), self.spill) if self.hessian else None
             group = self.groups[name] = InputStatistics((name,), 0, torch.zeros(k, device=x.device), hessian)
         group.count += x.shape[0]
         if group.hessian is not None:
-            group.hessian.addmm_(x.T, x)
+            group.hessian.opened().addmm_(x.T, x)
         else:
             group.squares += x.square().sum(0)
 
 
 def collect(
-    runs: Iterable[tuple[Callable[[], Any], Tensor | None]], linears: Mapping[str, nn.Linear], *, hessian: bool
+    runs: Iterable[tuple[Callable[[], Any], Tensor | None]],
+    linears: Mapping[str, nn.Linear],
+    *,
+    hessian: bool,
+    spill: str | os.PathLike[str] | None = None,
 ) -> list[InputStatistics]:
-    """runs: one (forward pass, positions) a chunk. Returns the statistics in the order in which the Linears are
-    reached.
+    """runs: one (forward pass, positions) a chunk; spill: a folder where the Hessians wait, each of them in memory only
+    while a chunk is added. Returns the statistics in the order in which the Linears are reached.
 
     Raises ValueError naming the layer on NaN or infinite inputs, and on a Linear that the data never reach.
     """
-    collector = _Collector(linears, hessian)
+    collector = _Collector(linears, hessian, spill)
     handles = [linear.register_forward_pre_hook(collector.hook(name)) for name, linear in linears.items()]
     try:
         for forward, positions in runs:
@@ -117,13 +121,15 @@ def collect(
         )
     for group in collector.groups.values():
         if group.hessian is not None:
-            group.squares = group.hessian.diagonal().clone()
+            matrix = group.hessian.opened()
+            matrix /= max(1, group.count)
+            group.squares = matrix.diagonal().clone()
+            del matrix
+        else:
+            group.squares /= max(1, group.count)
         if not bool(torch.isfinite(group.squares).all()):
             raise ValueError(
                 f"calibration: the inputs of {group.names[0]} are NaN or infinite; check the data and the dtype "
                 "(float16 overflows where bfloat16 and float32 do not)"
             )
-        group.squares /= max(1, group.count)
-        if group.hessian is not None:
-            group.hessian /= max(1, group.count)
     return list(collector.groups.values())

@@ -1,19 +1,24 @@
-"""Chunks of hidden states, kept in memory or spilled to a folder, one file a chunk."""
+"""What waits outside of memory where a folder is given: chunks of hidden states, one file a chunk, and matrices of
+which some rows are read and written at a time.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-__all__ = ["ChunkStore", "release"]
+__all__ = ["ChunkStore", "SpilledMatrix", "no_holes", "release"]
 
 
 def release() -> None:
@@ -21,6 +26,100 @@ def release() -> None:
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
 
+
+# Parameters and values of glibc's mallopt: blocks from this size on are mapped one by one, and leave with their tensor.
+_TRIM, _MAP = -1, -3
+MAPPED = 2**20
+MOST = 2**25  # what glibc's own adjustment, which a call ends for good, reaches at the most
+
+
+@contextmanager
+def no_holes() -> Iterator[None]:
+    """Keeps glibc's heap free of the holes that large tensors leave in it, which would count as memory in use: they
+    take as much again as the tensors of a forward pass. The cost is fresh pages for each.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    try:
+        mallopt(_MAP, MAPPED)
+        mallopt(_TRIM, MAPPED)
+        yield
+    finally:
+        mallopt(_MAP, MOST)
+        mallopt(_TRIM, 2 * MOST)
+
+
+def _fill(value: Tensor, file: BinaryIO, name: str) -> None:
+    """Reads a contiguous tensor of the CPU from where file stands."""
+    room = value.view(-1).view(torch.uint8).numpy()
+    if (read := file.readinto(room.data)) != room.size:  # type: ignore[attr-defined]
+        raise OSError(f"{name}: expected {room.size} bytes, got {read}; is the disk full?")
+
+
+class SpilledMatrix:
+    """A float32 matrix `[N, K]` in a nameless file of the folder, or in memory without one.
+
+    matrix[rows] is a copy of these rows, on the matrix's device, that the caller may write into; matrix[rows] = values
+    keeps them. The file is gone with `close()`, and with the process however it ends.
+    """
+
+    def __init__(self, shape: Sequence[int], device: torch.device, folder: str | os.PathLike[str] | None) -> None:
+        self.shape = torch.Size(shape)
+        self.device = device
+        self._file: BinaryIO | None = None
+        self._values: Tensor | None = None
+        if folder is None:
+            self._values = torch.empty(self.shape, device=device)
+        else:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder, prefix="matrix.")  # noqa: SIM115
+
+    @classmethod
+    def of(cls, matrix: Tensor, folder: str | os.PathLike[str] | None) -> SpilledMatrix:
+        """Without a folder the matrix is taken over as it is."""
+        if folder is None:
+            found = cls((0, 0), matrix.device, None)
+            found.shape, found._values = matrix.shape, matrix
+            return found
+        found = cls(matrix.shape, matrix.device, folder)
+        found[:] = matrix
+        return found
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        if self._values is not None:
+            return self._values[rows].clone(memory_format=torch.contiguous_format)
+        assert self._file is not None
+        start, stop, _ = rows.indices(self.shape[0])
+        value = torch.empty(stop - start, self.shape[1])
+        self._file.seek(4 * start * self.shape[1])
+        _fill(value, self._file, f"rows {start} to {stop} of a matrix in a temporary file")
+        return value.to(self.device)
+
+    def __setitem__(self, rows: slice, values: Tensor) -> None:
+        if self._values is not None:
+            self._values[rows] = values
+            return
+        assert self._file is not None
+        self._file.seek(4 * rows.indices(self.shape[0])[0] * self.shape[1])
+        self._file.write(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def opened(self) -> Tensor:
+        """The matrix itself, to be changed in place: of a file a mapping, which is memory only as long as the tensor
+        lives.
+        """
+        if self._values is not None:
+            return self._values
+        assert self._file is not None
+        self._file.flush()
+        mapping = mmap.mmap(self._file.fileno(), 4 * self.shape.numel())
+        return torch.frombuffer(mapping, dtype=torch.float32).view(self.shape).to(self.device)
+
+    def close(self) -> None:
+        self._values = None
+        if self._file is not None:
+            self._file.close()
 
 
 class ChunkStore:
@@ -66,10 +165,8 @@ class ChunkStore:
             return torch.load(path, weights_only=True)
         dtype, shape, device = self._items[index]
         value = torch.empty(shape, dtype=dtype)
-        room = value.view(-1).view(torch.uint8).numpy()
         with open(path, "rb") as file:
-            if (read := file.readinto(room.data)) != room.size:
-                raise OSError(f"{path}: expected {room.size} bytes of hidden states, got {read}; is the disk full?")
+            _fill(value, file, f"{path}: hidden states")
         return value.to(device)
 
     def copy(self, spill: str | os.PathLike[str] | None = None) -> ChunkStore:

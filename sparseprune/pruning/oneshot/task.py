@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ __all__ = ["BlockTask", "PieceTask", "Task"]
 
 @dataclass
 class Task:
-    """name: the block's fqn; linears: what to prune in it, by fqn; keep: how many units of its pattern stay, by fqn."""
+    """name: the block's fqn; linears: what to prune in it, by fqn; keep: how many units of its pattern stay, by fqn;
+    spill: the folder for what a method need not hold in memory, None: there.
+    """
 
     name: str
     module: nn.Module
@@ -28,14 +31,14 @@ class Task:
     keep: dict[str, int]
     patterns: dict[str, Pattern]
     scope: str
+    spill: Path | None = field(default=None, kw_only=True)
 
     def runs(self) -> Iterator[tuple[Callable[[], Any], Tensor | None]]:
         raise NotImplementedError
 
-    def statistics(self, names: list[str] | None = None, *, hessian: bool) -> list[InputStatistics]:
-        chosen = self.linears if names is None else {n: self.linears[n] for n in names}
+    def statistics(self, *, hessian: bool) -> list[InputStatistics]:
         with torch.no_grad():
-            return collect(self.runs(), chosen, hessian=hessian)
+            return collect(self.runs(), self.linears, hessian=hessian, spill=self.spill)
 
 
 @dataclass
