@@ -232,7 +232,8 @@ def test_no_space_left(tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
         f"sys.exit(main(['convert', {str(source)!r}, {str(target)!r}, '--dense']))"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # -B: Python would keep what the limit leaves of a module's bytecode, for every process after this one
+    run = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True)
     assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1, run.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
