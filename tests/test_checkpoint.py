@@ -354,7 +354,7 @@ def test_odd_matrices_round_trip():
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.dont_write_bytecode", True)  # the limit would leave half of it, for every process after this
+    monkeypatch.setattr("sys.dont_write_bytecode", True)  # of which the limit would leave a half
     path = tmp_path / "a.safetensors"
     sp.save(pruned(), path)
     before = path.read_bytes()
