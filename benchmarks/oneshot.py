@@ -22,7 +22,6 @@ import dataclasses
 import importlib.util
 import itertools
 import json
-import math
 import os
 import platform
 import resource
@@ -43,7 +42,7 @@ from sparseprune.pruning import make_criterion
 from sparseprune.pruning.oneshot import Sensitivity, fast_bfloat16, methods, sensitivity
 from sparseprune.pruning.oneshot.reconstruct import reconstruct
 from sparseprune.pruning.oneshot.store import release
-from sparseprune.pruning.oneshot.structure import find_stacks
+from sparseprune.pruning.oneshot.structure import calibrating, find_stacks
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -115,51 +114,22 @@ class Memory:
 
 
 class Account:
-    """The peak of each part of a run above its begin, and what the highest of them is made of. Linux only: the peak is
-    reset between the parts, which follow each other without a gap.
+    """The peak of each part of a run above its begin, and how much of it is code of libraries (pages of their files,
+    at the part's end). Linux only: the peak is reset between the parts, which follow each other without a gap.
     """
 
     def __init__(self) -> None:
         self.memory = Memory()
         self.files = status("RssFile")
-        self.peaks: dict[str, float] = {}
-        self.made_of: dict[str, float] = {}
+        self.peaks: dict[str, tuple[int, int]] = {}
         self.part, self.stays, self.statistics = "the capture", 0, 0
-        self.by_shape: dict[str, int] = {}
 
     def turn(self, part: str) -> None:
         """The part so far is over, this one follows."""
-        peak = self.memory.peak()
-        if peak > max(self.peaks.values(), default=0):
-            files = status("RssFile") - self.files
-            self.made_of = {
-                "code of libraries, first used": files,
-                "what stays between blocks (masks so far, hidden states in memory, buffers of libraries)": self.stays,
-                "statistics of one block (by shape)": self.statistics,
-                f"temporaries of {self.part}": peak - files - self.stays - self.statistics,
-            }
-        self.peaks[self.part] = max(self.peaks.get(self.part, 0), peak)
+        found = self.memory.peak(), status("RssFile") - self.files
+        self.peaks[self.part] = max(self.peaks.get(self.part, (0, 0)), found)
         self.part = part
         self.memory.reset()
-
-    def shapes(self, task: Any, groups: list[Any]) -> None:
-        """What the solve and the training of a block hold, by the shapes of its layers, in bytes: the bound that is
-        stated beside the peak.
-        """
-        sizes = {name: linear.weight.numel() for name, linear in task.linears.items()}
-        solves = []
-        for group in groups:
-            weights, width = sum(sizes[name] for name in group.names), group.squares.numel()
-            solves.append((4 * 4 + 2) * weights + 4 * width * width)  # four copies, two masks, one matrix
-        tokens = max(math.prod(task.student[0].shape[:-1]), 1)
-        through = sum(linear.in_features + linear.out_features for linear in task.linears.values())
-        every, widest = sum(sizes.values()), max(sizes.values())
-        found = {
-            "statistics and solve": self.statistics + max(solves),
-            # two moments, the weights in bfloat16, a gradient in both types; each layer's input and output of a chunk
-            "training": (2 * 4 + 2) * every + 6 * widest + 4 * tokens * through,
-        }
-        self.by_shape = {name: max(size, self.by_shape.get(name, 0)) for name, size in found.items()}
 
     def watch(self, method: Any) -> Any:
         """The method, its parts told apart."""
@@ -170,15 +140,14 @@ class Account:
                 collect = task.statistics
 
                 def statistics(*args: Any, **kwargs: Any) -> Any:
-                    account.turn("the forward passes")
-                    account.statistics = 0
+                    account.turn("the statistics")
                     account.stays = status("RssAnon") - account.memory.begin + account.files
                     found = collect(*args, **kwargs)
-                    account.statistics = sum(group.nbytes for group in found)
-                    account.shapes(task, found)
+                    account.statistics = sum(4 * group.squares.numel() ** 2 for group in found if group.hessian)
                     account.turn("the solve")
                     return found
 
+                account.turn("the statistics")
                 task.statistics = statistics
                 masks = super().prune(task)
                 account.turn("the forward passes")
@@ -186,11 +155,30 @@ class Account:
 
         def training(*args: Any, **kwargs: Any) -> None:
             account.turn("the training")
-            account.statistics = 0
             reconstruct(*args, **kwargs)
 
         methods.reconstruct = training
         return Watched(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
+
+
+def reading(model: Any, data: torch.Tensor, chunk: int) -> dict[str, float]:
+    """What reading one chunk takes in this process, which should be fresh: the dense blocks alone, no logits, in
+    MiB over the start; the third chunk, so that what libraries do once is done.
+    """
+    seen = Account()
+    chunks = data.split(max(1, chunk // data.shape[1]))
+    with calibrating(model), torch.no_grad():
+        for ids in (chunks[i % len(chunks)] for i in range(3)):
+            seen.turn("a chunk")
+            model.get_decoder()(ids)
+            release()
+    seen.turn("")
+    peak, files = seen.peaks["a chunk"]
+    return {"peak": peak / 2**20, "code of libraries": files / 2**20}
+
+
+BLOCK = "a block's parameters"
+STATISTICS = "a block's statistics"
 
 
 class Enough(Exception):
@@ -212,43 +200,70 @@ def account(
     seen = Account()
     method = made.method()
     made.method = lambda: seen.watch(method)
-    begin = time.perf_counter()
+    begin, worked = time.perf_counter(), time.process_time()
     with contextlib.suppress(Enough):
         prune(model, made, setting, data, {})
-    seconds = time.perf_counter() - begin
+    seconds, worked = time.perf_counter() - begin, time.process_time() - worked
     seen.turn("")
     (stack,) = find_stacks(model, prunable_linears(model))
-    block = max(4 * sum(p.numel() for p in b.parameters()) for b in stack.blocks)
-    masks = sum(m.weight.numel() for m in prunable_linears(model).values()) / 8
-    sizes = {"peak": max(seen.peaks.values()), "a block's parameters": block, "all masks": masks}
+    block = max(stack.blocks, key=lambda b: sum(p.numel() for p in b.parameters()))
+    sizes = {
+        "peak": max(peak for peak, _ in seen.peaks.values()),
+        "peak without code": max(peak - files for peak, files in seen.peaks.values()),
+        "stays between blocks": seen.stays, STATISTICS: seen.statistics,
+        BLOCK: 4 * sum(p.numel() for p in block.parameters()),
+        "all masks": sum(m.weight.numel() for m in prunable_linears(model).values()) / 8,
+    }
     return {
         "criterion": criterion, "setting": setting, "options": {k: str(v) for k, v in options.items()},
         "blocks": blocks, **{k: v / 2**20 for k, v in sizes.items()},
-        "made of": {k: v / 2**20 for k, v in seen.made_of.items()},
-        "peaks": {k: v / 2**20 for k, v in seen.peaks.items()},
-        "by shape": {k: v / 2**20 for k, v in seen.by_shape.items()}, "seconds": seconds, "load": os.getloadavg()[0],
+        "peaks": {k: v / 2**20 for k, (v, _) in seen.peaks.items()},
+        "code of libraries": {k: v / 2**20 for k, (_, v) in seen.peaks.items()},
+        "seconds": seconds, "cpu_seconds": worked, "load": os.getloadavg()[0],
         "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
     }  # fmt: skip
 
 
+# Where glibc places large tensors: in the heap or each in pages of its own. In the heap the same run, and the reading
+# of one chunk, differ by 10 MiB from process to process, by the holes that loading the model left there.
+ALLOCATORS = {"heap": {}, "mapped": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}}
+
+
 def accounts(arguments: argparse.Namespace) -> None:
-    """A fresh process for each row; pages that an earlier run freed would hide what this one takes."""
-    rows, block = [], "a block's parameters"
-    for setting in arguments.settings:
-        for criterion in (c for c in arguments.criteria if c != "magnitude"):
-            given = [a for a in sys.argv[1:] if a != "--memory"]
-            command = [sys.executable, __file__, *given, "--criteria", criterion, "--settings", setting]
-            done = subprocess.run([*command, "--memory-row"], stdout=subprocess.PIPE, text=True, check=True)
-            row = json.loads(done.stdout.splitlines()[-1])
-            rows.append(row)
+    """A fresh process for each row; pages that an earlier run freed would hide what this one takes. The first row reads
+    one chunk and prunes nothing: what is above it is what pruning takes.
+    """
+    given = [a for a in sys.argv[1:] if a != "--memory"]
+    rows: list[dict[str, Any]] = []
+
+    def row(allocator: str, *more: str) -> dict[str, Any]:
+        command = [sys.executable, __file__, *given, *more, "--memory-row"]
+        environment = {**os.environ, **ALLOCATORS[allocator]}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+        return {"allocator": allocator, **json.loads(done.stdout.splitlines()[-1])}
+
+    runs = [(setting, [c]) for setting in arguments.settings for c in arguments.criteria if c != "magnitude"]
+    if "best" in arguments.criteria and arguments.epochs is None:
+        runs += [(setting, ["best", "--epochs", "0"]) for setting in arguments.settings]
+    for allocator in ALLOCATORS:
+        base = row(allocator, "--criteria", "none")
+        code = base["code of libraries"]
+        rows.append({"criterion": "none, one chunk read", **base})
+        print(f"{allocator}, reading one chunk: {base['peak']:.1f} MiB over the start, {code:.1f} of it code")
+        for setting, criterion in runs:
+            found = row(allocator, "--settings", setting, "--criteria", *criterion)
+            rest = found["peak without code"] - (base["peak"] - code)
+            rows.append({**found, "above one chunk": found["peak"] - base["peak"], "without code": rest})
             write_text(arguments.out, json.dumps(rows, indent=1) + "\n")
-            print(f"{setting} {criterion}: {row['peak']:.0f} MiB over the start, a block {row[block]:.1f}; made of")
-            for name, size in row["made of"].items():
-                print(f"  {size:6.1f}  {name}")
-            peaks = ", ".join(f"{name} {size:.0f}" for name, size in row["peaks"].items() if name)
-            stated = ", ".join(f"{name} {size:.0f}" for name, size in row["by shape"].items())
-            print(f"  stated, by shape: {stated}")
-            print(f"  peaks: {peaks}; {row['seconds']:.0f} s", flush=True)
+            print(
+                f"{allocator}, {setting} {' '.join(criterion)}: {found['peak']:.1f} MiB over the start; pruning takes "
+                f"{found['peak'] - base['peak']:.1f} MiB more than reading one chunk, {rest:.1f} without code of "
+                f"libraries; a block's parameters {found[BLOCK]:.1f}, its statistics {found[STATISTICS]:.1f}"
+            )
+            for name, peak in found["peaks"].items():
+                print(f"  {peak:6.1f}  {name}, {found['code of libraries'][name]:.1f} of it code")
+            cpu = found["cpu_seconds"]
+            print(f"  {found['stays between blocks']:6.1f}  stays between blocks; {cpu:.0f} s of CPU", flush=True)
 
 
 @dataclasses.dataclass
@@ -464,6 +479,9 @@ def main() -> None:
     training = {} if arguments.epochs is None else {"epochs": arguments.epochs}
     if arguments.memory_row:
         criterion = arguments.criteria[0]
+        if criterion == "none":
+            print(json.dumps(reading(model, data, arguments.chunk)))
+            return
         options = {**common, **(training if criterion == "best" else {})}
         row = account(model, criterion, arguments.settings[0], data, options, arguments.blocks)
         print(json.dumps(row))

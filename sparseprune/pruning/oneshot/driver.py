@@ -220,6 +220,7 @@ def walk(
         if deliver is not None:
             for fqn, mask in masks.items():
                 deliver(fqn, mask)
+        release()
         if progress is not None:
             progress(Progress(task.name, index, total, time.perf_counter() - begin, found is not None))
 
