@@ -15,7 +15,7 @@ import sparseprune as sp
 from sparseprune.pruning.oneshot import reconstruct as module
 from sparseprune.pruning.oneshot.patterns import Pattern
 from sparseprune.pruning.oneshot.reconstruct import fast_bfloat16, reconstruct
-from sparseprune.pruning.oneshot.store import ChunkStore
+from sparseprune.pruning.oneshot.store import ChunkStore, Shelf, Shelved
 from sparseprune.pruning.oneshot.structure import Capture
 from sparseprune.pruning.oneshot.task import BlockTask
 
@@ -129,6 +129,10 @@ def test_spilled_moments_and_weights_rounded_again_change_nothing(
 ) -> None:
     monkeypatch.setattr(module, "fast_bfloat16", lambda _: True)
     monkeypatch.setattr(module, "SLICE", 40)  # some rows that divide neither layer
+    monkeypatch.setattr(Shelf, "LEAST", 1)
+    shelved: list[torch.Size] = []
+    get = Shelf.get
+    monkeypatch.setattr(Shelf, "get", lambda self, place: shelved.append(place.shape) or get(self, place))
     made_again: list[torch.Size] = []
     rounded = module._Rounded.made
 
@@ -150,6 +154,28 @@ def test_spilled_moments_and_weights_rounded_again_change_nothing(
         results.append([block.up.weight.detach(), block.down.weight.detach()])
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
     assert {*made_again} == {torch.Size([20, 12]), torch.Size([12, 20])}
+    assert torch.Size([2, 9, 20]) in shelved, "what tanh keeps"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+def test_a_shelf_gives_back_what_was_put(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = Shelf(tmp_path)
+    whole = (torch.randn(5, 3, 7, 4) > 0.3) if dtype == torch.bool else torch.randn(5, 3, 7, 4).to(dtype)
+    assert shelf.put(whole) is whole, "small"
+    monkeypatch.setattr(Shelf, "LEAST", 1)
+    for _ in range(2):
+        taken = [whole, whole.transpose(1, 2), whole.permute(3, 1, 0, 2), whole[0, 0].t(), whole[2], whole[:, :1]]
+        places = [shelf.put(value) for value in taken]
+        for value, place in zip(taken[:-1], places):
+            assert isinstance(place, Shelved)
+            found = place.made()
+            assert torch.equal(found, value) and found.stride() == value.stride() and found.dtype == dtype
+        assert places[-1] is taken[-1], "has gaps"
+        spread = whole[0, 0, 0].expand(6, 4)
+        assert shelf.put(spread) is spread
+        shelf.clear()
+    shelf.close()
     assert not list(tmp_path.iterdir())
 
 

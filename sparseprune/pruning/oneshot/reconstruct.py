@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from .patterns import row_slices
-from .store import SpilledMatrix
+from .store import Shelf, Shelved, SpilledMatrix
 from .task import BlockTask
 
 __all__ = ["fast_bfloat16", "reconstruct"]
@@ -91,15 +91,16 @@ class _Rounded:
         return saved
 
 
-def _unpacked(saved: Tensor | _Rounded) -> Tensor:
-    return saved.made() if isinstance(saved, _Rounded) else saved
+def _unpacked(saved: Tensor | _Rounded | Shelved) -> Tensor:
+    return saved if isinstance(saved, Tensor) else saved.made()
 
 
 def reconstruct(task: BlockTask, masks: Mapping[str, Tensor], *, epochs: int, rate: float) -> None:
     """Trains task.linears on their masks for epochs over the chunks, one step of Adam a chunk, cosine decay to 0.
 
     rate: of the first steps, relative to the root mean square of each layer's kept weights. The products run in
-    bfloat16 where that is faster (`fast_bfloat16`), weights and moments are float32. Needs task.target.
+    bfloat16 where that is faster (`fast_bfloat16`), weights and moments are float32. With a folder in task.spill the
+    moments and the larger tensors that a backward pass needs wait there. Needs task.target.
     """
     assert task.target is not None
     chunks = len(task.student)
@@ -108,7 +109,16 @@ def reconstruct(task: BlockTask, masks: Mapping[str, Tensor], *, epochs: int, ra
     device = next(iter(parameters.values())).device
     optimizers = [_Adam(parameter, fqn, masks, rate, task.spill) for fqn, parameter in parameters.items()]
     weights = [parameter.detach() for parameter in parameters.values()]
+    resident = {p.data_ptr() for p in task.module.parameters()}
+    shelf = None if task.spill is None else Shelf(task.spill)
     number = 0
+
+    def kept(saved: Tensor) -> Tensor | _Rounded | Shelved:
+        """What autograd holds in the place of a tensor that a gradient needs."""
+        found = _Rounded.instead(saved, weights)
+        if shelf is None or not isinstance(found, Tensor) or found.data_ptr() in resident:
+            return found
+        return shelf.put(found)
 
     def hook(optimizer: _Adam) -> Callable[[Tensor], None]:
         def update(parameter: Tensor) -> None:
@@ -122,6 +132,8 @@ def reconstruct(task: BlockTask, masks: Mapping[str, Tensor], *, epochs: int, ra
 
     order = torch.Generator().manual_seed(task.index)
     with ExitStack() as stack:
+        if shelf is not None:
+            stack.callback(shelf.close)
         for optimizer in optimizers:
             stack.callback(optimizer.close)
         for parameter in task.module.parameters():
@@ -135,7 +147,7 @@ def reconstruct(task: BlockTask, masks: Mapping[str, Tensor], *, epochs: int, ra
         for _ in range(epochs):
             for chunk in torch.randperm(chunks, generator=order).tolist():
                 number += 1
-                with torch.enable_grad(), saved_tensors_hooks(lambda t: _Rounded.instead(t, weights), _unpacked):
+                with torch.enable_grad(), saved_tensors_hooks(kept, _unpacked):
                     with torch.autocast(
                         device.type, dtype=torch.bfloat16, enabled=fast_bfloat16(device), cache_enabled=False
                     ):
@@ -143,6 +155,8 @@ def reconstruct(task: BlockTask, masks: Mapping[str, Tensor], *, epochs: int, ra
                     error = _error(output, task.target[chunk], task.capture.positions[chunk])
                     del output
                     error.backward()
+                if shelf is not None:
+                    shelf.clear()
 
 
 def _error(output: Tensor, target: Tensor, positions: Tensor | None) -> Tensor:

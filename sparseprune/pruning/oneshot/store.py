@@ -12,13 +12,14 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-__all__ = ["ChunkStore", "SpilledMatrix", "no_holes", "release"]
+__all__ = ["ChunkStore", "Shelf", "Shelved", "SpilledMatrix", "no_holes", "release"]
 
 
 def release() -> None:
@@ -120,6 +121,62 @@ class SpilledMatrix:
         self._values = None
         if self._file is not None:
             self._file.close()
+
+
+@dataclass(frozen=True)
+class Shelved:
+    """Where a shelf has a tensor; order: its dimensions from the longest stride to the shortest."""
+
+    shelf: Shelf
+    begin: int
+    shape: torch.Size
+    order: tuple[int, ...]
+    dtype: torch.dtype
+
+    def made(self) -> Tensor:
+        return self.shelf.get(self)
+
+
+class Shelf:
+    """Tensors of the CPU in one nameless file of the folder: those of one training step, after which `clear()` lets the
+    next step's take their place. The file is gone with `close()`, and with the process however it ends.
+    """
+
+    LEAST = 2**18  # bytes: what is smaller stays in memory
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self._file: BinaryIO = tempfile.TemporaryFile(dir=folder, prefix="shelf.")  # noqa: SIM115
+        self._end = 0
+
+    def put(self, value: Tensor) -> Tensor | Shelved:
+        """A place that gives the same values with the same strides back; value itself where it is small, or where its
+        elements do not fill a stretch of memory once each.
+        """
+        size = value.numel() * value.element_size()
+        strides = value.stride()
+        order = tuple(sorted(range(value.dim()), key=lambda d: -strides[d]))
+        dense = value.detach().permute(order)
+        if size < self.LEAST or not dense.is_contiguous():
+            return value
+        place = Shelved(self, self._end, value.shape, order, value.dtype)
+        self._file.seek(self._end)
+        self._file.write(dense.view(-1).view(torch.uint8).numpy().data)
+        self._end += size
+        return place
+
+    def get(self, place: Shelved) -> Tensor:
+        dense = torch.empty([place.shape[d] for d in place.order], dtype=place.dtype)
+        self._file.seek(place.begin)
+        _fill(dense, self._file, "what a training step put into a temporary file")
+        back = sorted(range(len(place.order)), key=place.order.__getitem__)
+        return dense.permute(back)
+
+    def clear(self) -> None:
+        self._end = 0
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class ChunkStore:
