@@ -15,22 +15,19 @@ Packed packed_of(const py::tuple& plan, uintptr_t values, int dtype, uintptr_t i
           at<const uint16_t>(index), at<const int32_t>(slots)};
 }
 
-// Asks for huge pages under this memory; false where there are none.
-bool use_huge_pages(uintptr_t begin, uintptr_t end) {
+// Asks for huge pages, of 2 MiB, wherever a whole one fits into this memory; false where there are none.
+bool use_huge_pages(uintptr_t address, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  return madvise(at<void>(begin), end - begin, MADV_HUGEPAGE) == 0;
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  const uintptr_t begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
+  return begin < end && madvise(at<void>(begin), end - begin, MADV_HUGEPAGE) == 0;
 #else
   return false;
 #endif
 }
 
-// glibc takes what is larger than this from the system anew for every call, at a page fault for each 4 KiB; huge pages, whose size
-// is a divisor of it, make that a fortieth as many.
-constexpr uintptr_t kFresh = uintptr_t(32) << 20, kHugePage = uintptr_t(2) << 20;
-void expect_faults(uintptr_t y, int64_t bytes) {
-  if (static_cast<uintptr_t>(bytes) < kFresh) return;
-  use_huge_pages((y + kHugePage - 1) / kHugePage * kHugePage, (y + bytes) / kHugePage * kHugePage);
-}
+// Bytes from which on glibc takes memory from the system anew for every call, at a page fault for each 4 KiB.
+constexpr size_t kMappedAnew = size_t(32) << 20;
 
 // The pointers of a packed weight, read once; whoever holds it holds the tensors too.
 struct Weight {
@@ -39,7 +36,8 @@ struct Weight {
 
   void spmm(uintptr_t x, int64_t x_stride, int64_t n, uintptr_t y, const Epilogue& e) const {
     py::gil_scoped_release release;
-    expect_faults(y, n * packed.rows * static_cast<int64_t>(sizeof(float)));
+    const size_t bytes = static_cast<size_t>(n * packed.rows) * sizeof(float);
+    if (bytes >= kMappedAnew) use_huge_pages(y, bytes);
     kernels().matmul.spmm(packed, at<const float>(x), x_stride, n, at<float>(y), e);
   }
 };
@@ -78,7 +76,6 @@ void bind_matmul(py::module_& m) {
         kernels().matmul.scatter_values(at<const float>(packed), at<const int32_t>(perm), n, at<float>(canonical));
       },
       ReleaseGil());
-  // begin and end are multiples of the size of huge pages.
   m.def("use_huge_pages", use_huge_pages);
   m.def(
       "add_layer_norm",

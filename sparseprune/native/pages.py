@@ -44,6 +44,6 @@ def _place(size: int) -> Tensor:
             room = torch.empty(whole + _PAGE, dtype=torch.uint8, device="cpu")
             begin = -room.data_ptr() % _PAGE
             chunk, taken = room[begin : begin + whole], 0
-            require_c().use_huge_pages(chunk.data_ptr(), chunk.data_ptr() + whole)
+            require_c().use_huge_pages(chunk.data_ptr(), whole)
         _open = chunk, taken + -(-size // 64) * 64
         return chunk[taken : taken + size]

@@ -68,7 +68,7 @@ def row_slices(shape: Sequence[int], numbers: int, whole: int = 1) -> Iterator[s
     """
     rows, columns = shape
     step = max(1, numbers // max(1, columns))
-    for multiple in (whole * 64 // math.gcd(whole, 64), whole):
+    for multiple in (math.lcm(whole, 64), whole):
         if step >= multiple:
             step = step // multiple * multiple
             break

@@ -1,5 +1,5 @@
-"""What waits outside of memory where a folder is given: chunks of hidden states, one file a chunk, and matrices of
-which some rows are read and written at a time.
+"""What waits outside of memory where a folder is given: chunks of hidden states, one file a chunk; matrices of which
+some rows are read and written at a time; what a training step keeps for its backward pass.
 """
 
 from __future__ import annotations
@@ -52,11 +52,22 @@ def no_holes() -> Iterator[None]:
         mallopt(_TRIM, 2 * MOST)
 
 
+def _nameless(folder: str | os.PathLike[str]) -> BinaryIO:
+    """A file in the folder that is gone when it is closed, and with the process however that ends."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryFile(dir=folder)
+
+
+def _bytes(value: Tensor) -> memoryview:
+    """The memory of a contiguous tensor of the CPU."""
+    return value.detach().view(-1).view(torch.uint8).numpy().data
+
+
 def _fill(value: Tensor, file: BinaryIO, name: str) -> None:
     """Reads a contiguous tensor of the CPU from where file stands."""
-    room = value.view(-1).view(torch.uint8).numpy()
-    if (read := file.readinto(room.data)) != room.size:  # type: ignore[attr-defined]
-        raise OSError(f"{name}: expected {room.size} bytes, got {read}; is the disk full?")
+    room = _bytes(value)
+    if (read := file.readinto(room)) != room.nbytes:  # type: ignore[attr-defined]
+        raise OSError(f"{name}: expected {room.nbytes} bytes, got {read}; is the disk full?")
 
 
 class SpilledMatrix:
@@ -74,8 +85,7 @@ class SpilledMatrix:
         if folder is None:
             self._values = torch.empty(self.shape, device=device)
         else:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=folder, prefix="matrix.")  # noqa: SIM115
+            self._file = _nameless(folder)
 
     @classmethod
     def of(cls, matrix: Tensor, folder: str | os.PathLike[str] | None) -> SpilledMatrix:
@@ -104,7 +114,7 @@ class SpilledMatrix:
             return
         assert self._file is not None
         self._file.seek(4 * rows.indices(self.shape[0])[0] * self.shape[1])
-        self._file.write(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._file.write(_bytes(values.cpu().contiguous()))
 
     def opened(self) -> Tensor:
         """The matrix itself, to be changed in place: of a file a mapping, which is memory only as long as the tensor
@@ -145,8 +155,7 @@ class Shelf:
     LEAST = 2**18  # bytes: what is smaller stays in memory
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = tempfile.TemporaryFile(dir=folder, prefix="shelf.")  # noqa: SIM115
+        self._file = _nameless(folder)
         self._end = 0
 
     def put(self, value: Tensor) -> Tensor | Shelved:
@@ -161,7 +170,7 @@ class Shelf:
             return value
         place = Shelved(self, self._end, value.shape, order, value.dtype)
         self._file.seek(self._end)
-        self._file.write(dense.view(-1).view(torch.uint8).numpy().data)
+        self._file.write(_bytes(dense))
         self._end += size
         return place
 
@@ -206,7 +215,7 @@ class ChunkStore:
             return
         path = self._folder / str(index)
         if isinstance(value, Tensor):  # plain bytes: every entry is read and written again for every block
-            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tofile(path)
+            path.write_bytes(_bytes(value.cpu().contiguous()))
             self._items[index] = value.dtype, value.shape, value.device
         else:
             torch.save(value, path)
