@@ -130,9 +130,9 @@ def test_spilled_moments_and_weights_rounded_again_change_nothing(
     monkeypatch.setattr(module, "fast_bfloat16", lambda _: True)
     monkeypatch.setattr(module, "SLICE", 40)  # some rows that divide neither layer
     monkeypatch.setattr(Shelf, "LEAST", 1)
-    shelved: list[torch.Size] = []
+    shelved: list[Shelved] = []
     get = Shelf.get
-    monkeypatch.setattr(Shelf, "get", lambda self, place: shelved.append(place.shape) or get(self, place))
+    monkeypatch.setattr(Shelf, "get", lambda self, place: shelved.append(place) or get(self, place))
     made_again: list[torch.Size] = []
     rounded = module._Rounded.made
 
@@ -154,7 +154,8 @@ def test_spilled_moments_and_weights_rounded_again_change_nothing(
         results.append([block.up.weight.detach(), block.down.weight.detach()])
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
     assert {*made_again} == {torch.Size([20, 12]), torch.Size([12, 20])}
-    assert torch.Size([2, 9, 20]) in shelved, "what tanh keeps"
+    assert torch.Size([2, 9, 20]) in {place.shape for place in shelved}, "what tanh keeps"
+    assert len(shelved) == 6 * len({place.begin for place in shelved}), "every step uses the file from its begin"
     assert not list(tmp_path.iterdir())
 
 
