@@ -235,7 +235,7 @@ class SparseLinear(nn.Module):
         """input: `[..., K]`; residual: `[..., N]`, added after the activation; norm: over `[N]`, with weight and bias,
         what comes last; returns `[..., N]`.
 
-        ValueError where input, residual or norm has another width.
+        ValueError where input, residual or norm has another width, TypeError where norm is no LayerNorm.
         """
         shape = input.shape
         if not shape or shape[-1] != self.in_features:
@@ -249,10 +249,17 @@ class SparseLinear(nn.Module):
 
     def _normalised(self, input: Tensor, residual: Tensor | None, norm: nn.LayerNorm) -> Tensor:
         """LayerNorm over what the layer gives, by the threads that finish its rows where the compiled core runs."""
+        if not isinstance(norm, nn.LayerNorm):
+            raise TypeError(
+                f"SparseLinear: norm expected an nn.LayerNorm, got {type(norm).__name__}; apply others to the result"
+            )
         gain, shift = norm.weight, norm.bias
         if gain is None or shift is None or gain.shape != (self.out_features,):
             got = f"{list(norm.normalized_shape)}{'' if gain is not None and shift is not None else ' without them'}"
-            raise ValueError(f"SparseLinear: norm expected over [{self.out_features}] with weight and bias, got {got}")
+            raise ValueError(
+                f"SparseLinear: norm expected over [{self.out_features}] with weight and bias, got {got}; apply it to "
+                "the result instead"
+            )
         bias = self._parameters["bias"]
         if (
             self._parameters["low_rank_a"] is None

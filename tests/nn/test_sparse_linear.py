@@ -118,6 +118,13 @@ def test_a_layer_norm_of_another_kind_is_refused(norm):
         sparse(torch.ones(2, 60), None, norm)
 
 
+@pytest.mark.parametrize("norm", [torch.nn.BatchNorm1d(48), torch.nn.RMSNorm(48), (torch.ones(48), torch.zeros(48))])
+def test_what_is_no_layer_norm_is_refused(norm):
+    sparse = SparseLinear.from_linear(pruned()).eval()
+    with pytest.raises(TypeError, match=f"expected an nn.LayerNorm, got {type(norm).__name__}"), torch.no_grad():
+        sparse(torch.ones(2, 60), None, norm)
+
+
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 def test_low_rank_term(activation, close):
     linear = pruned()

@@ -357,6 +357,18 @@ def test_options_are_checked() -> None:
         sp.prune_(llama(), 0.5, criterion="sparsegpt", granularity=sp.Heads(), data=tokens())
 
 
+@pytest.mark.parametrize("option", ["spill", "state"])
+@pytest.mark.parametrize("kind", ["file", "number"])
+def test_a_place_that_is_no_folder_is_refused(option: str, kind: str, tmp_path: Any) -> None:
+    place = tmp_path / "file" if kind == "file" else 3
+    (tmp_path / "file").touch()
+    model = nn.Sequential(nn.Linear(8, 8))
+    before = model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=f"{option} expected a folder.*got .*is made"):
+        sp.prune_(model, 0.5, criterion="best", data=torch.randn(64, 8), criterion_options={option: place})
+    assert torch.equal(model[0].weight, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
 def test_hidden_states_are_spilled(tmp_path: Any, dtype: torch.dtype) -> None:
     store = ChunkStore(tmp_path / "new")

@@ -60,6 +60,13 @@ class OneShotCriterion(Criterion):
             raise ValueError(f"{self.name}: allocation expected one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
         if chunk_tokens < 1:
             raise ValueError(f"{self.name}: chunk_tokens expected at least 1, got {chunk_tokens}")
+        for option, place in (("spill", None if isinstance(spill, bool) else spill), ("state", state)):
+            if place is not None and (not isinstance(place, str | os.PathLike) or os.path.isfile(place)):
+                expected = "a folder, True, False or None" if option == "spill" else "a folder or None"
+                got = f"{place!r}{', which is a file' if isinstance(place, str | os.PathLike) else ''}"
+                raise ValueError(
+                    f"{self.name}: {option} expected {expected}, got {got}; a folder that is not there is made"
+                )
         self.per_row = per_row
         self.allocation = allocation
         self.owl = dict(owl or {})
