@@ -18,7 +18,12 @@ T* at(uintptr_t address) {
 
 void bind_masking(py::module_& m);
 void bind_selection(py::module_& m);
-void bind_matmul(py::module_& m);
-void bind_decode(py::module_& m);
+void bind_linear(py::module_& m);
+void bind_sddmm(py::module_& m);
+void bind_packing(py::module_& m);
+void bind_norms(py::module_& m);
+void bind_rounded(py::module_& m);
+void bind_encoder(py::module_& m);
+void bind_decoder(py::module_& m);
 void bind_peaks(py::module_& m);
 }  // namespace sparseprune

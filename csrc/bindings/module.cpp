@@ -17,7 +17,12 @@ PYBIND11_MODULE(_C, m) {
 #endif
   bind_masking(m);
   bind_selection(m);
-  bind_matmul(m);
-  bind_decode(m);
+  bind_linear(m);
+  bind_sddmm(m);
+  bind_packing(m);
+  bind_norms(m);
+  bind_rounded(m);
+  bind_encoder(m);
+  bind_decoder(m);
   bind_peaks(m);
 }

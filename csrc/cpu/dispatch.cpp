@@ -15,11 +15,14 @@ std::string missing_features(const std::string& tier) {
   __builtin_cpu_init();
 #define SP_NEEDS(feature) \
   if (!__builtin_cpu_supports(feature)) missing += std::string(missing.empty() ? "" : ", ") + feature;
-  if (tier == "avx2" || tier == "avx512") {
+  if (tier != "generic") {
     SP_NEEDS("avx2") SP_NEEDS("fma") SP_NEEDS("f16c") SP_NEEDS("bmi") SP_NEEDS("bmi2") SP_NEEDS("popcnt") SP_NEEDS("lzcnt")
   }
-  if (tier == "avx512") {
+  if (tier == "avx512" || tier == "avx512vnni") {
     SP_NEEDS("avx512f") SP_NEEDS("avx512bw") SP_NEEDS("avx512vl") SP_NEEDS("avx512dq")
+  }
+  if (tier == "avx512vnni") {
+    SP_NEEDS("avx512vnni")
   }
 #undef SP_NEEDS
 #else
@@ -38,6 +41,10 @@ const Tier kCompiled[] = {
 #if defined(__x86_64__)
     {"avx2", avx2_kernels},
     {"avx512", avx512_kernels},
+    {"avx512vnni", avx512vnni_kernels},
+#endif
+#if defined(__aarch64__)
+    {"neon", neon_kernels},  // every such CPU has it
 #endif
 };
 

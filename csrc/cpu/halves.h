@@ -61,6 +61,9 @@ static inline vf widen(const F16* p) {
   return reinterpret_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__) && SP_LANES == 8
   return reinterpret_cast<vf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__aarch64__) && SP_LANES == 8
+  const float16x8_t h = vreinterpretq_f16_u16(vld1q_u16(&p->raw));
+  return join(vcvt_f32_f16(vget_low_f16(h)), vcvt_high_f32_f16(h));
 #else
   vf v;
   for (int i = 0; i < kLanes; ++i) v[i] = widen_one(p[i]);
@@ -80,6 +83,9 @@ static inline void narrow(F16* p, vf v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__) && SP_LANES == 8
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__aarch64__) && SP_LANES == 8
+  const float16x8_t h = vcvt_high_f16_f32(vcvt_f16_f32(half_of<0>(v)), half_of<1>(v));
+  vst1q_u16(&p->raw, vreinterpretq_u16_f16(h));
 #else
   for (int i = 0; i < kLanes; ++i) narrow_one(p + i, v[i]);
 #endif
@@ -90,6 +96,8 @@ static inline vf root(vf v) {
   return reinterpret_cast<vf>(_mm512_sqrt_ps(reinterpret_cast<__m512>(v)));
 #elif defined(__AVX__) && SP_LANES == 8
   return reinterpret_cast<vf>(_mm256_sqrt_ps(reinterpret_cast<__m256>(v)));
+#elif defined(__aarch64__) && SP_LANES == 8
+  return join(vsqrtq_f32(half_of<0>(v)), vsqrtq_f32(half_of<1>(v)));
 #else
   vf r;
   for (int i = 0; i < kLanes; ++i) r[i] = __builtin_sqrtf(v[i]);

@@ -81,6 +81,11 @@ static inline void store_bool(uint8_t* p, vi keep) {
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(k), _mm256_extracti128_si256(k, 1));
   const __m128i bytes = _mm_sub_epi8(_mm_setzero_si128(), _mm_packs_epi16(words, words));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
+#elif defined(__aarch64__) && SP_LANES == 8
+  int32x4_t k[2];
+  __builtin_memcpy(k, &keep, sizeof(keep));
+  const int16x8_t words = vcombine_s16(vmovn_s32(k[0]), vmovn_s32(k[1]));
+  vst1_u8(p, vreinterpret_u8_s8(vneg_s8(vmovn_s16(words))));
 #else
   *reinterpret_cast<vb_any*>(p) = __builtin_convertvector(keep & 1, vb_any);
 #endif

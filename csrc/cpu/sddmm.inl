@@ -1,4 +1,4 @@
-// The gradient of the kept values of a packed weight of kind "groups" (spmm.inl): for each entry and row r of its group,
+// The gradient of the kept values of a packed weight of kind "groups" (linear_groups.inl): for each entry and row r of its group,
 // grad = sum over tokens of dy[token, r] x[token, column]. A tile of T tokens at a time: x is transposed to a panel [K][T], whose
 // K-block stays in L1 while the slots of a row block pass.
 //
@@ -166,3 +166,5 @@ static void sddmm(const Packed& w, const float* x, int64_t x_stride, const float
     ending.leave();
   }
 }
+
+static SddmmKernels sddmm_kernels() { return {sddmm}; }

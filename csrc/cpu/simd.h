@@ -1,4 +1,4 @@
-// The vector type of the tier being compiled: SP_LANES floats (4, 8 or 16), written with compiler vector extensions so that
+// The vector type of the tier being compiled: SP_LANES floats (8 or 16), written with compiler vector extensions so that
 // one kernel text serves every instruction set. Included once a tier, inside that tier's anonymous namespace: nothing here may
 // leak to another tier, hence no templates of the standard library and no inline functions with external linkage.
 //
@@ -20,6 +20,9 @@ constexpr int kLanes = SP_LANES;
 static inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 static inline void store(float* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
 static inline vf splat(float s) { return vf{} + s; }
+static inline vi load_ints(const void* p) { return *static_cast<const vi_any*>(p); }
+static inline void store_ints(void* p, vi v) { *static_cast<vi_any*>(p) = v; }
+static inline vi splat_int(int32_t s) { return vi{} + s; }
 static inline vi bits(vf v) { return reinterpret_cast<vi>(v); }
 static inline vf floats(vi v) { return reinterpret_cast<vf>(v); }
 // All bits set where the byte of a bool mask is not zero.
@@ -28,6 +31,22 @@ static inline vi widen_bool(const uint8_t* p) { return __builtin_convertvector(*
 // Eight floats in any tier, and reads and writes at any address for kernels that are templates of their vector type.
 typedef float v8 __attribute__((vector_size(32), aligned(32), may_alias));
 typedef int32_t v8i __attribute__((vector_size(32), aligned(32), may_alias));
+
+#if defined(__aarch64__)
+// The two registers that eight lanes are.
+template <int which>
+static inline float32x4_t half_of(v8 v) {
+  float32x4_t h[2];
+  __builtin_memcpy(h, &v, sizeof(v));
+  return h[which];
+}
+static inline v8 join(float32x4_t low, float32x4_t high) {
+  const float32x4_t h[2] = {low, high};
+  v8 v;
+  __builtin_memcpy(&v, h, sizeof(v));
+  return v;
+}
+#endif
 
 template <class F>
 static inline F read(const float* p) {
@@ -66,6 +85,27 @@ constexpr int lanes_of() {
 #endif
 
 // Transposes 8 x 8 in registers.
+#if defined(__aarch64__)  // GCC makes single moves of a shuffle that is wider than a register
+static inline void transpose4(float32x4_t* r) {
+  const float32x4_t a = vtrn1q_f32(r[0], r[1]), b = vtrn2q_f32(r[0], r[1]), c = vtrn1q_f32(r[2], r[3]), d = vtrn2q_f32(r[2], r[3]);
+  const auto pairs = [](float32x4_t v) { return vreinterpretq_f64_f32(v); };
+  r[0] = vreinterpretq_f32_f64(vtrn1q_f64(pairs(a), pairs(c)));
+  r[1] = vreinterpretq_f32_f64(vtrn1q_f64(pairs(b), pairs(d)));
+  r[2] = vreinterpretq_f32_f64(vtrn2q_f64(pairs(a), pairs(c)));
+  r[3] = vreinterpretq_f32_f64(vtrn2q_f64(pairs(b), pairs(d)));
+}
+static inline void transpose8(v8* r) {
+  float32x4_t quarter[2][2][4];  // rows, then columns, four at a time
+  for (int i = 0; i < 8; ++i) {
+    quarter[i / 4][0][i % 4] = half_of<0>(r[i]);
+    quarter[i / 4][1][i % 4] = half_of<1>(r[i]);
+  }
+  for (auto& rows : quarter) {
+    for (auto& block : rows) transpose4(block);
+  }
+  for (int i = 0; i < 8; ++i) r[i] = join(quarter[0][i / 4][i % 4], quarter[1][i / 4][i % 4]);
+}
+#else
 static inline void transpose8(v8* r) {
   v8 t[8], u[8];
   for (int i = 0; i < 8; i += 2) {
@@ -83,6 +123,7 @@ static inline void transpose8(v8* r) {
     r[i + 4] = SP_SHUFFLE8(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   }
 }
+#endif
 
 // Eight bfloat16 (as their bits) or int8 values as floats.
 typedef uint16_t v8_u16 __attribute__((vector_size(16), aligned(2), may_alias));
@@ -95,6 +136,15 @@ static inline v8 widen_bf16(const uint16_t* p) {
 static inline v8 widen_int8(const int8_t* p) {
   const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
   return reinterpret_cast<v8>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw)));
+}
+#elif defined(__aarch64__)
+static inline v8 widen_bf16(const uint16_t* p) {
+  const uint16x8_t raw = vld1q_u16(p);
+  return join(vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(raw), 16)), vreinterpretq_f32_u32(vshll_high_n_u16(raw, 16)));
+}
+static inline v8 widen_int8(const int8_t* p) {
+  const int16x8_t words = vmovl_s8(vld1_s8(p));
+  return join(vcvtq_f32_s32(vmovl_s16(vget_low_s16(words))), vcvtq_f32_s32(vmovl_high_s16(words)));
 }
 #else
 static inline v8 widen_bf16(const uint16_t* p) {
@@ -124,6 +174,19 @@ static inline v8 halves_sum(vf v) {
 #endif
 template <int h>
 static inline v8 folded(v8 a, v8 b) {
+#if defined(__aarch64__)
+  const float32x4_t a0 = half_of<0>(a), a1 = half_of<1>(a), b0 = half_of<0>(b), b1 = half_of<1>(b);
+  if constexpr (h == 4) {
+    return join(vaddq_f32(a0, a1), vaddq_f32(b0, b1));
+  } else {
+    const auto fold_half = [](float32x4_t x, float32x4_t y) __attribute__((always_inline)) {
+      if constexpr (h == 1) return vaddq_f32(vtrn1q_f32(x, y), vtrn2q_f32(x, y));
+      const float64x2_t p = vreinterpretq_f64_f32(x), q = vreinterpretq_f64_f32(y);
+      return vaddq_f32(vreinterpretq_f32_f64(vtrn1q_f64(p, q)), vreinterpretq_f32_f64(vtrn2q_f64(p, q)));
+    };
+    return join(fold_half(a0, b0), fold_half(a1, b1));
+  }
+#endif
   constexpr int L = 8;
   return SP_SHUFFLE(v8i, SP_EIGHT(SP_LANE, 0)) + SP_SHUFFLE(v8i, SP_EIGHT(SP_OTHER, 0));
 }
@@ -168,3 +231,24 @@ static inline float total(vf v) {
   }
   return s[0];
 }
+
+#if SP_LANES == 16 && defined(__AVX512F__)
+// The lowest elements of `from` at the set bits, zero elsewhere. The two instructions are VBMI2, which no tier asks for: written as
+// assembly they need no flag, and who calls them asks the CPU (has_narrow_expand).
+static inline __m512i expand_words(__mmask32 to, __m512i from) {
+  __m512i out;
+  asm("vpexpandw %1, %0%{%2%}%{z%}" : "=v"(out) : "v"(from), "Yk"(to));
+  return out;
+}
+static inline __m512i expand_bytes(__mmask64 to, __m512i from) {
+  __m512i out;
+  asm("vpexpandb %1, %0%{%2%}%{z%}" : "=v"(out) : "v"(from), "Yk"(to));
+  return out;
+}
+static inline bool has_narrow_expand() {
+  static const bool has = __builtin_cpu_supports("avx512vbmi2") != 0;
+  return has;
+}
+#else
+static inline bool has_narrow_expand() { return false; }
+#endif

@@ -39,6 +39,24 @@ static inline Range share(int64_t n, int64_t step, int id, int team) {
   return {begin, end};
 }
 
+// Waits until ready() says so. Spins, which answers within a microsecond where putting a thread to sleep costs fifty; who waits long
+// gives its core away.
+template <class F>
+static inline void spin_until(F ready) {
+  for (int64_t turns = 0; !ready(); ++turns) {
+    if (turns < 4096) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+      continue;
+#elif defined(__aarch64__)
+      __asm__ volatile("isb");  // as long as a pause; yield is over at once on most of these CPUs
+      continue;
+#endif
+    }
+    sched_yield();
+  }
+}
+
 // Units of work that a team shares, each taken by who is free: a sleeping thread comes late, by more than many a product takes.
 class Turns {
  public:
@@ -50,14 +68,30 @@ class Turns {
   int64_t taken() const { return __atomic_load_n(&next_, __ATOMIC_RELAXED); }
   // Called once for each unit that is done: true for the last of them, who then sees what all have written.
   bool last(int64_t units) { return __atomic_add_fetch(&done_, 1, __ATOMIC_ACQ_REL) == units; }
+  // Waits for the units that others took; all are called done by last().
+  void wait(int64_t units) {
+    spin_until([&] { return __atomic_load_n(&done_, __ATOMIC_ACQUIRE) >= units; });
+  }
 
  private:
   alignas(64) int64_t next_ = 0;
   int64_t done_ = 0;
 };
 
+// Units that lie in memory one behind the other: each of the team takes its own run of them in order, then what is left of the others'.
+// turns: one for each of the team.
+template <class F>
+static inline void take_runs(Turns* turns, int64_t units, F unit) {
+  const int team = team_size(), mine = thread_id();
+  for (int i = 0; i < team; ++i) {
+    const int of = mine + i < team ? mine + i : mine + i - team;
+    const Range run = share(units, 1, of, team);
+    turns[of].take(run.end - run.begin, [&](int64_t u) { unit(run.begin + u); });
+  }
+}
+
 // The last thing in a parallel region. Its end puts whoever is early to sleep, and being woken costs as much as waking: so the caller
-// stays out until the others are there. Who waits long gives its core away.
+// stays out until the others are there.
 class Ending {
  public:
   void leave() {
@@ -65,15 +99,7 @@ class Ending {
       __atomic_fetch_add(&left_, 1, __ATOMIC_RELEASE);
       return;
     }
-    for (int64_t turns = 0; __atomic_load_n(&left_, __ATOMIC_ACQUIRE) < team_size() - 1; ++turns) {
-#if defined(__x86_64__)
-      if (turns < 4096) {
-        __builtin_ia32_pause();
-        continue;
-      }
-#endif
-      sched_yield();
-    }
+    spin_until([&] { return __atomic_load_n(&left_, __ATOMIC_ACQUIRE) >= team_size() - 1; });
   }
 
  private:

@@ -46,9 +46,9 @@ static Workspace& workspace() {
   return mine;
 }
 
-// n fresh ones in this memory.
-static inline Turns* turns_in(Workspace& memory, int64_t n) {
-  Turns* turns = reinterpret_cast<Turns*>(memory.reserve(n * static_cast<int64_t>(sizeof(Turns) / sizeof(float))));
+// n fresh ones in this memory, with room for `floats` behind them.
+static inline Turns* turns_in(Workspace& memory, int64_t n, int64_t floats = 0) {
+  Turns* turns = reinterpret_cast<Turns*>(memory.reserve(n * static_cast<int64_t>(sizeof(Turns) / sizeof(float)) + floats));
   for (int64_t i = 0; i < n; ++i) turns[i] = Turns();
   return turns;
 }

@@ -2,10 +2,38 @@
 #pragma once
 #include <cstdint>
 
+#include "kernels.h"
+
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <atomic>
+
+namespace sparseprune {
+// A failed call's error, which would else be found by the next launch, a good one.
+inline int cleared(cudaError_t error) {
+  (void)cudaGetLastError();
+  return static_cast<int>(error);
+}
+
+// Above 48 KiB a kernel has to ask for its dynamic shared memory: once a device, for all that the device has.
+template <auto kKernel>
+int allow_shared(int bytes) {
+  constexpr int kUnasked = 48 << 10, kMostDevices = 64;
+  static std::atomic<int> allowed[kMostDevices];
+  if (bytes <= kUnasked) return 0;
+  int device = 0, most = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return cleared(error);
+  if (device < kMostDevices && (most = allowed[device].load(std::memory_order_acquire)) != 0) return bytes > most ? kTooMuchShared : 0;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return cleared(error);
+  if (bytes > most) return kTooMuchShared;
+  if (const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) return cleared(error);
+  if (device < kMostDevices) allowed[device].store(most, std::memory_order_release);
+  return 0;
+}
+}  // namespace sparseprune
 
 // Shared memory declared where it is used. The type may be an array: SHARED(uint32_t[2048], bins).
 #define SHARED(type, name)        \
@@ -19,15 +47,14 @@
 // Queues kernel<<<grid, block, bytes, stream>>>(arguments...) and returns the launch's error from the enclosing function.
 #define LAUNCH(kernel, grid, block, bytes, stream, ...)                                           \
   do {                                                                                            \
-    kernel<<<(grid), (block), (bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);         \
+    const dim3 launch_grid = (grid);                                                              \
+    CHECK_GRID(launch_grid);                                                                      \
+    kernel<<<launch_grid, (block), (bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);    \
     if (const cudaError_t launch_error = cudaGetLastError()) return static_cast<int>(launch_error); \
   } while (0)
-// Above 48 KiB a kernel has to ask for its dynamic shared memory.
-#define ALLOW_SHARED(kernel, bytes)                                                                                       \
-  do {                                                                                                                    \
-    if (const cudaError_t allow_error =                                                                                   \
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)))           \
-      return static_cast<int>(allow_error);                                                                               \
+#define ALLOW_SHARED(kernel, bytes)                                                        \
+  do {                                                                                     \
+    if (const int allow_error = sparseprune::allow_shared<kernel>(bytes)) return allow_error; \
   } while (0)
 #else
 #include "emul/cuda_emul.h"
@@ -41,10 +68,22 @@
 #define LAUNCH(kernel, grid, block, bytes, stream, ...) \
   do {                                                  \
     (void)(stream);                                     \
-    emul::launch((grid), (block), (bytes), [&] { kernel(__VA_ARGS__); }); \
+    const dim3 launch_grid = (grid);                    \
+    CHECK_GRID(launch_grid);                            \
+    emul::launch(launch_grid, (block), (bytes), [&] { kernel(__VA_ARGS__); }); \
   } while (0)
-#define ALLOW_SHARED(kernel, bytes) (void)(bytes)
+#define ALLOW_SHARED(kernel, bytes)                            \
+  do {                                                         \
+    if ((bytes) > emul::kMostShared) return sparseprune::kTooMuchShared; \
+  } while (0)
 #endif
+
+// Returns from the enclosing function where a grid has more blocks than any card takes.
+#define CHECK_GRID(grid)                                                                                                     \
+  do {                                                                                                                       \
+    if ((grid).x > sparseprune::kMostBlocksX || (grid).y > sparseprune::kMostBlocksYZ || (grid).z > sparseprune::kMostBlocksYZ) \
+      return sparseprune::kTooManyBlocks;                                                                                    \
+  } while (0)
 
 namespace sparseprune {
 constexpr unsigned kAllLanes = 0xffffffffu;

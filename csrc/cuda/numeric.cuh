@@ -39,6 +39,9 @@ __device__ inline void copy_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 }
 __device__ inline uint32_t pack_pair(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x5410); }
+// The lower, or the upper, 16 bits of both, the first word's in the lower half.
+__device__ inline uint32_t low_halves(uint32_t one, uint32_t other) { return __byte_perm(one, other, 0x5410); }
+__device__ inline uint32_t high_halves(uint32_t one, uint32_t other) { return __byte_perm(one, other, 0x7632); }
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kNewestLeft>
 __device__ inline void copy_wait() {
@@ -54,6 +57,8 @@ inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
 inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Bfloat) { emul::mma(d, a, b, false); }
 inline void copy_async(void* shared, const void* global) { emul::async_copy(shared, global); }
 inline uint32_t pack_pair(uint32_t low, uint32_t high) { return low | high << 16; }
+inline uint32_t low_halves(uint32_t one, uint32_t other) { return (one & 0xffff) | other << 16; }
+inline uint32_t high_halves(uint32_t one, uint32_t other) { return one >> 16 | (other & 0xffff0000u); }
 inline void copy_commit() { emul::async_commit(); }
 template <int kNewestLeft>
 void copy_wait() {
@@ -61,7 +66,7 @@ void copy_wait() {
 }
 #endif
 
-// The epilogue's activation; the codes are sparseprune.reference.ACTIVATIONS in order.
+// The epilogue's activation; the codes are sparseprune.activations.ACTIVATION_CODES.
 __device__ inline float activate(float y, int activation) {
   switch (activation) {
     case 1: return y < 0.0f ? 0.0f : y;  // keeps NaN

@@ -456,6 +456,7 @@ inline void Block::run() {
 }
 
 inline unsigned schedule = 0;  // the seed of the next launches
+inline constexpr int kMostShared = 99 << 10;  // bytes a block may ask for on the smallest card that is supported (sm_86, 89, 120)
 
 template <class Body>
 void launch(dim3 grid, dim3 block, size_t dynamic_bytes, Body body) {

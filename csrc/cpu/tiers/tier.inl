@@ -15,6 +15,9 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
 
 #define SP_JOIN2(a, b) a##b
 #define SP_JOIN(a, b) SP_JOIN2(a, b)
@@ -24,21 +27,30 @@
 namespace sparseprune {
 namespace {
 #include "../simd.h"
+#include "../int8.inl"
+#include "../int8_bitmask.inl"
 #include "../threads.h"
 #include "../halves.h"
-#include "../adamw.inl"
+#include "../masking_adamw.inl"
 #include "../masking.inl"
-#include "../topk.inl"
+#include "../selection.inl"
 #include "../peaks.inl"
 #include "../workspace.h"
 #include "../activations.inl"
-#include "../layer_norm.inl"
-#include "../spmm.inl"
-#include "../bitmask.inl"
+#include "../norms.inl"
+#include "../linear_groups.inl"
+#include "../linear_bitmask.inl"
+#include "../rounding.inl"
+#include "../linear_quads.inl"
+#include "../linear_bitmask8.inl"
+#include "../linear.inl"
 #include "../sddmm.inl"
-#include "../pack.inl"
-#include "../matmul.inl"
+#include "../packing.inl"
 #include "../rounded.inl"
+#include "../encoder_attention.inl"
+#include "../encoder.inl"
+#include "../decoder_linear.inl"
+#include "../decoder.inl"
 }  // namespace
 
 const Kernels& SP_JOIN(SP_TIER, _kernels)() {
@@ -48,8 +60,14 @@ const Kernels& SP_JOIN(SP_TIER, _kernels)() {
       masking_kernels(),
       selection_kernels(),
       peak_kernels(),
-      matmul_kernels(),
-      decode_kernels(),
+      linear_kernels(),
+      sddmm_kernels(),
+      packing_kernels(),
+      norm_kernels(),
+      rounded_kernels(),
+      encoder_kernels(),
+      int8_kernels(),
+      decoder_kernels(),
   };
   return table;
 }

@@ -1,4 +1,4 @@
-// y = epilogue(x W^T) for a packed sparse W [N_out, K] of kind "groups" (native/matmul.py, Packed).
+// y = epilogue(x W^T) for a packed sparse W [N_out, K] of kind "groups" (sparseprune/packing).
 //
 // The rows of W come in groups of `height` that share their columns; the columns are cut into K-blocks, the groups into row
 // blocks. Entries lie in the order row block, K-block, slot (one group), entry; an entry is a 16-bit column within its K-block and
@@ -15,6 +15,7 @@
 
 constexpr int64_t kTile = 64;               // tokens of a panel where tokens are vectorised
 constexpr int kAhead = 24;                  // entries whose lines of the panel are fetched in advance where it does not fit into L1
+constexpr int64_t kAheadBytes = 2048;        // of values, that are fetched in advance
 constexpr int64_t kTallTokens = 32;         // from here on heights 8 and 16 are vectorised over tokens too
 constexpr int64_t kWriteRows = 128;         // of sums that are written to y at a time
 constexpr bool kManyRegisters = SP_LANES == 16;
@@ -94,18 +95,31 @@ static inline const float* float_values(const Packed& w, int64_t begin, int64_t 
 
 // ---- vectorised over tokens
 
-// V rows of a group (of `height` values an entry) against R vectors of a panel whose rows are T long: sums [V][T].
-template <class F, int T, int R, int V>
+// V rows of a group (of `height` values an entry) against R vectors of a panel whose rows are T long: sums [V][T], to which bias [V]
+// is added where it is not null.
+template <class F, int T, int R, int V, bool kFetch = V == 8>
 static inline __attribute__((always_inline)) void panel_group(const float* panel, const uint16_t* index, const float* values,
-                                                              int height, int64_t n, float* sums, bool first) {
+                                                              int height, int64_t n, float* sums, bool first,
+                                                              const float* bias = nullptr) {
   constexpr int L = lanes_of<F>();
   constexpr int kNeed = sizeof(F) == 64 ? 4 : 8;  // independent sums that hide the latency of the multiply-adds
   constexpr int U = V * R >= kNeed ? 1 : kNeed / (V * R);
   F a[U][V][R];
-  for (int v = 0; v < V; ++v) {
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {  // unrolled, as all loops over a: else the compiler keeps it in memory before and behind the sums
+#pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
       a[0][v][i] = first ? F{} : read<F>(sums + v * T + i * L);
+#pragma GCC unroll 8
       for (int u = 1; u < U; ++u) a[u][v][i] = F{};
+    }
+  }
+  if (bias) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const F start = broadcast_at<F>(bias + v);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) a[0][v][i] += start;
     }
   }
   const auto entry = [&](int64_t p, F(&to)[V][R]) __attribute__((always_inline)) {
@@ -114,14 +128,18 @@ static inline __attribute__((always_inline)) void panel_group(const float* panel
       const F w = broadcast_at<F>(values + p);
       for (int i = 0; i < R; ++i) to[0][i] += w * read<F>(q + i * L);
     } else {
-      if constexpr (V == 8) {  // the registers of 8 rows leave the loads time for this; with fewer rows it costs more than it brings
+      if constexpr (kFetch) {  // the registers of 8 rows leave the loads time for this; with fewer rows it costs more than it brings
         const float* ahead = panel + static_cast<size_t>(index[p + kAhead]) * T;
         for (int i = 0; i < R; ++i) __builtin_prefetch(ahead + i * L);
       }
+      if constexpr (V >= 4 && !kFetch) __builtin_prefetch(values + (p + 32) * height);
       F x[R];
+#pragma GCC unroll 8
       for (int i = 0; i < R; ++i) x[i] = read<F>(q + i * L);
+#pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
         const F w = broadcast_at<F>(values + p * height + v);
+#pragma GCC unroll 8
         for (int i = 0; i < R; ++i) to[v][i] += w * x[i];
       }
     }
@@ -148,7 +166,9 @@ static inline __attribute__((always_inline)) void panel_group(const float* panel
   if constexpr (U >= 2) {
     if (p < n) entry(p, a[0]);
   }
+#pragma GCC unroll 8
   for (int v = 0; v < V; ++v) {
+#pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 8
       for (int u = 1; u < U; ++u) a[0][v][i] += a[u][v][i];
@@ -159,15 +179,21 @@ static inline __attribute__((always_inline)) void panel_group(const float* panel
 
 template <class F, int T, int V>
 static void panel_slots(const Packed& w, const int32_t* slots, int64_t groups, const float* panel, float* sums, bool first,
-                        float* scratch) {
+                        float* scratch, const float* bias = nullptr) {
   constexpr int L = lanes_of<F>(), kVectors = T / L;
   constexpr int kMost = V == 1 ? 8 : V == 2 || kManyRegisters ? 4 : 2;
   constexpr int R = kVectors <= kMost ? kVectors : kVectors % kMost == 0 ? kMost : kVectors % 3 == 0 && kMost >= 3 ? 3 : 2;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t begin = slots[2 * g], n = slots[2 * g + 2] - begin;
     const float* values = float_values(w, begin * V, n * V, scratch);
-    float* to = sums + static_cast<int64_t>(slots[2 * g + 1]) * V * T;
-    for (int c = 0; c < T; c += R * L) panel_group<F, T, R, V>(panel + c, w.index + begin, values, V, n, to + c, first);
+    const int64_t row = static_cast<int64_t>(slots[2 * g + 1]) * V;
+    float* to = sums + row * T;
+    // The weight passes once and comes from far: a slot fetches as much as it reads, a page ahead.
+    for (int64_t line = 0; line < n * V * w.value_bytes(); line += 64) __builtin_prefetch(w.value_at(begin * V) + kAheadBytes + line);
+    for (int64_t line = 0; line < 2 * n; line += 64) __builtin_prefetch(reinterpret_cast<const char*>(w.index + begin) + kAheadBytes / 2 + line);
+    for (int c = 0; c < T; c += R * L) {
+      panel_group<F, T, R, V>(panel + c, w.index + begin, values, V, n, to + c, first, bias ? bias + row : nullptr);
+    }
   }
 }
 
@@ -240,7 +266,7 @@ static __attribute__((noinline)) void run_panel_tile(const Packed& w, int T, con
 
 // Each thread begins with its own tiles, then helps with the row blocks that are left of the others'. Whoever works at a tile packs a
 // panel of its own: that costs less than waiting for another's, or than fetching it from another core.
-static void spmm_tokens(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride,
+static void linear_tokens(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride,
                         const Epilogue& e, int threads) {
   const int64_t row_blocks = (w.rows + w.row_block - 1) / w.row_block, tiles = (n + kTile - 1) / kTile;
   const int64_t sums_size = w.row_block * kTile, scratch_size = w.height * w.k_block + 64;
@@ -392,7 +418,7 @@ static void pack_rows(const float* x, int64_t x_stride, int64_t n, float* panels
   }
 }
 
-static void spmm_rows(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride, const Epilogue& e,
+static void linear_rows(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride, const Epilogue& e,
                       int threads) {
   const int64_t groups = w.rows / w.height, scratch_size = w.height * w.k_block + 64;
   const int64_t each = threads == 1 ? groups : (groups + 16 * threads - 1) / (16 * threads);
@@ -474,7 +500,7 @@ static __attribute__((noinline)) void dot_row_block(const Packed& w, int64_t b, 
   write_one(sums, rows, y, row, e);
 }
 
-static void spmm_dot(const Packed& w, const float* x, float* y, const Epilogue& e, int threads) {
+static void linear_dot(const Packed& w, const float* x, float* y, const Epilogue& e, int threads) {
   Turns blocks;
   Ending ending;
 #pragma omp parallel num_threads(threads)

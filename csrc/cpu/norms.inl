@@ -70,3 +70,5 @@ static void add_layer_norm(const float* x, int64_t x_stride, const float* residu
     }
   }
 }
+
+static NormKernels norm_kernels() { return {add_layer_norm, rms_norm}; }

@@ -28,12 +28,68 @@ static inline v8 spread(v8 packed, unsigned bits) {
   const __m256i lanes = _mm256_cvtepi8_epi32(bytes);
   const __m256 spreaded = _mm256_permutevar8x32_ps(reinterpret_cast<__m256>(packed), lanes);
   return reinterpret_cast<v8>(_mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(lanes, 31)), spreaded));
+#elif defined(__aarch64__)
+  // Byte 0 of lane n is byte 4 n of the eight floats; a byte that no float has, as 0x80 gives, is zero.
+  const uint8x16x2_t bytes = {{vreinterpretq_u8_f32(half_of<0>(packed)), vreinterpretq_u8_f32(half_of<1>(packed))}};
+  const uint8x8_t lanes = vld1_u8(kSpreadTable.lane[bits]);
+  const uint8x8_t starts = vorr_u8(vshl_n_u8(lanes, 2), vand_u8(lanes, vdup_n_u8(0x80)));
+  const uint8x16_t four = vreinterpretq_u8_u32(vdupq_n_u32(0x03020100));
+  const auto four_bytes = [&](uint8x8_t four_lanes) __attribute__((always_inline)) {
+    const uint32x4_t wide = vmulq_n_u32(vmovl_u16(vget_low_u16(vmovl_u8(four_lanes))), 0x01010101u);
+    return vreinterpretq_f32_u8(vqtbl2q_u8(bytes, vorrq_u8(vreinterpretq_u8_u32(wide), four)));
+  };
+  return join(four_bytes(starts), four_bytes(vext_u8(starts, starts, 4)));
 #else
   v8 out{};
   for (int i = 0, next = 0; i < 8; ++i) {
     if (bits >> i & 1) out[i] = packed[next++];
   }
   return out;
+#endif
+}
+
+// Narrow values are spread before they are widened: a shuffle of bytes is cheaper than one of floats, and makes zeros itself.
+// `entry`: 16 * the byte of bits.
+struct WordTable {  // two bytes a column, as kByteTables.low has one
+  alignas(64) uint8_t byte[256][16];
+  constexpr WordTable() : byte() {
+    for (int bits = 0; bits < 256; ++bits) {
+      uint8_t next = 0;
+      for (int i = 0; i < 8; ++i) {
+        const bool kept = bits >> i & 1;
+        byte[bits][2 * i] = kept ? next++ : uint8_t{0x80};
+        byte[bits][2 * i + 1] = kept ? next++ : uint8_t{0x80};
+      }
+    }
+  }
+};
+static constexpr WordTable kWordTable;
+static inline v8 spread_bf16(const uint16_t* p, unsigned entry) {
+  const uint8_t* table = &kWordTable.byte[0][0] + entry;
+#if defined(__AVX2__)
+  const __m128i lanes = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+  const __m128i words = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), lanes);
+  return reinterpret_cast<v8>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+#elif defined(__aarch64__)
+  const uint16x8_t words = vreinterpretq_u16_u8(vqtbl1q_u8(vreinterpretq_u8_u16(vld1q_u16(p)), vld1q_u8(table)));
+  return join(vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(words), 16)), vreinterpretq_f32_u32(vshll_high_n_u16(words, 16)));
+#else
+  (void)table;
+  return spread(widen_bf16(p), entry / 16);
+#endif
+}
+static inline v8 spread_int8(const int8_t* p, unsigned entry) {
+  const uint8_t* table = &kByteTables.low[0][0] + entry;
+#if defined(__AVX2__)
+  const __m128i lanes = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+  const __m128i bytes = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), lanes);
+  return reinterpret_cast<v8>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+#elif defined(__aarch64__)
+  const int16x8_t words = vmovl_s8(vtbl1_s8(vld1_s8(p), vld1_s8(reinterpret_cast<const int8_t*>(table))));
+  return join(vcvtq_f32_s32(vmovl_s16(vget_low_s16(words))), vcvtq_f32_s32(vmovl_high_s16(words)));
+#else
+  (void)table;
+  return spread(widen_int8(p), entry / 16);
 #endif
 }
 
@@ -45,11 +101,16 @@ struct ByTable {
     const int64_t first = at;
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      const unsigned here = static_cast<unsigned>(bits >> (i * 8)) & 0xff;
-      if constexpr (kDtype == kFloat32) out[i] = spread(read<v8>(static_cast<const float*>(values) + at), here);
-      if constexpr (kDtype == kBfloat16) out[i] = spread(widen_bf16(static_cast<const uint16_t*>(values) + at), here);
-      if constexpr (kDtype == kInt8) out[i] = spread(widen_int8(static_cast<const int8_t*>(values) + at), here);
-      at += __builtin_popcount(here);
+      if constexpr (kDtype == kFloat32) {
+        const unsigned here = static_cast<unsigned>(bits >> (i * 8)) & 0xff;
+        out[i] = spread(read<v8>(static_cast<const float*>(values) + at), here);
+        at += __builtin_popcount(here);
+      } else {
+        const unsigned entry = static_cast<unsigned>(i == 0 ? bits << 4 : bits >> (i * 8 - 4)) & 0xff0;
+        if constexpr (kDtype == kBfloat16) out[i] = spread_bf16(static_cast<const uint16_t*>(values) + at, entry);
+        if constexpr (kDtype == kInt8) out[i] = spread_int8(static_cast<const int8_t*>(values) + at, entry);
+        at += __builtin_popcount(entry);
+      }
     }
     return at - first;
   }
@@ -130,53 +191,45 @@ static void bitmask_tokens(const Packed& w, const float* x, int64_t stride, int6
 }
 
 template <class Spread>
-static void spmm_spread(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride,
+static void linear_spread(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride,
                         const Epilogue& e) {
   const int64_t width = (w.columns + 63) / 64 * 64, at_once = 64;
   const int threads = threads_for_cycles(w.rows * width / 16 * (n + Spread::kCycles - 1));
   const bool copied = w.columns != width || n > 1 || Spread::kApart > 1;
+  const int64_t units = (w.rows + 15) / 16;
   Workspace& shared = shared_workspace();
-  float* own_x = copied ? shared.reserve(width * (n < at_once ? n : at_once)) : nullptr;
   for (int64_t t = 0; t < n; t += at_once) {
     const int64_t here = n - t < at_once ? n - t : at_once;
+    Turns* turns = turns_in(shared, threads, copied ? here * width : 0);
+    float* own_x = reinterpret_cast<float*>(turns + threads);
     for (int64_t j = 0; copied && j < here; ++j) {
       __builtin_memcpy(own_x + j * width, x + (t + j) * x_stride, static_cast<size_t>(w.columns) * sizeof(float));
       __builtin_memset(own_x + j * width + w.columns, 0, static_cast<size_t>(width - w.columns) * sizeof(float));
     }
     if (copied) in_order<Spread>(own_x, here * width);
     const float* from = copied ? own_x : x;
+    Ending ending;
 #pragma omp parallel num_threads(threads)
     {
-      const Range part = share(w.rows, 16, thread_id(), team_size());
       // a few rows at a time, so that their bits and values stay in the cache while the tokens pass
-      for (int64_t r = part.begin; r < part.end; r += 16) {
-        const int64_t end = r + 16 < part.end ? r + 16 : part.end;
+      take_runs(turns, units, [&](int64_t u) {
+        const int64_t r = u * 16, end = r + 16 < w.rows ? r + 16 : w.rows;
         bitmask_tokens<Spread>(w, from, width, here, r, end, y, y_stride, t, e);
-      }
+      });
+      ending.leave();
     }
   }
   shared.trim();
 }
 
 #if SP_LANES == 16 && defined(__AVX512F__)
-// AVX-512: one expand instruction spreads 16 floats, 32 bfloat16 or 64 int8. Shifts then widen the narrow values where they are, so
-// that a vector's columns lie 2 or 4 apart. The two narrow instructions are VBMI2, which the tier does not ask for: written as
-// assembly they need no flag, and spmm_bitmask asks the CPU.
-static inline __m512i expand_words(__mmask32 to, __m512i from) {
-  __m512i out;
-  asm("vpexpandw %1, %0%{%2%}%{z%}" : "=v"(out) : "v"(from), "Yk"(to));
-  return out;
-}
-static inline __m512i expand_bytes(__mmask64 to, __m512i from) {
-  __m512i out;
-  asm("vpexpandb %1, %0%{%2%}%{z%}" : "=v"(out) : "v"(from), "Yk"(to));
-  return out;
-}
-
+// AVX-512: one expand instruction spreads 16 floats or 32 bfloat16, which shifts then widen where they are, so that a vector's columns
+// lie 2 apart. 64 int8 would take fourteen more to be widened; spread by tables, 16 at a time, they take eight. linear_bitmask asks
+// the CPU whether it expands bfloat16.
 template <int kDtype>
 struct ByExpand {
   typedef vf F;
-  static constexpr int kSteps = 4, kApart = kDtype == kFloat32 ? 1 : kDtype == kBfloat16 ? 2 : 4;
+  static constexpr int kSteps = 4, kApart = kDtype == kBfloat16 ? 2 : 1;
   static constexpr int kCycles = 2, kBytes = value_bytes(kDtype);
   static inline __attribute__((always_inline)) int64_t sixty_four(const void* values, int64_t at, uint64_t bits, F* out) {
     if constexpr (kDtype == kFloat32) {
@@ -198,11 +251,13 @@ struct ByExpand {
         from += __builtin_popcount(here);
       }
     } else {
-      const __m512i all = expand_bytes(bits, _mm512_loadu_si512(static_cast<const int8_t*>(values) + at));
-      out[0] = reinterpret_cast<F>(_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(all, 24), 24)));
-      out[1] = reinterpret_cast<F>(_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(all, 16), 24)));
-      out[2] = reinterpret_cast<F>(_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(all, 8), 24)));
-      out[3] = reinterpret_cast<F>(_mm512_cvtepi32_ps(_mm512_srai_epi32(all, 24)));
+      const int8_t* from = static_cast<const int8_t*>(values) + at;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t here = static_cast<uint32_t>(bits >> (i * 16));
+        out[i] = reinterpret_cast<F>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(spread_16(from, here))));
+        from += count_bits(here & 0xffff);
+      }
     }
     return __builtin_popcountll(bits);
   }
@@ -210,20 +265,19 @@ struct ByExpand {
 #endif
 
 template <template <int> class By>
-static void spmm_spread_dtype(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride,
+static void linear_spread_dtype(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride,
                               const Epilogue& e) {
   switch (w.values_dtype) {
-    case kFloat32: return spmm_spread<By<kFloat32>>(w, x, x_stride, n, y, y_stride, e);
-    case kBfloat16: return spmm_spread<By<kBfloat16>>(w, x, x_stride, n, y, y_stride, e);
-    default: return spmm_spread<By<kInt8>>(w, x, x_stride, n, y, y_stride, e);
+    case kFloat32: return linear_spread<By<kFloat32>>(w, x, x_stride, n, y, y_stride, e);
+    case kBfloat16: return linear_spread<By<kBfloat16>>(w, x, x_stride, n, y, y_stride, e);
+    default: return linear_spread<By<kInt8>>(w, x, x_stride, n, y, y_stride, e);
   }
 }
 
-static void spmm_bitmask(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride,
+static void linear_bitmask(const Packed& w, const float* x, int64_t x_stride, int64_t n, float* y, int64_t y_stride,
                          const Epilogue& e) {
 #if SP_LANES == 16 && defined(__AVX512F__)
-  static const bool narrow = __builtin_cpu_supports("avx512vbmi2") != 0;
-  if (narrow || w.values_dtype == kFloat32) return spmm_spread_dtype<ByExpand>(w, x, x_stride, n, y, y_stride, e);
+  if (w.values_dtype != kBfloat16 || has_narrow_expand()) return linear_spread_dtype<ByExpand>(w, x, x_stride, n, y, y_stride, e);
 #endif
-  spmm_spread_dtype<ByTable>(w, x, x_stride, n, y, y_stride, e);
+  linear_spread_dtype<ByTable>(w, x, x_stride, n, y, y_stride, e);
 }

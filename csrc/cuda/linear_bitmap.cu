@@ -14,45 +14,13 @@
 // A block of 8 warps takes 16 rows; its warps share out the strips along K. Each warp keeps kStages - 1 strips in flight in a ring
 // of its own by cp.async, so the loop has no block-wide barrier. The sums of the warps meet in shared memory in a fixed order:
 // results do not depend on timing.
-#include "kernels.h"
-#include "numeric.cuh"
+#include "strips.cuh"
 
 namespace sparseprune {
 namespace {
 
 constexpr int kWarps = 8;
 constexpr int kStages = 4;
-constexpr int kStripRows = 16, kStripColumns = 64;
-constexpr int kWordChunks = 8;  // 32 words in 16-byte chunks
-constexpr int kChunk = 8;       // 16-bit values in a chunk
-
-struct Strip {
-  unsigned first, last;  // its values
-};
-
-// How many chunks one stage of the ring holds: the words, and the values with the misalignment of their first.
-int stage_chunks(int most_in_strip) { return kWordChunks + (most_in_strip + 2 * (kChunk - 1)) / kChunk; }
-
-__device__ inline Strip find_strip(const int32_t* starts, int64_t index, bool exists) {
-  if (!exists) return {0, 0};
-  return {static_cast<unsigned>(__ldg(starts + index)), static_cast<unsigned>(__ldg(starts + index + 1))};
-}
-
-// Starts copying one strip's words and values into a stage; a strip of no values copies no values.
-__device__ inline void fetch(uint4* stage, const uint32_t* words, const void* values, int64_t index, Strip strip, int lane) {
-  if (lane < kWordChunks) copy_async(stage + lane, reinterpret_cast<const uint4*>(words) + index * kWordChunks + lane);
-  const unsigned first = strip.first / kChunk, last = (strip.last + kChunk - 1) / kChunk;
-  const uint4* source = static_cast<const uint4*>(values);
-  for (unsigned chunk = first + lane; chunk < last; chunk += 32) copy_async(stage + kWordChunks + (chunk - first), source + chunk);
-}
-
-// Two neighbouring columns of one row, expanded: bits `at` and `at + 1` of the word say which are there; moves `from` past them.
-__device__ inline uint32_t expand(uint32_t word, int at, const uint16_t*& from) {
-  uint32_t low = 0, high = 0;
-  if (word & 1u << at) low = *from, ++from;
-  if (word & 2u << at) high = *from, ++from;
-  return pack_pair(low, high);
-}
 
 // Sixteen neighbouring entries of x from column `begin`, 0 past the end of the row.
 template <bool kVector, class T>
@@ -121,31 +89,12 @@ __global__ void __launch_bounds__(kWarps * 32)
     const uint16_t* const kept = reinterpret_cast<const uint16_t*>(here + kWordChunks) + misaligned;
     stage = stage == kStages - 1 ? 0 : stage + 1;
 
-    // How many bits each nibble has; then, per nibble, how many the lanes up to this one have. A group has at most 128.
-    uint32_t bits = word - (word >> 1 & 0x55555555u);
-    bits = (bits & 0x33333333u) + (bits >> 2 & 0x33333333u);
-    const uint32_t own_upper = bits & 0x0f0f0f0fu, own_lower = bits >> 4 & 0x0f0f0f0fu;  // rows g, rows g + 8
-    uint32_t upper = own_upper, lower = own_lower;
-#pragma unroll
-    for (int delta = 1; delta < 32; delta *= 2) {
-      const uint32_t upper_before = __shfl_up_sync(kAllLanes, upper, delta), lower_before = __shfl_up_sync(kAllLanes, lower, delta);
-      if (lane >= delta) upper += upper_before, lower += lower_before;
-    }
-    const uint32_t upper_total = __shfl_sync(kAllLanes, upper, 31), lower_total = __shfl_sync(kAllLanes, lower, 31);
-    upper -= own_upper, lower -= own_lower;
-
+    const Ranks ranks = rank(word, lane);
     unsigned place = 0;  // of the group's first value
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       uint32_t a[4];
-      const uint16_t* from = kept + place + (upper >> 8 * s & 0xff);
-      a[0] = expand(word, 8 * s, from);
-      a[2] = expand(word, 8 * s + 2, from);
-      place += upper_total >> 8 * s & 0xff;
-      from = kept + place + (lower >> 8 * s & 0xff);
-      a[1] = expand(word, 8 * s + 4, from);
-      a[3] = expand(word, 8 * s + 6, from);
-      place += lower_total >> 8 * s & 0xff;
+      expand_fragment(a, word, ranks, s, kept, place);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         const uint32_t b[2] = {run[tile][2 * s], run[tile][2 * s + 1]};

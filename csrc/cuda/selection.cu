@@ -5,11 +5,15 @@
 // three times; 16-bit values fill the upper half of the key and are read twice. Ties go to the lower index: they are counted by
 // chunks, the counts are summed in order, and each chunk then knows how many of its own may stay.
 //
+// Up to kSelectTensors tensors go through one launch: their addresses travel in the kernel's arguments (nothing is copied beforehand,
+// so a CUDA graph can record it), a block takes chunks of kSelectChunk values and finds each one's tensor by bisection.
+//
 // The values of a layer share few exponents, so most lanes of a warp meet in the same few bins: lanes with one digit are counted by
 // one atomic (__match_any_sync). Later digits are spread out and mostly filtered by the prefix; a warp without a match goes on.
 #include <type_traits>
 
 #include "kernels.h"
+#include "launch.h"
 #include "numeric.cuh"
 
 namespace sparseprune {
@@ -59,9 +63,27 @@ struct Cut {
   __device__ bool equal(uint32_t key) const { return key >> shift == prefix; }
 };
 
+// The tensor that a chunk, counted over all of them, is part of, and its first value there.
+struct Place {
+  int tensor;
+  int64_t first, n;  // n: of the tensor
+};
+
+__device__ inline Place find_place(const SelectTensors& tensors, int64_t chunk) {
+  int low = 0, high = tensors.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (tensors.first_chunk[middle] <= chunk)
+      low = middle;
+    else
+      high = middle;
+  }
+  return {low, (chunk - tensors.first_chunk[low]) * kSelectChunk, tensors.n[low]};
+}
+
 template <class T, bool kMagnitude>
 __global__ void __launch_bounds__(kThreads)
-    histogram_kernel(const T* x, int64_t n, int shift, int width, const SelectState* state, uint32_t given, bool count_nan,
+    histogram_kernel(SelectTensors tensors, int64_t chunks, int shift, int width, const SelectState* state, uint32_t given, bool count_nan,
                      unsigned long long* bins) {
   SHARED(uint32_t[kBins], local);
   SHARED(uint32_t, local_nan);
@@ -73,24 +95,28 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t prefix = state != nullptr ? state->prefix : given, digits = (1u << width) - 1;
   uint32_t own_nan = 0;
   // Every lane of a warp makes the same number of rounds, so that all can take part in the collectives.
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kRound;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kRound + threadIdx.x / 32 * kRun; first < n; first += step) {
-    T values[kUnroll];
+  for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+    const Place place = find_place(tensors, chunk);
+    const T* const x = static_cast<const T*>(tensors.x[place.tensor]);
+    const int64_t end = place.first + kSelectChunk < place.n ? place.first + kSelectChunk : place.n;
+    for (int64_t first = place.first + threadIdx.x / 32 * kRun; first < end; first += kRound) {
+      T values[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t i = first + u * 32 + lane;
-      values[u] = i < n ? x[i] : T{};
-    }
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t i = first + u * 32 + lane;
+        values[u] = i < end ? x[i] : T{};
+      }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const bool inside = first + u * 32 + lane < n;
-      const uint32_t key = key_of<kMagnitude>(values[u]);
-      if (inside && is_nan<kMagnitude, T>(key)) ++own_nan;
-      const bool wanted = inside && (above == 32 || key >> above == prefix);
-      if (!__any_sync(kAllLanes, wanted)) continue;
-      const uint32_t digit = wanted ? key >> shift & digits : kBins;
-      const unsigned same = __match_any_sync(kAllLanes, digit);
-      if (wanted && lane == __ffs(static_cast<int>(same)) - 1) atomicAdd(&local[digit], static_cast<uint32_t>(__popc(same)));
+      for (int u = 0; u < kUnroll; ++u) {
+        const bool inside = first + u * 32 + lane < end;
+        const uint32_t key = key_of<kMagnitude>(values[u]);
+        if (inside && is_nan<kMagnitude, T>(key)) ++own_nan;
+        const bool wanted = inside && (above == 32 || key >> above == prefix);
+        if (!__any_sync(kAllLanes, wanted)) continue;
+        const uint32_t digit = wanted ? key >> shift & digits : kBins;
+        const unsigned same = __match_any_sync(kAllLanes, digit);
+        if (wanted && lane == __ffs(static_cast<int>(same)) - 1) atomicAdd(&local[digit], static_cast<uint32_t>(__popc(same)));
+      }
     }
   }
   if (count_nan && own_nan != 0) atomicAdd(&local_nan, own_nan);
@@ -159,25 +185,27 @@ __global__ void threshold_kernel(SelectState* state, const T* threshold, int shi
 
 template <class T, bool kMagnitude>
 __global__ void __launch_bounds__(kThreads)
-    count_ties_kernel(const T* x, int64_t n, int shift, const SelectState* state, int64_t* counts, unsigned long long* nan) {
+    count_ties_kernel(SelectTensors tensors, int shift, const SelectState* state, int64_t* counts, unsigned long long* nan) {
   SHARED(uint32_t[kThreads / 32], warps);
   const Cut cut{state->prefix, shift};
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kSelectChunk, end = begin + kSelectChunk < n ? begin + kSelectChunk : n;
-  uint32_t own = 0;
+  const Place place = find_place(tensors, blockIdx.x);
+  const T* const x = static_cast<const T*>(tensors.x[place.tensor]);
+  const int64_t end = place.first + kSelectChunk < place.n ? place.first + kSelectChunk : place.n;
+  uint32_t own = 0;  // ties, at most 4096 a block, and NaN above them
 #pragma unroll 4
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+  for (int64_t i = place.first + threadIdx.x; i < end; i += kThreads) {
     const uint32_t key = key_of<kMagnitude>(x[i]);
-    own += cut.equal(key);
-    if (is_nan<kMagnitude, T>(key)) atomicAdd(nan, 1ull);  // an error on its way: it may be slow
+    own += static_cast<uint32_t>(cut.equal(key)) + (is_nan<kMagnitude, T>(key) ? 1u << 16 : 0);
   }
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) own += __shfl_xor_sync(kAllLanes, own, distance);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = own;
   __syncthreads();
   if (threadIdx.x != 0) return;
-  int64_t total = 0;
+  uint32_t total = 0;
   for (int warp = 0; warp < kThreads / 32; ++warp) total += warps[warp];
-  counts[blockIdx.x] = total;
+  counts[tensors.chunks_before + blockIdx.x] = total & 0xffff;
+  if (total >> 16 != 0) atomicAdd(nan, static_cast<unsigned long long>(total >> 16));
 }
 
 // One block.
@@ -197,13 +225,16 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(int64_t* counts, int64_t
 
 template <class T, bool kMagnitude>
 __global__ void __launch_bounds__(kThreads)
-    mask_kernel(const T* x, int64_t n, int shift, const SelectState* state, const int64_t* counts, uint8_t* mask) {
+    mask_kernel(SelectTensors tensors, int shift, const SelectState* state, const int64_t* counts) {
   SHARED(uint32_t[2][kThreads / 32], warps);
   const SelectState found = *state;
   const Cut cut{found.prefix, shift};
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kSelectChunk;
-  int64_t ties = counts[blockIdx.x];  // before this round's first entry
+  const Place place = find_place(tensors, blockIdx.x);
+  const T* const x = static_cast<const T*>(tensors.x[place.tensor]);
+  uint8_t* const mask = tensors.mask[place.tensor];
+  const int64_t begin = place.first, n = place.n;
+  int64_t ties = counts[tensors.chunks_before + blockIdx.x];  // before this round's first entry
   int turn = 0;
   for (int64_t first = begin; first < begin + kSelectChunk && first < n; first += kRound, turn ^= 1) {
     uint32_t keys[kUnroll];
@@ -246,7 +277,11 @@ int with_types(int dtype, bool magnitude, Function function) {
   return with_key(Bfloat{});
 }
 
-unsigned chunks_of(int64_t n) { return static_cast<unsigned>((n + kSelectChunk - 1) / kSelectChunk); }
+// How many blocks take one chunk each; more than a grid has are refused by the launch.
+unsigned chunks_of(const SelectTensors& tensors) {
+  const int64_t chunks = tensors.first_chunk[tensors.count];
+  return chunks > kMostBlocksX ? kMostBlocksX + 1 : static_cast<unsigned>(chunks);
+}
 
 }  // namespace
 
@@ -255,15 +290,16 @@ int select_begin(void* state, int64_t* bins, int64_t k, void* stream) {
   return 0;
 }
 
-int select_histogram(const void* x, int64_t n, int dtype, bool magnitude, int shift, int width, const void* state, uint32_t prefix,
+int select_histogram(const SelectTensors& tensors, int dtype, bool magnitude, int shift, int width, const void* state, uint32_t prefix,
                      bool count_nan, int64_t* bins, void* stream) {
-  if (n == 0) return 0;
+  const int64_t chunks = tensors.first_chunk[tensors.count];
+  if (chunks == 0) return 0;
   // Enough blocks to fill any card; each flushes 2048 bins, so a block should read well over that many values.
-  const int64_t wanted = (n + 8 * kSelectChunk - 1) / (8 * kSelectChunk);
+  const int64_t wanted = (chunks + 7) / 8;
   const unsigned blocks = static_cast<unsigned>(wanted < 1024 ? wanted : 1024);
   return with_types(dtype, magnitude, [&](auto type, auto kind) {
     using T = decltype(type);
-    LAUNCH((histogram_kernel<T, decltype(kind)::value>), dim3(blocks), dim3(kThreads), 0, stream, static_cast<const T*>(x), n, shift, width,
+    LAUNCH((histogram_kernel<T, decltype(kind)::value>), dim3(blocks), dim3(kThreads), 0, stream, tensors, chunks, shift, width,
            static_cast<const SelectState*>(state), prefix, count_nan, reinterpret_cast<unsigned long long*>(bins));
     return 0;
   });
@@ -292,12 +328,12 @@ int select_from_threshold(void* state, const void* threshold, int dtype, bool ma
   });
 }
 
-int select_count_ties(const void* x, int64_t n, int dtype, bool magnitude, int shift, const void* state, int64_t* counts, int64_t* nan,
+int select_count_ties(const SelectTensors& tensors, int dtype, bool magnitude, int shift, const void* state, int64_t* counts, int64_t* nan,
                       void* stream) {
-  if (n == 0) return 0;
+  if (chunks_of(tensors) == 0) return 0;
   return with_types(dtype, magnitude, [&](auto type, auto kind) {
     using T = decltype(type);
-    LAUNCH((count_ties_kernel<T, decltype(kind)::value>), dim3(chunks_of(n)), dim3(kThreads), 0, stream, static_cast<const T*>(x), n, shift,
+    LAUNCH((count_ties_kernel<T, decltype(kind)::value>), dim3(chunks_of(tensors)), dim3(kThreads), 0, stream, tensors, shift,
            static_cast<const SelectState*>(state), counts, reinterpret_cast<unsigned long long*>(nan));
     return 0;
   });
@@ -308,15 +344,23 @@ int select_scan(int64_t* counts, int64_t n, void* stream) {
   return 0;
 }
 
-int select_mask(const void* x, int64_t n, int dtype, bool magnitude, int shift, const void* state, const int64_t* counts, uint8_t* mask,
+int select_mask(const SelectTensors& tensors, int dtype, bool magnitude, int shift, const void* state, const int64_t* counts,
                 void* stream) {
-  if (n == 0) return 0;
+  if (chunks_of(tensors) == 0) return 0;
   return with_types(dtype, magnitude, [&](auto type, auto kind) {
     using T = decltype(type);
-    LAUNCH((mask_kernel<T, decltype(kind)::value>), dim3(chunks_of(n)), dim3(kThreads), 0, stream, static_cast<const T*>(x), n, shift,
-           static_cast<const SelectState*>(state), counts, mask);
+    LAUNCH((mask_kernel<T, decltype(kind)::value>), dim3(chunks_of(tensors)), dim3(kThreads), 0, stream, tensors, shift,
+           static_cast<const SelectState*>(state), counts);
     return 0;
   });
+}
+
+int why_not_loaded() {
+#if defined(__CUDACC__)
+  cudaFuncAttributes found;
+  if (const cudaError_t error = cudaFuncGetAttributes(&found, begin_kernel)) return cleared(error);
+#endif
+  return 0;
 }
 
 }  // namespace sparseprune
