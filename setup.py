@@ -1,9 +1,11 @@
 """Builds the compiled core ``sparseprune._C``, and ``sparseprune._cuda`` where CUDA is wanted. Never needs torch.
 
 ``SPARSEPRUNE_NATIVE``  auto (default): build where a working C++ compiler is, else install without | 0: never | 1:
-always, or fail ``SPARSEPRUNE_CUDA``    auto (default): build where both nvcc and a driver are | 0 | 1: always, or fail
-``SPARSEPRUNE_CUDA_ARCH``  e.g. ``80;90a;100a;120;90+PTX`` (the default builds the machine's own card where a driver
-is)
+always, or fail
+``SPARSEPRUNE_CUDA``    auto (default): build where both nvcc and a card of capability 8.0 or newer are | 0 | 1:
+always, or fail
+``SPARSEPRUNE_CUDA_ARCH``  e.g. ``80;90a;100a;120;90+PTX``, which is the default where no driver is; else the machine's
+own cards
 
 A compiler that works and a source that does not compile is always fatal: the core is never lost unnoticed.
 """
@@ -22,7 +24,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+X86, ARM = ("avx2", "avx512", "avx512vnni"), ("neon",)
+TIERS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}  # beside the generic one
 
 # The kernel text is the same in every tier; only these flags and the number of lanes differ. dispatch.cpp checks
 # each -m flag.
@@ -32,6 +35,10 @@ TIER_FLAGS = {
     "csrc/cpu/tiers/avx512.cpp": [
         "-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt", "-mlzcnt",
         "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512",
+    ],
+    "csrc/cpu/tiers/avx512vnni.cpp": [
+        "-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt", "-mlzcnt",
+        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512",
     ],
 }  # fmt: skip
 BASE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wall"]
@@ -57,13 +64,26 @@ def compiles(compiler: list[str], flags: list[str], text: str) -> str | None:
         return None if run.returncode == 0 else (run.stderr.strip() or f"{command[0]} exited {run.returncode}")
 
 
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
+
+
+def host_of(compiler: list[str]) -> tuple[str, list[str]]:
+    """(the compiler that a command names behind its launchers, its own flags): what nvcc takes as its host's."""
+    names = [Path(word).name for word in compiler]
+    first = next((place for place, name in enumerate(names) if name not in LAUNCHERS), None)
+    if first is None:
+        raise SystemExit(f"CXX: expected a compiler behind its launcher, e.g. ccache g++, got {shlex.join(compiler)}")
+    return compiler[first], compiler[first + 1 :]
+
+
 ARCHITECTURES = "80;90a;100a;120;90+PTX"
 
 
 class CudaExtension(Extension):
-    """An extension whose .cu sources are compiled by the nvcc below ``home``."""
+    """An extension whose .cu sources are compiled by the nvcc below ``home``, for ``architectures``."""
 
     home: Path
+    architectures: str
 
 
 def cuda_home() -> Path | None:
@@ -74,19 +94,49 @@ def cuda_home() -> Path | None:
     return None
 
 
-def card() -> str | None:
-    """The compute capability of the first card, e.g. ``80``, asked of the driver; None without a driver or a card."""
+OLDEST = (8, 0)  # compute capability: cp.async, and matrix instructions of bfloat16
+
+
+def cards() -> list[tuple[int, int]]:
+    """The compute capability of every card, e.g. ``[(8, 0)]``, asked of the driver; empty without driver or card."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return None
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
-        return None
-    for value, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
-            return None
-    return f"{major.value}{minor.value}"
+        return []
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    found = []
+    for index in range(count.value):
+        device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        if driver.cuDeviceGet(ctypes.byref(device), index):
+            continue
+        for value, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+            driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+        found.append((major.value, minor.value))
+    return found
+
+
+def known_to(nvcc: Path) -> list[int]:
+    """The cards, as 80, that this nvcc can make code for and our kernels can run on, rising."""
+    run = subprocess.run([str(nvcc), "--list-gpu-code"], capture_output=True, text=True)
+    numbers = (line.strip().removeprefix("sm_") for line in run.stdout.splitlines())
+    return sorted({int(n) for n in numbers if n.isdigit() and int(n) >= 10 * OLDEST[0] + OLDEST[1]})
+
+
+def architectures_for(here: list[tuple[int, int]], known: list[int]) -> tuple[str, str]:
+    """(what to build for these cards, why nothing can be). Code for each card that nvcc knows, and PTX of the newest,
+    which the driver translates for the others and for cards to come.
+    """
+    oldest, seen = ".".join(map(str, OLDEST)), ", ".join(f"{major}.{minor}" for major, minor in sorted(set(here)))
+    able = sorted({10 * major + minor for major, minor in here if (major, minor) >= OLDEST})
+    if not able:
+        remedy = "SPARSEPRUNE_CUDA_ARCH builds for cards that are elsewhere"
+        return "", f"a card needs compute capability {oldest} or newer, got {seen}; {remedy}"
+    older = [number for number in known if number <= able[-1]]
+    if not older:
+        return "", f"nvcc knows no card of compute capability {oldest} up to the newest one here; install a newer CUDA"
+    return ";".join([*(str(number) for number in able if number in known), f"{older[-1]}+PTX"]), ""
 
 
 def code_for(architectures: str) -> list[str]:
@@ -96,6 +146,8 @@ def code_for(architectures: str) -> list[str]:
         number = arch.removesuffix("+PTX")
         if not number.rstrip("a").isdigit():
             raise SystemExit(f"SPARSEPRUNE_CUDA_ARCH: expected e.g. {ARCHITECTURES}, got {architectures!r}")
+        if int(number.rstrip("a")) < 10 * OLDEST[0] + OLDEST[1]:
+            raise SystemExit(f"SPARSEPRUNE_CUDA_ARCH: expected 80 or newer, which the kernels need, got {number}")
         kind = "compute" if arch.endswith("+PTX") else "sm"
         flags.append(f"-gencode=arch=compute_{number},code={kind}_{number}")
     return flags
@@ -105,16 +157,18 @@ class BuildExt(build_ext):
     """Compiles each source with its own flags, in parallel through ninja where it is installed, serially where not."""
 
     def build_extension(self, ext: Extension) -> None:
-        plain = [os.environ.get("CXX", "").strip() or shutil.which("g++") or shutil.which("clang++") or "c++"]
+        wanted = shlex.split(os.environ.get("CXX", ""))  # may begin with a launcher such as ccache
+        plain = wanted or [shutil.which("g++") or shutil.which("clang++") or "c++"]
         reason = compiles(
             plain, ["-std=c++17"], "#include <vector>\nint f() { return int(std::vector<int>(3).size()); }\n"
         )
         if reason is not None:
             wish = "SPARSEPRUNE_CUDA" if isinstance(ext, CudaExtension) else "SPARSEPRUNE_NATIVE"
             if setting(wish) == "1":
-                raise SystemExit(f"{wish}=1 but no working C++17 compiler ({plain[0]}): {reason}")
+                raise SystemExit(f"{wish}=1 but no working C++17 compiler ({shlex.join(plain)}): {reason}")
             print(
-                f"sparseprune: no working C++17 compiler ({plain[0]}), installing without {ext.name}: {reason}",
+                f"sparseprune: no working C++17 compiler ({shlex.join(plain)}), installing without {ext.name}: "
+                f"{reason}",
                 file=sys.stderr,
             )
             return
@@ -133,7 +187,7 @@ class BuildExt(build_ext):
         for source in ext.sources:
             target = folder / (source.replace("/", "_") + ".o")
             if source.endswith(".cu"):
-                jobs.append((target, nvcc_command(ext, plain[0], source, target)))
+                jobs.append((target, nvcc_command(ext, plain, source, target)))
                 continue
             flags = [*BASE_FLAGS, *openmp, "-fPIC", *include, *TIER_FLAGS.get(source, [])]
             flags += [*ext.extra_compile_args, *own]
@@ -149,10 +203,11 @@ class BuildExt(build_ext):
         os.replace(unfinished, output)  # a process that has the old module mapped keeps its own copy
 
 
-def nvcc_command(ext: CudaExtension, host: str, source: str, target: Path) -> list[str]:
-    architectures = os.environ.get("SPARSEPRUNE_CUDA_ARCH") or card() or ARCHITECTURES
+def nvcc_command(ext: CudaExtension, compiler: list[str], source: str, target: Path) -> list[str]:
+    host, own = host_of(compiler)
     flags = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-ccbin={host}", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-    flags += code_for(architectures)
+    flags += [f"-Xcompiler={flag}" for flag in own]
+    flags += code_for(ext.architectures)
     return [str(ext.home / "bin" / "nvcc"), *flags, "-c", str(ROOT / source), "-o", str(target)]
 
 
@@ -203,22 +258,34 @@ def core_extension() -> list[Extension]:
         return []
     import pybind11
 
-    sources = ["csrc/cpu/dispatch.cpp", *sources_in("csrc/bindings", "*.cpp")]
-    sources += [s for s in TIER_FLAGS if X86 or s.endswith("generic.cpp")]
+    sources = ["csrc/cpu/dispatch.cpp", "csrc/cpu/encoder_batch.cpp", *sources_in("csrc/bindings", "*.cpp")]
+    sources += [f"csrc/cpu/tiers/{t}.cpp" for t in ("generic", *TIERS.get(platform.machine().lower(), ()))]
     return [Extension("sparseprune._C", sources, include_dirs=[pybind11.get_include()], language="c++")]
 
 
 def cuda_extension() -> list[Extension]:
     wish, home = setting("SPARSEPRUNE_CUDA"), cuda_home()
-    if wish == "0" or (wish == "auto" and (home is None or card() is None)):
+    if wish == "0":
+        return []
+    here = cards()
+    if wish == "auto" and (home is None or not here):
         return []
     if home is None:
         raise SystemExit("SPARSEPRUNE_CUDA=1 but no nvcc found; set CUDA_HOME to where CUDA is installed")
+    architectures = os.environ.get("SPARSEPRUNE_CUDA_ARCH", "") or ("" if here else ARCHITECTURES)
+    reason = ""
+    if not architectures:
+        architectures, reason = architectures_for(here, known_to(home / "bin" / "nvcc"))
+    library = next((p for p in (home / "lib64", home / "lib") if (p / "libcudart_static.a").exists()), None)
+    if library is None and not reason:
+        reason = f"no libcudart_static.a below {home}; install CUDA's development files"
+    if reason and wish == "1":
+        raise SystemExit(f"SPARSEPRUNE_CUDA=1 but {reason}")
+    if reason:
+        print(f"sparseprune: installing without sparseprune._cuda: {reason}", file=sys.stderr)
+        return []
     import pybind11
 
-    library = next((p for p in (home / "lib64", home / "lib") if (p / "libcudart_static.a").exists()), None)
-    if library is None:
-        raise SystemExit(f"SPARSEPRUNE_CUDA: no libcudart_static.a below {home}; install CUDA's development files")
     extension = CudaExtension(
         "sparseprune._cuda",
         [*sources_in("csrc/cuda", "*.cu"), "csrc/cuda/bindings.cpp"],
@@ -227,7 +294,7 @@ def cuda_extension() -> list[Extension]:
         extra_link_args=[f"-L{library}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"],
         language="c++",
     )
-    extension.home = home
+    extension.home, extension.architectures = home, architectures
     return [extension]
 
 

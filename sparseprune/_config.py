@@ -1,7 +1,7 @@
 """Configurations: frozen dataclasses that go to JSON and back. Floor 0: imports nothing of the package.
 
 A configuration names its class under ``"kind"``, looked up in a table of those that exist, so that reading one runs no
-code.
+code. Classes of this package go by their bare names, any other by its module too: a user's own class may have any name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ __all__ = ["Config"]
 
 C = TypeVar("C", bound="Config")
 
+_PACKAGE = __name__.partition(".")[0]
 _KINDS: dict[str, type[Config]] = {}
+
+
+def kind_of(cls: type[Config]) -> str:
+    """What files call this class."""
+    own = cls.__module__.partition(".")[0] == _PACKAGE
+    return cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}"
 
 
 class Config:
@@ -32,11 +39,11 @@ class Config:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _KINDS[cls.__name__] = cls
+        _KINDS[kind_of(cls)] = cls
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts and scalars, with ``kind`` and ``version``."""
-        return {"kind": type(self).__name__, "version": self.VERSION, **_fields_out(self)}
+        return {"kind": kind_of(type(self)), "version": self.VERSION, **_fields_out(self)}
 
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
@@ -59,7 +66,7 @@ class Config:
 
 def _out(value: Any, path: str) -> Any:
     if isinstance(value, Config):
-        return {"kind": type(value).__name__, **_fields_out(value)}
+        return {"kind": kind_of(type(value)), **_fields_out(value)}
     if isinstance(value, (list, tuple)):
         return [_out(item, path) for item in value]
     if isinstance(value, dict):
@@ -82,10 +89,11 @@ def _config_in(data: Any, path: str, default: type[Config] | None) -> Config:
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected an object, got {data!r}")
     data = dict(data)
-    kind = data.pop("kind", default.__name__ if default is not None else None)
+    kind = data.pop("kind", kind_of(default) if default is not None else None)
     cls = _KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None or not dataclasses.is_dataclass(cls):
         raise ValueError(f"{path}: unknown kind {kind!r}{_near(str(kind), list(_KINDS))}")
+    name = cls.__name__
     version = data.pop("version", cls.VERSION)
     if version != cls.VERSION:
         raise ValueError(f"{path}: version {version!r} of {kind} is not known here, expected {cls.VERSION}")
@@ -93,13 +101,13 @@ def _config_in(data: Any, path: str, default: type[Config] | None) -> Config:
     names = [f.name for f in _fields(cls)]
     for key in data:
         if key not in names:
-            raise ValueError(f"{kind}: unknown key {key!r}{_near(key, names)}; known: {', '.join(names) or 'none'}")
+            raise ValueError(f"{name}: unknown key {key!r}{_near(key, names)}; known: {', '.join(names) or 'none'}")
     values = {}
     for field in _fields(cls):
         if field.name in data:
-            values[field.name] = _in(data[field.name], hints[field.name], f"{kind}.{field.name}")
+            values[field.name] = _in(data[field.name], hints[field.name], f"{name}.{field.name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{kind}: key {field.name!r} is missing")
+            raise ValueError(f"{name}: key {field.name!r} is missing")
     return cls(**values)
 
 

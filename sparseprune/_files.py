@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-__all__ = ["remove_unfinished", "replacing", "write_bytes", "write_text"]
+__all__ = ["kind_of", "remove_unfinished", "replacing", "save_checkpoint", "write_bytes", "write_text"]
+
+_LONGEST = 255  # bytes of a file's name
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path in the same folder; it becomes ``path`` when the block ends, and goes when the block
-    raises.
+    """Yields a temporary path that becomes ``path`` when the block ends, and goes when the block raises.
+
+    It lies in the folder of ``path``, or, where that is a link, in the folder of the file it leads to, which is what is
+    replaced. A file that is there keeps its permissions. ``~`` is the home folder. OSError, and nothing is touched,
+    where ``path`` is no regular file, may not be written, or its folder is missing.
     """
-    target = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    target, there = _target(path)
+    temporary = _created(target, Path(path).suffix)
     try:
+        made = temporary.stat().st_mode  # as the umask says
         yield temporary
         with open(temporary, "rb+") as written:
+            if there is not None and os.geteuid() == 0:  # a root that rewrites a file does not take it from its owner
+                os.fchown(written.fileno(), there.st_uid, there.st_gid)
+            os.fchmod(written.fileno(), stat.S_IMODE(made if there is None else there.st_mode) & 0o777)
             os.fsync(written.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes files that only their owner can read
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -35,9 +42,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def remove_unfinished(path: str | os.PathLike[str]) -> None:
     """Removes what writers of ``path`` left behind that were killed while they wrote. For a path with one writer."""
-    target = Path(path)
-    made = re.compile(re.escape(f".{target.name}.") + r"[a-z0-9_]{8}" + re.escape(target.suffix))  # as by mkstemp
-    for found in target.parent.glob(f".{target.name}.*") if target.parent.is_dir() else ():
+    target, suffix = _resolved(path), Path(path).suffix
+    start = _start(target, suffix)
+    made = re.compile(re.escape(start) + r"[a-z0-9_]{8}" + re.escape(suffix))
+    for found in target.parent.iterdir() if target.parent.is_dir() else ():
         if made.fullmatch(found.name):
             found.unlink(missing_ok=True)
 
@@ -51,3 +59,77 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes the whole file, in UTF-8, or nothing."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def kind_of(mode: int) -> str:
+    """What lies there, for an error: "a folder", "a FIFO" ... mode: st_mode of a stat."""
+    kinds = {
+        stat.S_IFREG: "a regular file",
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFSOCK: "a socket",
+    }
+    return kinds.get(stat.S_IFMT(mode), "something else")
+
+
+def _resolved(path: str | os.PathLike[str]) -> Path:
+    try:
+        given = Path(path).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise FileNotFoundError(errno.ENOENT, str(error), os.fspath(path)) from None
+    return Path(os.path.realpath(given))
+
+
+def _target(path: str | os.PathLike[str]) -> tuple[Path, os.stat_result | None]:
+    """The file to replace, all links followed, and what is there now."""
+    target = _resolved(path)
+    try:
+        there = os.stat(target)
+    except FileNotFoundError:
+        there = None
+    if there is not None and not stat.S_ISREG(there.st_mode):
+        kind = IsADirectoryError if stat.S_ISDIR(there.st_mode) else OSError
+        number = errno.EISDIR if stat.S_ISDIR(there.st_mode) else errno.EINVAL
+        raise kind(number, f"expected a regular file or none, got {kind_of(there.st_mode)}; name a file", str(path))
+    if there is not None and not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, "expected a file that may be written, got a read-only one", str(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT, f"expected the folder {target.parent}, found none; make it first", str(path)
+        )
+    return target, there
+
+
+def _start(target: Path, suffix: str) -> str:
+    """What the names of temporary files for ``target`` begin with."""
+    room = _LONGEST - len("..") - 8 - len(os.fsencode(suffix))
+    name = target.name
+    while len(os.fsencode(name)) > room:
+        name = name[:-1]
+    return f".{name}."
+
+
+def _created(target: Path, suffix: str) -> Path:
+    """A new, empty file beside ``target``, with the permissions the umask gives."""
+    while True:
+        temporary = target.parent / f"{_start(target, suffix)}{secrets.token_hex(4)}{suffix}"
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+            return temporary
+
+
+def save_checkpoint(path: str | os.PathLike[str], state: Any) -> None:
+    """``torch.save`` of the whole file or nothing. OSError, with what is kept, where there is no room for it."""
+    import torch
+
+    try:
+        with replacing(path) as unfinished:
+            torch.save(state, unfinished)
+    except (OSError, RuntimeError) as error:  # torch's writer tells of a full disk by a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        kept = "the checkpoint before it is kept" if Path(path).exists() else "there is none before it"
+        raise OSError(
+            f"{path}: the checkpoint cannot be written ({reason}); make room, then start again: {kept}"
+        ) from error

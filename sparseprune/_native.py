@@ -15,6 +15,12 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module(f"sparseprune.{name}"), None
     except ImportError as error:
+        if "libgomp" not in str(error):
+            return None, str(error)
+    try:  # a system without it: torch brings one, of this name, with which a wheel is content
+        importlib.import_module("torch")
+        return importlib.import_module(f"sparseprune.{name}"), None
+    except ImportError as error:
         return None, str(error)
 
 

@@ -1,6 +1,6 @@
 """The table of kernels: which backend implements which op. Floor 0: imports nothing of the package.
 
-A kernel registers itself where it is defined (``native/``, ``triton/``, ``cuda/``, ``reference.py``); ``backends``
+A kernel registers itself where it is defined (``native/``, ``triton/``, ``cuda/``, ``reference/``); ``backends``
 chooses.
 """
 

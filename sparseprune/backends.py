@@ -2,22 +2,32 @@
 
 ``SPARSEPRUNE_BACKEND=native|triton|cuda|reference`` forces one backend; where that one cannot run, the call raises
 with the reasons. Without it the first that can run does, in the order cuda, triton, native, reference. Nothing falls
-back unseen: :func:`explain_op` lists every backend with its reasons, and the reference in place of a compiled core
-that is not there warns once.
+back unseen: :func:`explain_op` lists every backend with its reasons; the reference in place of a compiled core that is
+not there warns once, and in place of a GPU kernel once an op.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
-from . import _native, cuda, native, reference, triton  # noqa: F401  (importing them registers their kernels)
+from torch import Tensor
+
+from . import (  # noqa: F401  (importing them registers their kernels)
+    _native,
+    cuda,
+    native,
+    reference,
+    triton,
+)
 from ._registry import BACKENDS, Kernel, kernels_of
 
 __all__ = ["choose", "explain_op", "forced_backend"]
 
 _warned = False
+_warned_on_gpu: set[str] = set()
 
 
 def forced_backend() -> str | None:
@@ -36,7 +46,10 @@ def choose(op: str, *args: Any) -> Kernel:
             continue
         if not kernel.why_not(*args):
             if kernel.backend == "reference" and forced is None:
-                _warn_without_core()
+                if _on_gpu(args):
+                    _warn_on_gpu(op, *args)
+                else:
+                    _warn_without_core()
             return kernel
     wanted = f" (SPARSEPRUNE_BACKEND={forced})" if forced else ""
     raise RuntimeError(f"{op}: no backend can run this call{wanted}\n{explain_op(op, *args)}")
@@ -57,9 +70,29 @@ def explain_op(op: str, *args: Any) -> str:
         if reasons:
             lines.append(f"  {name}: {'; '.join(reasons)}")
         else:
-            lines.append(f"  {name}: {'could run' if taken else 'runs'}")
+            slow = ", in plain torch" if name == "reference" else ""
+            lines.append(f"  {name}: {'could run' if taken else 'runs' + slow}")
             taken = True
     return "\n".join([f"{op}:", *lines])
+
+
+def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, list | tuple):
+            yield from (part for part in arg if isinstance(part, Tensor))
+
+
+def _on_gpu(args: tuple[Any, ...]) -> bool:
+    return any(tensor.device.type == "cuda" for tensor in _tensors(args))
+
+
+def _warn_on_gpu(op: str, *args: Any) -> None:
+    if op not in _warned_on_gpu:
+        _warned_on_gpu.add(op)
+        message = f"sparseprune runs {op} in plain torch on the GPU, dense copies included: no kernel takes this call"
+        warnings.warn(f"{message}\n{explain_op(op, *args)}", RuntimeWarning, stacklevel=4)
 
 
 def _warn_without_core() -> None:

@@ -26,11 +26,13 @@ _OPTIONAL = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the examination: ``good`` is False where something is missing that a user may want."""
+    """One line of the examination: ``good`` is False where something is missing that a user may want, None where it is
+    missing and nothing here could use it.
+    """
 
     what: str
     state: str
-    good: bool = True
+    good: bool | None = True
     remedy: str = ""
 
 
@@ -107,11 +109,12 @@ def examine() -> list[Finding]:
 
 
 def render(findings: list[Finding]) -> str:
-    """The findings as text: ``ok`` or ``--``, what, state, and the remedy on a line of its own."""
+    """The findings as text: ``ok``, ``--`` or nothing, what, state, and the remedy on a line of its own."""
     width = max(len(f.what) for f in findings)
     lines = []
     for finding in findings:
-        lines.append(f"{'ok' if finding.good else '--'}  {finding.what + ':':<{width + 1}} {finding.state}")
+        mark = {True: "ok", False: "--", None: "  "}[finding.good]
+        lines.append(f"{mark}  {finding.what + ':':<{width + 1}} {finding.state}")
         if finding.remedy:
             lines.append(f"      {finding.remedy}")
     return "\n".join(lines)

@@ -12,12 +12,14 @@ nm        n of every m along K, with ``ceil(log2 m)`` bits an index
 ========  ===========================================================================================
 
 Values are stored as they are, as bfloat16, or as int8 with one float32 scale a row (``|q| >= 1`` where an entry is
-kept, so that none is lost). Entries that are zero, of either sign, are not kept.
+kept, so that none is lost, except for products with 8-bit activations, to which the smallest are zero). Entries that
+are zero, of either sign, are not kept.
 """
 
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,13 +29,26 @@ import torch
 from torch import Tensor
 
 from . import layouts
+from .packing import reach_in_quads
 
-__all__ = ["DTYPES", "ENCODINGS", "Encoded", "decode", "encode", "pack_bits", "smallest", "unpack_bits"]
+__all__ = [
+    "DTYPES",
+    "ENCODINGS",
+    "LARGEST",
+    "Encoded",
+    "check",
+    "check_spec",
+    "decode",
+    "encode",
+    "pack_bits",
+    "shown",
+    "smallest",
+    "unpack_bits",
+]
 
 ENCODINGS = ("bitmask", "delta4", "delta8", "csr", "bsr", "nm")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_BLOCKSIZES = ((64, 64), (32, 32), (16, 16), (16, 1), (8, 1), (4, 4), (4, 1))
-_PATTERNS = ((1, 4), (2, 4), (4, 8))
+LARGEST = 2**31 - 1  # rows or columns: an index of 32 bits reaches every one
 
 
 @dataclass(frozen=True)
@@ -85,31 +100,35 @@ def smallest(
     for bits in (4, 8):
         codes = nnz + int((gaps // ((1 << bits) - 1)).sum())
         found.append(((codes * bits + 7) // 8 + nnz * size, f"delta{bits}", {}))
-    found.append((nnz * (2 if columns <= 1 << 16 else 4) + 4 * (rows + 1) + nnz * size, "csr", {}))
-    for r, c in dict.fromkeys((*extra, *_BLOCKSIZES)):
+    if nnz <= LARGEST:  # what crow_indices count up to
+        found.append((nnz * (2 if columns <= 1 << 16 else 4) + 4 * (rows + 1) + nnz * size, "csr", {}))
+    for r, c in dict.fromkeys((*extra, *layouts.FILE_BLOCKS)):
         if r < 1 or c < 1 or rows % r or columns % c or not total:
             continue
         stored = int(kept.view(rows // r, r, columns // c, c).any(3).any(1).sum()) * r * c
         found.append(((total // (r * c) + 7) // 8 + stored * size, "bsr", {"block": [r, c]}))
-    for n, m in _PATTERNS:
+    for n, m in sorted(layouts.NM_PATTERNS):
         if columns % m == 0 and total and int(kept.view(rows, columns // m, m).sum(2).max()) <= n:
             stored = total // m * n
             found.append(((stored * _index_bits(m) + 7) // 8 + stored * size, "nm", {"nm": [n, m]}))
     return min(found, key=lambda entry: entry[0])
 
 
-def encode(weight: Tensor, values: str | None = None, extra: Iterable[tuple[int, int]] = ()) -> Encoded:
-    """weight: `[N, K]`, floating; values: None (as they are), "bfloat16" or "int8"; returns the smallest encoding.
+def encode(
+    weight: Tensor, value_dtype: str | None = None, extra: Iterable[tuple[int, int]] = (), quads: bool = False
+) -> Encoded:
+    """weight: `[N, K]`, floating; value_dtype: None (as they are), "bfloat16" or "int8", with ``quads`` in the steps
+    that products with int8 activations round to; returns the smallest encoding.
 
-    ValueError where an int8 weight is not finite.
+    ValueError where an int8 weight is not finite, or a bfloat16 one would become infinite.
     """
     weight = weight.detach().cpu().contiguous()
     dtype = str(weight.dtype).removeprefix("torch.")
     stored, tensors = weight, {}
-    if values == "int8":
-        stored, tensors["scale"] = _quantised(weight)
-    elif values is not None:
-        stored = weight.to(DTYPES[values])
+    if value_dtype == "int8":
+        stored, tensors["scale"] = _quantised(weight, quads)
+    elif value_dtype is not None:
+        stored = _rounded(weight, DTYPES[value_dtype])
     _, encoding, options = smallest(stored, extra=extra)
     kept = stored != 0
     rows, columns = weight.shape
@@ -121,7 +140,7 @@ def encode(weight: Tensor, values: str | None = None, extra: Iterable[tuple[int,
         tensors["values"] = blocks[alive].reshape(-1).contiguous()
     elif encoding == "nm":
         n, m = options["nm"]
-        packed = layouts.NM.from_dense(stored.float() if values == "int8" else stored, n, m)
+        packed = layouts.NM.from_dense(stored.float() if value_dtype == "int8" else stored, n, m)
         tensors["index"] = _pack_indices(packed.indices, _index_bits(m))
         tensors["values"] = packed.values.reshape(-1).to(stored.dtype)
     else:
@@ -139,106 +158,178 @@ def encode(weight: Tensor, values: str | None = None, extra: Iterable[tuple[int,
     return Encoded(encoding, (rows, columns), dtype, stored_as, int(kept.sum()), tensors, options)
 
 
+def check_spec(spec: Any) -> None:
+    """ValueError unless spec is what :meth:`Encoded.spec` gives: its keys, their types, and numbers in range. Whether
+    tensors agree with it, :func:`decode` finds out.
+    """
+    if not isinstance(spec, dict):
+        raise ValueError(f"encoding expected a dictionary, got {shown(spec)}")
+    encoding = _one_of(spec, "encoding", ENCODINGS)
+    option = {"bsr": {"block"}, "nm": {"nm"}}.get(encoding, set())
+    expected = {"encoding", "shape", "dtype", "values", "nnz"} | option
+    if set(spec) != expected:
+        raise ValueError(f"{encoding} expected the keys {sorted(expected)}, got {shown(sorted(spec))}")
+    rows, columns = _pair(spec, "shape", 0)
+    _one_of(spec, "dtype", tuple(DTYPES))
+    _one_of(spec, "values", (*DTYPES, "int8"))
+    if type(spec["nnz"]) is not int or not 0 <= spec["nnz"] <= rows * columns:
+        raise ValueError(f"nnz expected in [0, {rows * columns}], got {shown(spec['nnz'])}")
+    if encoding == "bsr":
+        r, c = _pair(spec, "block", 1)
+        if not rows * columns or rows % r or columns % c:
+            raise ValueError(f"block {[r, c]} does not divide {[rows, columns]}")
+    if encoding == "nm":
+        n, m = _pair(spec, "nm", 1)
+        if not n <= m <= 256 or columns % m:
+            raise ValueError(f"nm {[n, m]} expected n <= m <= 256 and m dividing K = {columns}")
+
+
+def check(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    """The entries kept, without making the matrix: takes memory for the tensors, whatever shape spec declares.
+    ValueError as :func:`decode`.
+    """
+    _checked_positions(spec, tensors)
+    return int(torch.count_nonzero(tensors["values"]))
+
+
 def decode(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
-    """The matrix `[N, K]` again. Trusts nothing: ValueError where spec or tensors do not fit each other."""
-    encoding, (rows, columns) = _one_of(spec, "encoding", ENCODINGS), _shape(spec)
-    dtype = DTYPES[_one_of(spec, "dtype", tuple(DTYPES))]
-    stored_as = _one_of(spec, "values", (*DTYPES, "int8"))
-    total, nnz = rows * columns, spec.get("nnz")
-    if not isinstance(nnz, int) or isinstance(nnz, bool) or not 0 <= nnz <= total:
-        raise ValueError(f"nnz expected in [0, {total}], got {nnz!r}")
-    expected = {"index", "values"} | ({"crow"} if encoding == "csr" else set())
-    expected |= {"scale"} if stored_as == "int8" else set()
-    if set(tensors) != expected:
-        raise ValueError(f"{encoding} expected the tensors {sorted(expected)}, got {sorted(tensors)}")
-    values, index = tensors["values"], tensors["index"]
-    wanted = torch.int8 if stored_as == "int8" else DTYPES[stored_as]
-    if values.dtype != wanted or values.dim() != 1:
-        raise ValueError(f"values expected {wanted} with one dimension, got {values.dtype} {list(values.shape)}")
-    if index.dtype != torch.uint8 or index.dim() != 1:
-        raise ValueError(f"index expected torch.uint8 with one dimension, got {index.dtype} {list(index.shape)}")
+    """The matrix `[N, K]` again. Trusts nothing: ValueError where spec or tensors do not fit each other, before the
+    matrix is made. Its size is that of spec alone: compare it first with what is expected.
+    """
+    positions, values = _checked_positions(spec, tensors), tensors["values"]
+    encoding, (rows, columns) = spec["encoding"], spec["shape"]
     try:
-        dense = torch.zeros(total, dtype=values.dtype)
-    except (RuntimeError, TypeError):  # a size that no memory holds, or no 64-bit number
+        dense = torch.zeros(rows * columns, dtype=values.dtype)
+    except RuntimeError:
         raise ValueError(f"shape expected a matrix that fits memory, got {[rows, columns]}") from None
     if encoding == "bsr":
-        r, c = _pair(spec, "block")
-        if rows % r or columns % c:
-            raise ValueError(f"block {[r, c]} does not divide {[rows, columns]}")
-        alive = unpack_bits(index, total // (r * c)).view(rows // r, columns // c)
-        _expect_count(values, int(alive.sum()) * r * c)
-        blocks = torch.zeros(rows // r, columns // c, r, c, dtype=values.dtype)
-        blocks[alive] = values.view(-1, r, c)
+        r, c = spec["block"]
+        blocks = dense.view(rows // r, columns // c, r, c)
+        blocks[positions] = values.view(-1, r, c)
         dense = blocks.transpose(1, 2).reshape(-1)
-    elif encoding == "nm":
-        n, m = _pair(spec, "nm")
-        if not 1 <= n <= m <= 256 or columns % m:
-            raise ValueError(f"nm {[n, m]} expected n <= m <= 256 and m dividing K = {columns}")
-        _expect_count(values, total // m * n)
-        indices = _unpack_indices(index, values.numel(), _index_bits(m)).view(rows, columns // m * n)
-        floats = values.view(rows, -1).float() if stored_as == "int8" else values.view(rows, -1)
-        layout = layouts.NM((rows, columns), n, m, floats, indices)
-        layout.validate()
-        dense = layout.to_dense().reshape(-1).to(values.dtype)
+    elif isinstance(positions, layouts.NM):
+        dense = positions.to_dense().to(values.dtype)
     else:
-        _expect_count(values, nnz)
+        dense[positions] = values
+    matrix, dtype = dense.view(rows, columns), DTYPES[spec["dtype"]]
+    return (matrix.float() * tensors["scale"][:, None]).to(dtype) if "scale" in tensors else matrix.to(dtype)
+
+
+def _checked_positions(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """Where the values go, after every check: bool `[N * K]` (bitmask), int64 positions (delta4, delta8, csr), bool
+    `[N / r, K / c]` (bsr), or the layout (nm).
+    """
+    check_spec(spec)
+    encoding, (rows, columns), nnz = spec["encoding"], spec["shape"], spec["nnz"]
+    expected = {"index", "values"} | ({"crow"} if encoding == "csr" else set())
+    expected |= {"scale"} if spec["values"] == "int8" else set()
+    if set(tensors) != expected:
+        raise ValueError(f"{encoding} expected the tensors {sorted(expected)}, got {shown(sorted(tensors))}")
+    values, index, total = tensors["values"], tensors["index"], rows * columns
+    _expect(values, "values", torch.int8 if spec["values"] == "int8" else DTYPES[spec["values"]])
+    _expect(index, "index", torch.uint8)
+    if "scale" in tensors:
+        scale = tensors["scale"]
+        _expect(scale, "scale", torch.float32, rows)
+        if not bool(torch.isfinite(scale).all()) or bool((scale <= 0).any()):
+            raise ValueError("scale expected finite and positive, got others")
+    if encoding == "bsr":
+        r, c = spec["block"]
+        alive = unpack_bits(index, total // (r * c)).view(rows // r, columns // c)
+        _expect(values, "values", values.dtype, int(alive.sum()) * r * c)
+        positions: Any = alive
+    elif encoding == "nm":
+        n, m = spec["nm"]
+        _expect(values, "values", values.dtype, total // m * n)
+        indices = _unpack_indices(index, values.numel(), _index_bits(m)).view(rows, columns // m * n)
+        kept = values.view(rows, columns // m * n)
+        positions = layouts.NM((rows, columns), n, m, kept.float() if kept.dtype == torch.int8 else kept, indices)
+        positions.validate()
+    else:
+        _expect(values, "values", values.dtype, nnz)
         if encoding == "bitmask":
-            at = unpack_bits(index, total).nonzero().flatten()
-        elif encoding == "csr":
-            at = _csr_positions(tensors["crow"], index, rows, columns, nnz)
+            positions = unpack_bits(index, total)
+            found = int(positions.sum())
         else:
-            at = _unpack_gaps(index, int(encoding.removeprefix("delta")), nnz)
-        if at.numel() != nnz or (nnz and int(at[-1]) >= total):
-            raise ValueError(f"{encoding} index expected {nnz} positions below {total}, got {at.numel()} positions")
-        dense[at] = values
-    if encoding in ("bsr", "nm") and int(dense.ne(0).sum()) != nnz:
-        raise ValueError(f"nnz expected {int(dense.ne(0).sum())}, as stored, got {nnz}")
-    matrix = dense.view(rows, columns)
-    if stored_as != "int8":
-        return matrix.to(dtype)
-    scale = tensors["scale"]
-    if scale.dtype != torch.float32 or tuple(scale.shape) != (rows,):
-        raise ValueError(f"scale expected torch.float32 [{rows}], got {scale.dtype} {list(scale.shape)}")
-    if not bool(torch.isfinite(scale).all()) or bool((scale <= 0).any()):
-        raise ValueError("scale expected finite and positive, got others")
-    return (matrix.float() * scale[:, None]).to(dtype)
+            if encoding == "csr":
+                positions = _csr_positions(tensors["crow"], index, rows, columns, nnz)
+            else:
+                positions = _unpack_gaps(index, int(encoding.removeprefix("delta")), nnz)
+            found = positions.numel()
+            if found and int(positions[-1]) >= total:
+                raise ValueError(f"{encoding} index expected positions below {total}, got {int(positions[-1])}")
+        if found != nnz:
+            raise ValueError(f"{encoding} index expected {nnz} positions, got {found}")
+        return positions
+    if int(torch.count_nonzero(values)) != nnz:
+        raise ValueError(f"nnz expected {int(torch.count_nonzero(values))}, as stored, got {nnz}")
+    return positions
 
 
-def _quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 `[N, K]`, float32 scale `[N]`); kept entries stay at least one step away from zero."""
+def _quantised(weight: Tensor, quads: bool) -> tuple[Tensor, Tensor]:
+    """(int8 `[N, K]`, float32 scale `[N]`); kept entries stay at least one step away from zero, except in quads, whose
+    products would take such an entry for zero.
+    """
     wide = weight.float()
     if not bool(torch.isfinite(wide).all()):
-        raise ValueError("values='int8' expected finite weights, got inf or NaN; use values='float32'")
-    peak = wide.abs().amax(dim=1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
+        raise ValueError("value_dtype='int8' expected finite weights, got inf or NaN; use value_dtype='float32'")
+    far = reach_in_quads(wide) if quads else wide.abs()
+    peak = far.amax(dim=1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
     scale = torch.where(peak > 0, peak / 127, torch.ones_like(peak)).clamp_min(torch.finfo(torch.float32).tiny)
     steps = (wide / scale[:, None]).round().clamp(-127, 127)
-    return torch.where(steps == 0, wide.sign(), steps).to(torch.int8), scale
+    if quads:
+        return steps.to(torch.int8), scale
+    return torch.where(steps == 0, weight.sign().float(), steps).to(torch.int8), scale
+
+
+def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight in dtype; kept entries do not become zero."""
+    rounded = weight.to(dtype)
+    if bool((rounded.isinf() & weight.isfinite()).any()):
+        name = str(dtype).removeprefix("torch.")
+        most = torch.finfo(dtype).max
+        raise ValueError(f"value_dtype={name!r} expected up to {most:.3g}, got more; use value_dtype='float32'")
+    least = weight.sign().to(dtype) * torch.finfo(dtype).smallest_normal
+    return torch.where((rounded == 0) & (weight != 0), least, rounded)
+
+
+def shown(value: Any) -> str:
+    """What was read, for an error: on one line, and short whatever it is."""
+    return _SHORT.repr(value)
+
+
+def _short() -> reprlib.Repr:
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 4, 100, 100
+    return short
+
+
+_SHORT = _short()
 
 
 def _one_of(spec: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> str:
     value = spec.get(key)
-    if value not in allowed:
-        raise ValueError(f"{key} expected one of {', '.join(allowed)}, got {value!r}")
-    return str(value)
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{key} expected one of {', '.join(allowed)}, got {shown(value)}")
+    return value
 
 
-def _pair(spec: Mapping[str, Any], key: str) -> tuple[int, int]:
+def _pair(spec: Mapping[str, Any], key: str, least: int) -> tuple[int, int]:
     value = spec.get(key)
-    if not isinstance(value, list) or len(value) != 2 or not all(type(v) is int and v >= 1 for v in value):
-        raise ValueError(f"{key} expected two whole numbers of at least 1, got {value!r}")
+    if (
+        not isinstance(value, list)
+        or len(value) != 2
+        or not all(type(v) is int and least <= v <= LARGEST for v in value)
+    ):
+        raise ValueError(f"{key} expected two whole numbers from {least} to {LARGEST}, got {shown(value)}")
     return value[0], value[1]
 
 
-def _shape(spec: Mapping[str, Any]) -> tuple[int, int]:
-    value = spec.get("shape")
-    if not isinstance(value, list) or len(value) != 2 or not all(type(v) is int and v >= 0 for v in value):
-        raise ValueError(f"shape expected two whole numbers, got {value!r}")
-    return value[0], value[1]
-
-
-def _expect_count(values: Tensor, count: int) -> None:
-    if values.numel() != count:
-        raise ValueError(f"values expected {count} entries, got {values.numel()}")
+def _expect(tensor: Tensor, name: str, dtype: torch.dtype, entries: int | None = None) -> None:
+    if tensor.dtype != dtype or tensor.dim() != 1:
+        raise ValueError(f"{name} expected {dtype} with one dimension, got {tensor.dtype} {list(tensor.shape)}")
+    if entries is not None and tensor.numel() != entries:
+        raise ValueError(f"{name} expected {entries} entries, got {tensor.numel()}")
 
 
 def _from_numpy(array: np.ndarray) -> Tensor:

@@ -2,7 +2,7 @@
 tensors.
 
 A layout is what a checkpoint holds and what the public ops take. What a kernel reads is packed from it
-(``native.matmul.pack``) and never saved. Kept entries are the non-zero ones; a bsr block is kept whole when any of its
+(``ops.pack``) and never saved. Kept entries are the non-zero ones; a bsr block is kept whole when any of its
 entries is non-zero.
 """
 
@@ -14,7 +14,14 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["BSR", "CSR", "NM", "Layout", "from_dense"]
+__all__ = ["BSR", "COLUMN_BLOCKS", "CSR", "FILE_BLOCKS", "NM", "NM_PATTERNS", "Layout", "from_dense"]
+
+#: Blocks (r, c) that CPU kernels are fast with, and so the candidates of sparsify_: columns of outputs, widest first.
+COLUMN_BLOCKS = ((16, 1), (8, 1), (4, 1))
+#: Blocks that a file may be smallest with: those, and the squares that GPUs like.
+FILE_BLOCKS = ((64, 64), (32, 32), (16, 16), (16, 1), (8, 1), (4, 4), (4, 1))
+#: The usual N:M, the one most hardware knows leading.
+NM_PATTERNS = ((2, 4), (4, 8), (1, 4))
 
 
 def _fail(layout: str, what: str, expected: object, got: object, remedy: str = "") -> None:
@@ -71,10 +78,12 @@ class CSR:
     layout: ClassVar[str] = "csr"
 
     @classmethod
-    def from_dense(cls, weight: Tensor) -> CSR:
-        """weight: `[N_out, K]`, floating; every non-zero entry is kept (NaN counts as one)."""
+    def from_dense(cls, weight: Tensor, kept: Tensor | None = None) -> CSR:
+        """weight: `[N_out, K]`, floating; every non-zero entry is kept (NaN counts as one), or what ``kept``, bool of
+        the same shape, says.
+        """
         weight = _check_dense("csr", weight)
-        kept = weight != 0
+        kept = weight != 0 if kept is None else kept
         counts = kept.sum(1)
         crow = torch.zeros(weight.shape[0] + 1, dtype=torch.int32, device=weight.device)
         crow[1:] = counts.cumsum(0)
@@ -100,9 +109,13 @@ class CSR:
         flat = flat.index_put((self.rows() * self.shape[1] + self.col_indices.long(),), self.values)
         return flat.view(self.shape)
 
+    def validate_structure(self) -> None:
+        """:meth:`validate`, the values apart."""
+        _check_compressed("csr", *self.shape, self.crow_indices, self.col_indices)
+
     def validate(self) -> None:
         """ValueError unless every invariant holds that a kernel relies on."""
-        _check_compressed("csr", *self.shape, self.crow_indices, self.col_indices)
+        self.validate_structure()
         if self.values.shape != self.col_indices.shape:
             _fail("csr", "values", f"shape {list(self.col_indices.shape)}", list(self.values.shape))
 
@@ -127,14 +140,17 @@ class BSR:
     layout: ClassVar[str] = "bsr"
 
     @classmethod
-    def from_dense(cls, weight: Tensor, blocksize: tuple[int, int]) -> BSR:
-        """weight: `[N_out, K]`, floating. ValueError unless blocksize divides the shape."""
+    def from_dense(cls, weight: Tensor, blocksize: tuple[int, int], kept: Tensor | None = None) -> BSR:
+        """weight: `[N_out, K]`, floating; kept: bool of the same shape, by default the non-zeros: a block with one of
+        them is kept. ValueError unless blocksize divides the shape.
+        """
         weight = _check_dense("bsr", weight)
         (rows, columns), (r, c) = weight.shape, blocksize
         if r < 1 or c < 1 or rows % r or columns % c:
             _fail("bsr", "blocksize", f"a divisor of {[rows, columns]}", (r, c), "pad the layer or use layout='csr'")
         blocks = weight.reshape(rows // r, r, columns // c, c).transpose(1, 2)
-        kept = (blocks != 0).flatten(2).any(2)
+        kept = weight != 0 if kept is None else kept
+        kept = kept.reshape(rows // r, r, columns // c, c).transpose(1, 2).flatten(2).any(2)
         crow = torch.zeros(rows // r + 1, dtype=torch.int32, device=weight.device)
         crow[1:] = kept.sum(1).cumsum(0)
         return cls((rows, columns), (r, c), crow, kept.nonzero()[:, 1].to(torch.int32), blocks[kept].contiguous())
@@ -160,13 +176,17 @@ class BSR:
         blocks = blocks.index_put((self.rows() * (columns // c) + self.col_indices.long(),), self.values)
         return blocks.view(rows // r, columns // c, r, c).transpose(1, 2).reshape(rows, columns)
 
-    def validate(self) -> None:
-        """ValueError unless every invariant holds that a kernel relies on."""
+    def validate_structure(self) -> None:
+        """:meth:`validate`, the values apart."""
         (rows, columns), (r, c) = self.shape, self.blocksize
         if r < 1 or c < 1 or rows % r or columns % c:
             _fail("bsr", "blocksize", f"a divisor of {[rows, columns]}", (r, c))
         _check_compressed("bsr", rows // r, columns // c, self.crow_indices, self.col_indices)
-        expected = [self.col_indices.numel(), r, c]
+
+    def validate(self) -> None:
+        """ValueError unless every invariant holds that a kernel relies on."""
+        self.validate_structure()
+        expected = [self.col_indices.numel(), *self.blocksize]
         if list(self.values.shape) != expected:
             _fail("bsr", "values", f"shape {expected}", list(self.values.shape))
 
@@ -190,8 +210,10 @@ class NM:
     layout: ClassVar[str] = "nm"
 
     @classmethod
-    def from_dense(cls, weight: Tensor, n: int, m: int) -> NM:
-        """weight: `[N_out, K]`, floating. ValueError where m does not divide K or a group has more than n non-zeros."""
+    def from_dense(cls, weight: Tensor, n: int, m: int, kept: Tensor | None = None) -> NM:
+        """weight: `[N_out, K]`, floating; kept: bool of the same shape, by default the non-zeros. ValueError where m
+        does not divide K or a group keeps more than n.
+        """
         weight = _check_dense("nm", weight)
         rows, columns = weight.shape
         if not 1 <= n <= m <= 256:
@@ -199,11 +221,12 @@ class NM:
         if columns % m:
             _fail("nm", "in_features", f"a multiple of m = {m}", columns, "pad the layer or use layout='csr'")
         groups = weight.reshape(rows, columns // m, m)
-        most = int((groups != 0).sum(2).max()) if groups.numel() else 0
+        kept = (weight != 0 if kept is None else kept).reshape(groups.shape)
+        most = int(kept.sum(2).max()) if groups.numel() else 0
         if most > n:
             _fail("nm", f"non-zeros in each group of {m}", f"at most {n}", most, "prune with NM(n, m) first")
         # a stable sort puts the non-zeros first, then the lowest free places
-        order = (groups == 0).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :n].sort(dim=2).values
+        order = (~kept).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :n].sort(dim=2).values
         values = groups.gather(2, order)
         return cls((rows, columns), n, m, values.flatten(1), order.to(torch.uint8).flatten(1))
 
@@ -225,43 +248,54 @@ class NM:
         """`[N_out, K]`; bit-identical at the stored entries, 0 elsewhere."""
         return self.values.new_zeros(self.shape).scatter(1, self.columns(), self.values)
 
-    def validate(self) -> None:
-        """ValueError unless every invariant holds that a kernel relies on."""
+    def validate_structure(self) -> None:
+        """:meth:`validate`, the values apart."""
         rows, columns = self.shape
         if not 1 <= self.n <= self.m <= 256:
             _fail("nm", "n and m", "1 <= n <= m <= 256", (self.n, self.m))
         if columns % self.m:
             _fail("nm", "in_features", f"a multiple of m = {self.m}", columns)
         expected = [rows, columns // self.m * self.n]
-        for name, tensor in self.tensors().items():
-            if list(tensor.shape) != expected:
-                _fail("nm", name, f"shape {expected}", list(tensor.shape))
+        if list(self.indices.shape) != expected:
+            _fail("nm", "indices", f"shape {expected}", list(self.indices.shape))
         if self.indices.dtype != torch.uint8:
             _fail("nm", "indices", "dtype torch.uint8", self.indices.dtype)
         if self.indices.numel() == 0:
             return
         if int(self.indices.max()) >= self.m:
             _fail("nm", "indices", f"values in [0, {self.m})", int(self.indices.max()))
-        groups = self.indices.view(rows, -1, self.n).int()
+        groups = self.indices.reshape(rows, -1, self.n).int()
         if bool((groups[:, :, 1:] <= groups[:, :, :-1]).any()):
             _fail("nm", "indices", "places rising within each group", "a repeated or falling place")
+
+    def validate(self) -> None:
+        """ValueError unless every invariant holds that a kernel relies on."""
+        self.validate_structure()
+        if self.values.shape != self.indices.shape:
+            _fail("nm", "values", f"shape {list(self.indices.shape)}", list(self.values.shape))
 
 
 Layout: TypeAlias = CSR | BSR | NM
 
 
 def from_dense(
-    weight: Tensor, layout: str, blocksize: tuple[int, int] | None = None, nm: tuple[int, int] | None = None
+    weight: Tensor,
+    layout: str,
+    blocksize: tuple[int, int] | None = None,
+    nm: tuple[int, int] | None = None,
+    kept: Tensor | None = None,
 ) -> Layout:
-    """weight: `[N_out, K]`; layout "csr" | "bsr" (needs blocksize) | "nm" (needs nm = (n, m)). ValueError otherwise."""
+    """weight: `[N_out, K]`; layout "csr" | "bsr" (needs blocksize) | "nm" (needs nm = (n, m)); kept: bool `[N_out, K]`,
+    by default the non-zeros. ValueError otherwise.
+    """
     if layout == "csr":
-        return CSR.from_dense(weight)
+        return CSR.from_dense(weight, kept)
     if layout == "bsr":
         if blocksize is None:
             raise ValueError("from_dense: layout 'bsr' expected blocksize=(r, c), got None; (16, 1) suits a CPU")
-        return BSR.from_dense(weight, blocksize)
+        return BSR.from_dense(weight, blocksize, kept)
     if layout == "nm":
         if nm is None:
             raise ValueError("from_dense: layout 'nm' expected nm=(n, m), got None; use nm=(2, 4)")
-        return NM.from_dense(weight, *nm)
+        return NM.from_dense(weight, *nm, kept)
     raise ValueError(f"from_dense: layout expected 'csr', 'bsr' or 'nm', got {layout!r}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import ops
+from .device_memory import capturing
 
 __all__ = ["AdamW"]
 
@@ -31,12 +32,15 @@ class AdamW(Optimizer):
     - a dict keyed by parameter, or by name where params are named: parameters it leaves out are not masked;
     - a list, one mask or None for each parameter in order;
     - None: the zeros present now. A parameter of two or more dimensions that holds a zero but is not all zero is held
-    to   its non-zero entries. Vectors are left free, for a bias may start at zero, and so is an all-zero matrix, which
-    is   how low-rank factors start: pass masks to hold those.
+      to its non-zero entries. Vectors are left free, for a bias may start at zero, and so is an all-zero matrix, which
+      is how low-rank factors start: pass masks to hold those.
 
     A mask takes hold at the next step that finds a gradient: there the parameter and both moments become exactly 0
     where it is False. :meth:`set_masks` changes masks later. Masks and moments are part of ``state_dict()``, and
     loading restores them. Moments are float32 also for bfloat16 and float16 parameters.
+
+    ValueError on lr, eps or weight_decay below 0, on betas outside [0, 1), and as :meth:`set_masks` on masks;
+    :meth:`step` raises RuntimeError on a sparse gradient.
     """
 
     def __init__(
@@ -90,8 +94,13 @@ class AdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step on every parameter that has a gradient; returns the closure's loss. RuntimeError on a sparse
-        gradient.
+        gradient, and while a CUDA graph is recorded.
         """
+        if any(map(capturing, {p.device for p in self._parameters()})):
+            raise RuntimeError(
+                "AdamW: step() expected outside of a CUDA graph, which would repeat this step's number and learning "
+                "rate at every replay; record the forward and backward pass alone, and step after each replay"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .._files import write_text
+from ..triton.linear import precision
 from . import machine
 
 __all__ = ["TimingCache", "cache_path", "default_cache", "layer_key"]
@@ -42,13 +43,19 @@ def default_cache() -> TimingCache:
 
 
 def layer_key(
-    shape: tuple[int, int], density: float, layout: str, tokens: int, dtype: torch.dtype, note: str = ""
+    shape: tuple[int, int],
+    density: float,
+    layout: str,
+    tokens: int,
+    dtype: torch.dtype,
+    note: str = "",
+    device: torch.device | str = "cpu",
 ) -> str:
     """One line that names all a layer's timing depends on.
 
     shape: (out_features, in_features); density to three digits; layout: e.g. ``csr`` or ``bsr16x1``; tokens: rows of
-    x; ``note``: whatever else changes the time (value dtype, epilogue). Threads, CPU, tier and versions are added
-    here.
+    x; ``note``: whatever else changes the time (value dtype, epilogue). What the device is made of and what runs there
+    is added here: threads, CPU, tier and versions; of a GPU its name, compute capability and kernels.
     """
     kind = str(dtype).removeprefix("torch.")
     return "|".join(
@@ -59,13 +66,17 @@ def layer_key(
             f"tokens={tokens}",
             kind,
             note,
-            f"threads={torch.get_num_threads()}",
-            machine.cpu_model(),
-            machine.tier(),
+            *_of_device(torch.device(device)),
             f"torch={torch.__version__}",
             machine.fingerprint(),
         ]
     )
+
+
+def _of_device(device: torch.device) -> list[str]:
+    if device.type == "cpu":
+        return [f"threads={torch.get_num_threads()}", machine.cpu_model(), machine.tier()]
+    return [machine.device_name(device), machine.gpu_kernels(), f"float32={precision(torch.float32)}"]
 
 
 class TimingCache:

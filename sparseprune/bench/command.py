@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,8 +12,10 @@ from typing import Any
 
 import torch
 
+from .._arguments import Parser, check_folder, real, whole
 from . import machine, plots, tables
-from .cases import BASELINE, SUITES, Case
+from .cases import SUITES
+from .contest import BASELINE, Case
 from .peaks import measure_peaks
 from .peers import PEERS
 from .run import WrongResult, refuse_reference, run_cases, save_results
@@ -26,7 +29,7 @@ _EVICT = 96 << 20
 def parser() -> argparse.ArgumentParser:
     """The command line of ``sparseprune bench``."""
     suites = "\n".join(f"  {name:<10} {suite.about}" for name, suite in SUITES.items())
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="sparseprune bench",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Times our kernels interleaved with torch dense and with other sparse libraries, on this machine.\n"
@@ -47,9 +50,11 @@ def parser() -> argparse.ArgumentParser:
         default=list(_QUICK_PEERS),
         help=f"all, none, or some of: {', '.join(PEERS)} (default: {', '.join(_QUICK_PEERS)})",
     )
-    result.add_argument("--threads", type=int, help="torch.set_num_threads (default: torch's own)")
-    result.add_argument("--rounds", type=int, default=9, help="samples of each contestant (default 9)")
-    result.add_argument("--min-time", type=float, default=0.02, help="seconds a sample at least (default 0.02)")
+    result.add_argument("--threads", type=whole(1, 4096), help="torch.set_num_threads (default: torch's own)")
+    result.add_argument("--rounds", type=whole(1), default=9, help="samples of each contestant (default 9)")
+    result.add_argument(
+        "--min-time", type=real("[0, inf)"), default=0.02, help="seconds a sample at least (default 0.02)"
+    )
     result.add_argument("--cold", action="store_true", help="read 96 MiB before every call: operands come from memory")
     result.add_argument("--details", action="store_true", help="print every contest in full, not only the summary")
     result.add_argument("--json", type=Path, help="write all figures to this file")
@@ -65,13 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         cases = list(select_cases(arguments))
         peers = select_peers(arguments.peers)
         refuse_reference(arguments.allow_reference)
-        if arguments.rounds < 1 or not arguments.min_time >= 0:
-            given = f"{arguments.rounds} and {arguments.min_time}"
-            raise ValueError(f"--rounds expected >= 1 and --min-time >= 0, got {given}")
-        if arguments.threads is not None and arguments.threads < 1:
-            raise ValueError(f"--threads expected >= 1, got {arguments.threads}")
-    except (ValueError, RuntimeError) as error:
-        print(f"sparseprune bench: {error}", file=sys.stderr)
+        _check_outputs(arguments)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"sparseprune bench: error: {error}", file=sys.stderr)
         return 2
     before = torch.get_num_threads()
     if arguments.threads is not None:
@@ -79,13 +80,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments, cases, peers)
     except WrongResult as error:
-        print(f"sparseprune bench: {error}", file=sys.stderr)
+        print(f"sparseprune bench: error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        raise  # nobody reads the figures any more: no error to tell of
     except (OSError, RuntimeError) as error:
-        print(f"sparseprune bench: {error}", file=sys.stderr)
+        print(f"sparseprune bench: error: {error}", file=sys.stderr)
         return 2
     finally:
         torch.set_num_threads(before)
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """What would only be found out after all the work."""
+    if arguments.json is not None:
+        if arguments.json.is_dir():
+            raise IsADirectoryError(f"--json expected a file to write, got the folder {arguments.json}")
+        check_folder(arguments.json.parent, "--json")
+    if arguments.plots is not None:
+        check_folder(arguments.plots, "--plots")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise RuntimeError("--plots needs matplotlib; pip install 'sparseprune[plot]'")
 
 
 def _run(arguments: argparse.Namespace, cases: list[Case], peers: list[str]) -> int:

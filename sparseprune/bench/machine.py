@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -14,7 +16,7 @@ import sparseprune
 
 from .. import _native, backends
 
-__all__ = ["cpu_model", "describe", "fingerprint", "load", "one_line", "tier"]
+__all__ = ["busy", "cpu_model", "describe", "device_name", "fingerprint", "gpu_kernels", "load", "one_line", "tier"]
 
 
 @functools.cache
@@ -42,9 +44,43 @@ def tier() -> str:
     return str(_native.C.tier()) if _native.C is not None else "reference"
 
 
+def device_name(device: torch.device) -> str:
+    """The CPU's name, or a GPU's with its compute capability: two cards of one name and capability are taken as one."""
+    if device.type == "cpu":
+        return cpu_model()
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)} (capability {major}.{minor})"
+    return str(device)
+
+
+def gpu_kernels() -> str:
+    """Which kernels a GPU's timing was made with: the built module, Triton, or a forced backend."""
+    forced = backends.forced_backend()
+    if forced is not None:
+        return forced
+    path = getattr(_native.CUDA, "__file__", None)
+    built = "none"
+    if path:
+        status = os.stat(path)
+        built = f"{status.st_size:x}.{status.st_mtime_ns:x}"
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # a vendor's build goes by another name
+        triton = "none" if importlib.util.find_spec("triton") is None else "unnamed"
+    return f"cuda={built} triton={triton}"
+
+
 def load() -> float | None:
     """Load average of the last minute; None where the system has none."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def busy(load: float | None) -> bool:
+    """Whether so many run at once that a timing says little: a quarter more than there are cores, since training that
+    went before counts in the load itself.
+    """
+    return load is not None and load > 1.25 * (os.cpu_count() or 1)
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .._native import require_c
+from ..packing import in_huge_pages
 
 __all__ = ["Peaks", "Work", "measure_peaks"]
 
@@ -28,13 +29,14 @@ class Work:
 
     ``flops``: 2 a kept weight and token; ``bytes``: read or written once; ``unit``: what bounds the arithmetic, ``fma``
     (operands in registers) or ``l1_fma`` (one L1 load a multiply-add: unstructured weights); ``update``: the bytes are
-    rewritten in place, not read.
+    rewritten in place, not read; ``in_turn``: so many operands of this size are read before one is read again.
     """
 
     flops: float
     bytes: float
     unit: str = "fma"
     update: bool = False
+    in_turn: int = 1
 
 
 @dataclass
@@ -66,7 +68,7 @@ class Peaks:
         """The least time that this work takes here, and what bounds it: ``fma``, ``l1_fma`` or ``memory``."""
         rate = {"fma": self.fma, "l1_fma": self.l1_fma}[work.unit]
         arithmetic = work.flops / (rate * 1e9)
-        bandwidth = self.update if work.update else self.read_at(work.bytes)
+        bandwidth = self.update if work.update else self.read_at(work.bytes * work.in_turn)
         memory = work.bytes / (bandwidth * 1e9)
         return (arithmetic, work.unit) if arithmetic >= memory else (memory, "memory")
 
@@ -97,7 +99,7 @@ class Peaks:
 def measure_peaks() -> Peaks:
     """Measures in about a second. RuntimeError with the reason where the compiled core is absent."""
     c = require_c()
-    buffer = torch.ones((1 << 28) // 4)
+    buffer = in_huge_pages(torch.ones((1 << 28) // 4))  # as packed weights lie
     pointer, count = buffer.data_ptr(), buffer.numel()
     fma = _best(lambda: c.peak_fma(2_000_000))
     l1_fma = _best(lambda: c.peak_l1_fma(3_000_000))

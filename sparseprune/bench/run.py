@@ -12,7 +12,8 @@ import torch
 from .. import _native
 from .._files import write_text
 from . import machine
-from .cases import SUITES, Case, Contest
+from .cases import SUITES
+from .contest import Case, Contest
 from .peaks import Peaks
 from .timing import Spread, interleave
 
@@ -60,6 +61,8 @@ def measure(
         where = f"{contest.case.suite} {contest.case.label}"
         raise WrongResult(f"{where}: the baseline {contest.baseline} is wrong: {bad[contest.baseline]}")
     found = interleave({name: entry.run for name, entry in entries.items()}, rounds, min_time, evict_bytes=evict_bytes)
+    for name, entry in entries.items():
+        found.samples[name] = [sample / entry.calls for sample in found.samples[name]]
     results = {}
     for name, entry in entries.items():
         seconds = found.time(name)
@@ -74,6 +77,7 @@ def measure(
             limit, what = peaks.limit_seconds(entry.work)
             result.update(share=limit / seconds.median, limit=what, unit=entry.work.unit)
             result.update(bytes=entry.work.bytes, flops=entry.work.flops)
+            result.update(gbs=entry.work.bytes / seconds.median / 1e9)
         results[name] = result
     return {
         "case": contest.case.to_dict(),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .cases import Case
+from .contest import Case
 
 __all__ = ["case_of", "geometric_mean", "grid", "record_table", "summary", "text_table"]
 

@@ -2,6 +2,9 @@
 
 All times are seconds. A ratio is baseline time / contestant time, formed within each round and then summarised, so
 that a slow second slows both of its sides; above 1 the contestant is faster.
+
+A GPU runs behind the host: there every sample begins and ends with a wait for the device, so that it holds the work of
+its own calls, whole, and nothing of others.
 """
 
 from __future__ import annotations
@@ -63,6 +66,7 @@ def interleave(
     warm_up: int = 2,
     max_calls: int = 10_000,
     evict_bytes: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Comparison:
     """Times zero-argument callables against each other.
 
@@ -70,7 +74,7 @@ def interleave(
     round. One sample is as many calls in a row as fill ``min_time`` seconds (at least one, at most ``max_calls``),
     divided by their number: operands that fit the caches are then found there. ``evict_bytes`` > 0 instead reads a
     buffer of that size before every single call, outside the clock, so that a call finds its operands in memory, as a
-    layer of a large model does.
+    layer of a large model does. ``device``: where the callables work.
 
     ValueError on no candidate, or on rounds, min_time or warm_up below their least (1, 0, 1).
     """
@@ -82,9 +86,10 @@ def interleave(
         )
     if not min_time >= 0:
         raise ValueError(f"interleave: min_time expected >= 0 seconds, got {min_time}")
-    evict = torch.ones(evict_bytes // 4) if evict_bytes else None
+    wait = _wait_for(torch.device(device))
+    evict = torch.ones(evict_bytes // 4, device=device) if evict_bytes else None
     names = list(candidates)
-    calls = {name: _calibrate(candidates[name], min_time, warm_up, max_calls) for name in names}
+    calls = {name: _calibrate(candidates[name], min_time, warm_up, max_calls, wait) for name in names}
     if evict is not None:
         calls = {name: min(count, 3) for name, count in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -95,37 +100,51 @@ def interleave(
             first = turn % len(names)
             for name in names[first:] + names[:first]:
                 run, count = candidates[name], calls[name]
-                samples[name].append(_timed(run, count) if evict is None else _timed_cold(run, count, evict))
+                took = _timed(run, count, wait) if evict is None else _timed_cold(run, count, evict, wait)
+                samples[name].append(took)
     finally:
         if collecting:
             gc.enable()
     return Comparison(samples, calls)
 
 
-def _calibrate(run: Callable[[], object], min_time: float, warm_up: int, max_calls: int) -> int:
+def _wait_for(device: torch.device) -> Callable[[], object]:
+    """What returns once the device has done all it was given: nothing to wait for on a CPU."""
+    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+
+
+def _calibrate(
+    run: Callable[[], object], min_time: float, warm_up: int, max_calls: int, wait: Callable[[], object]
+) -> int:
     """Calls a sample: enough to fill min_time, judged by the quickest warm-up call."""
     quickest = float("inf")
     spent, done = 0.0, 0
     while done < warm_up or (spent < min_time / 2 and done < max_calls):
-        took = _timed(run, 1)
+        took = _timed(run, 1, wait)
         quickest, spent, done = min(quickest, took), spent + took, done + 1
     return max(1, min(max_calls, round(min_time / max(quickest, 1e-9))))
 
 
-def _timed(run: Callable[[], object], count: int) -> float:
+def _timed(run: Callable[[], object], count: int, wait: Callable[[], object]) -> float:
     clock = time.perf_counter
+    wait()
     start = clock()
     for _ in range(count):
         run()
+    wait()
     return (clock() - start) / count
 
 
-def _timed_cold(run: Callable[[], object], count: int, evict: torch.Tensor) -> float:
+def _timed_cold(
+    run: Callable[[], object], count: int, evict: torch.Tensor, wait: Callable[[], object]
+) -> float:
     clock = time.perf_counter
     spent = 0.0
     for _ in range(count):
         evict.sum()
+        wait()
         start = clock()
         run()
+        wait()
         spent += clock() - start
     return spent / count

@@ -9,13 +9,25 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import _native
+from ..device_memory import capturing
 
-__all__ = ["DTYPE_CODES", "OLDEST", "Memory", "capturing", "launching", "why_not_cuda", "why_not_tensors"]
+__all__ = [
+    "DTYPE_CODES",
+    "MOST_TOKENS",
+    "OLDEST",
+    "capturing",
+    "launching",
+    "multiprocessors",
+    "same_device",
+    "why_not_cuda",
+    "why_not_here",
+    "why_not_tensors",
+]
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cuda/kernels.h, enum Dtype
+MOST_TOKENS = 65535 * 32  # a grid has 65535 blocks in y, of 32 tokens at least
 OLDEST = (8, 0)  # compute capability: mma.m16n8k16 with bfloat16, and cp.async
 
 
@@ -24,13 +36,19 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def _flat(tensors: Sequence[Tensor | Sequence[Tensor] | None]) -> list[Tensor]:
+    """The tensors, None skipped and lists opened."""
+    flat: list[Tensor] = []
+    for entry in tensors:
+        flat += [] if entry is None else [entry] if isinstance(entry, Tensor) else list(entry)
+    return flat
+
+
 def why_not_tensors(
     *tensors: Tensor | Sequence[Tensor] | None, dtypes: tuple[torch.dtype, ...] = tuple(DTYPE_CODES)
 ) -> list[str]:
     """Reasons against these tensors: device, compute capability, dtype. None is skipped, lists are opened."""
-    flat: list[Tensor] = []
-    for entry in tensors:
-        flat += [] if entry is None else [entry] if isinstance(entry, Tensor) else list(entry)
+    flat = _flat(tensors)
     if not flat:
         return ["needs at least one tensor"]
     reasons = []
@@ -54,11 +72,27 @@ def why_not_tensors(
 def why_not_cuda(
     *tensors: Tensor | Sequence[Tensor] | None, dtypes: tuple[torch.dtype, ...] = tuple(DTYPE_CODES)
 ) -> list[str]:
-    """As :func:`why_not_tensors`, and the module must be there."""
+    """As :func:`why_not_tensors`, and the module must be there and be able to run on their device."""
     reasons = why_not_tensors(*tensors, dtypes=dtypes)
     if _native.CUDA is None:
         reasons.append(_native.why_no_cuda() or "")
+    elif not reasons:
+        reason = why_not_here(_flat(tensors)[0].device.index or 0)
+        reasons += [reason] if reason else []
     return reasons
+
+
+@functools.cache
+def why_not_here(index: int) -> str:
+    """Why the built module cannot run on this device: it has no code for it, or the driver is too old for it. Empty
+    where it can.
+    """
+    if _native.CUDA is None:
+        return _native.why_no_cuda() or ""
+    with torch.cuda.device(index):
+        reason = _native.CUDA.why_not_here()
+    remedy = "reinstall on this machine with SPARSEPRUNE_CUDA=1"
+    return f"sparseprune._cuda cannot run on cuda:{index}: {reason}; {remedy}" if reason else ""
 
 
 @contextlib.contextmanager
@@ -66,37 +100,26 @@ def launching(tensor: Tensor) -> Iterator[tuple[ModuleType, int]]:
     """(module, stream): the tensor's device is the current one inside, the stream is torch's current one on it."""
     if _native.CUDA is None:
         raise RuntimeError(_native.why_no_cuda())
-    if tensor.device.type != "cuda":  # host memory: only the emulator can read it
+    if tensor.device.type != "cuda":
+        if hasattr(_native.CUDA, "runtime_version"):  # the real module; host memory is for the emulator alone
+            raise ValueError(f"sparseprune._cuda: expected CUDA tensors, got one on {tensor.device}; use .cuda()")
         yield _native.CUDA, 0
         return
     with torch.cuda.device(tensor.device):
         yield _native.CUDA, torch.cuda.current_stream(tensor.device).cuda_stream
 
 
-def capturing(tensor: Tensor) -> bool:
-    """True while the current stream records a CUDA graph: the host may then ask the device nothing."""
-    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def same_device(op: str, *tensors: Tensor) -> None:
+    """ValueError where they lie on several devices: a kernel of one cannot read the memory of another."""
+    if len({tensor.device for tensor in tensors}) > 1:
+        raise ValueError(f"{op}: expected tensors on one device, got {', '.join(str(t.device) for t in tensors)}")
 
 
-class Memory:
-    """Recognises a tensor's memory in its present state: the same storage, place, shape and version.
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
-    A freed storage is never taken for the next one at its address. Inference tensors, whose version cannot be read,
-    count as frozen.
-    """
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._storage = StorageWeakRef(tensor.untyped_storage())
-        self._state = self._state_of(tensor)
-
-    @staticmethod
-    def _state_of(tensor: Tensor) -> tuple:
-        version = -1 if tensor.is_inference() else tensor._version
-        return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), version
-
-    def holds(self, tensor: Tensor) -> bool:
-        return not self._storage.expired() and self._state == self._state_of(tensor)
-
-    @property
-    def gone(self) -> bool:
-        return bool(self._storage.expired())
+def multiprocessors(tensor: Tensor) -> int:
+    """How many multiprocessors the tensor's device has; 2 for host memory, under the emulator."""
+    return _multiprocessors(tensor.get_device()) if tensor.device.type == "cuda" else 2

@@ -1,11 +1,14 @@
 """Selection through the compiled CUDA kernels: exact, over many tensors, queued on the current stream.
 
-A selection reads the values once a digit (three times in float32, twice in 16 bits), a mask twice more. Nothing waits
+A selection reads the values once a digit (three times in float32, twice in 16 bits), a mask twice more. Up to 120
+tensors go through each launch, so their number does not matter for a model of usual depth. Nothing waits
 for the device but the check for NaN, which has to raise; while a CUDA graph is recorded there is none, and a NaN gives
 a NaN threshold and an empty mask instead.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -28,8 +31,17 @@ class Selection:
         self.shift = self.digits[-1][0]
         with launching(tensors[0]) as (cuda, _):
             self.state = tensors[0].new_empty(cuda.SELECT_STATE_BYTES // 8, dtype=torch.int64)
-            self.chunk = cuda.SELECT_CHUNK
+            self.chunk, self.most = cuda.SELECT_CHUNK, cuda.SELECT_TENSORS
             self.bins = cuda.RADIX_BINS
+
+    def launches(self, masks: list[Tensor] | None = None) -> Iterator[tuple[list[tuple[int, int, int]], int]]:
+        """(address, length, address of the mask) of each launch's tensors, and the chunks of the launches before it."""
+        before = 0
+        for first in range(0, len(self.tensors), self.most):
+            here = self.tensors[first : first + self.most]
+            into = [0] * len(here) if masks is None else [m.data_ptr() for m in masks[first : first + self.most]]
+            yield [(x.data_ptr(), x.numel(), mask) for x, mask in zip(here, into)], before
+            before += sum(-(-x.numel() // self.chunk) for x in here)
 
     def find(self, op: str, k: int) -> None:
         """Finds the key of the k-th largest entry. ValueError on NaN."""
@@ -37,16 +49,16 @@ class Selection:
         with launching(self.state) as (cuda, stream):
             cuda.select_begin(self.state.data_ptr(), counts.data_ptr(), k, stream)
             for level, (shift, width) in enumerate(self.digits):
-                for x in self.tensors:
+                for listed, _ in self.launches():
                     cuda.select_histogram(
-                        x.data_ptr(), x.numel(), self.code, self.magnitude, shift, width,
+                        listed, self.code, self.magnitude, shift, width,
                         self.state.data_ptr(), 0, level == 0, counts.data_ptr(), stream,
                     )  # fmt: skip
                 cuda.select_digit(self.state.data_ptr(), counts.data_ptr(), width, stream)
         self._reject_nan(op, counts[-1])
 
     def _reject_nan(self, op: str, count: Tensor) -> None:
-        if not capturing(self.state) and int(count):
+        if not capturing(self.state.device) and int(count):
             raise ValueError(
                 f"{op}: NaN among the values, and NaN has no rank; find its source, or use torch.nan_to_num first"
             )
@@ -70,18 +82,16 @@ class Selection:
 
         seen: NaN has been ruled out before.
         """
-        chunks = [-(-x.numel() // self.chunk) for x in self.tensors]
-        counts = self.state.new_empty(sum(chunks))
+        counts = self.state.new_empty(sum(-(-x.numel() // self.chunk) for x in self.tensors))
         nan = torch.zeros((), dtype=torch.int64, device=counts.device)
         masks = [torch.empty_like(x, dtype=torch.bool) for x in self.tensors]
-        firsts = [counts.data_ptr() + 8 * sum(chunks[:i]) for i in range(len(chunks))]
         with launching(counts) as (cuda, stream):
             shared = self.code, self.magnitude, self.shift, self.state.data_ptr()
-            for x, first in zip(self.tensors, firsts):
-                cuda.select_count_ties(x.data_ptr(), x.numel(), *shared, first, nan.data_ptr(), stream)
+            for listed, before in self.launches():
+                cuda.select_count_ties(listed, before, *shared, counts.data_ptr(), nan.data_ptr(), stream)
             cuda.select_scan(counts.data_ptr(), counts.numel(), stream)
-            for x, first, mask in zip(self.tensors, firsts, masks):
-                cuda.select_mask(x.data_ptr(), x.numel(), *shared, first, mask.data_ptr(), stream)
+            for listed, before in self.launches(masks):
+                cuda.select_mask(listed, before, *shared, counts.data_ptr(), stream)
         if not seen:
             self._reject_nan(op, nan)
         return masks
@@ -151,11 +161,12 @@ def cut_mask(tensors: list[Tensor], threshold: Tensor, ties: int, magnitude: boo
 def radix_histogram(tensors: list[Tensor], prefix: int, level: int, magnitude: bool) -> Tensor:
     """int64 `[2049]`: how many keys that begin with ``prefix`` have each next digit; the last entry counts NaN."""
     shift, width = DIGITS[level]
+    filled = _filled(tensors)
     with launching(tensors[0]) as (cuda, stream):
         counts = torch.zeros(cuda.RADIX_BINS + 1, dtype=torch.int64, device=tensors[0].device)
-        for x in _filled(tensors):
+        for listed, _ in Selection(filled, magnitude).launches() if filled else ():
             cuda.select_histogram(
-                x.data_ptr(), x.numel(), DTYPE_CODES[x.dtype], magnitude, shift, width, 0, prefix, True,
-                counts.data_ptr(), stream,
+                listed, DTYPE_CODES[filled[0].dtype], magnitude, shift, width, 0, prefix, True, counts.data_ptr(),
+                stream,
             )  # fmt: skip
     return counts

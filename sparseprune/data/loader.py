@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..gan.losses import IGNORED
+from ..pruning.rows import IGNORED, in_batches, share_of
 from .augment import Augment
 
 __all__ = ["TokenLoader"]
@@ -38,8 +39,14 @@ class TokenLoader:
             raise ValueError(f"TokenLoader: expected one label a sequence, got {len(labels)} for {len(sequences)}")
         if batch_size < 1:
             raise ValueError(f"TokenLoader: batch_size expected >= 1, got {batch_size}")
-        if any(not ids for ids in sequences):
+        if any(len(ids) == 0 for ids in sequences):
             raise ValueError("TokenLoader: expected sequences of one token or more, got an empty one")
+        for kind in {type(token) for ids in sequences for token in ids}:
+            if not issubclass(kind, Integral):
+                raise ValueError(
+                    f"TokenLoader: expected each sequence as a flat list of whole numbers, got {kind.__name__} in one; "
+                    "give the ids that a tokenizer returns for one text, tensors by .tolist()"
+                )
         self.sequences, self.types = list(sequences), types
         self.labels: list[Any] = list(labels)
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
@@ -69,31 +76,13 @@ class TokenLoader:
 
     def batches(self, epoch: int) -> list[list[int]]:
         """The example indices of each of this process's batches of one epoch."""
-        if self.world == 1:
-            return self._joint(epoch)
-        found = []
-        for joint in self._joint(epoch):
-            size = -(-len(joint) // self.world)
-            found.append([joint[(i * self.world + self.rank) % len(joint)] for i in range(size)])
-        return found
-
-    def _joint(self, epoch: int) -> list[list[int]]:
-        size = self.batch_size * self.world
         lengths = [len(ids) for ids in self.sequences]
-        if not self.shuffle:
-            order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-            return [order[i : i + size] for i in range(0, len(order), size)]
-        generator = self._generator(epoch, 0)
-        order = torch.randperm(len(lengths), generator=generator).tolist()
-        group = 32 * size
-        found: list[list[int]] = []
-        for start in range(0, len(order), group):
-            part = sorted(order[start : start + group], key=lambda i: lengths[i])
-            found += [part[i : i + size] for i in range(0, len(part), size)]
-        return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
+        joint = in_batches(lengths, self.batch_size * self.world, self._generator(epoch, 0) if self.shuffle else None)
+        return [share_of(chosen, self.rank, self.world) for chosen in joint]
 
     def _generator(self, epoch: int, number: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + number)
+        seed = (self.seed * 1_000_003 + epoch) * 1_000_003 + number
+        return torch.Generator().manual_seed(seed % 2**63)  # torch takes no more
 
     def collate(self, chosen: Sequence[int]) -> dict[str, Tensor]:
         """One batch of the examples with these indices, without augmentation."""

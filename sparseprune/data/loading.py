@@ -1,5 +1,5 @@
-"""Reads labelled texts from the built-in sets and from TSV, JSONL or CoNLL files; every fault in a file is one clear
-line.
+"""Labelled texts from the built-in sets and from TSV, JSONL or CoNLL files, checked whole before anything is done with
+them.
 """
 
 from __future__ import annotations
@@ -11,18 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SETS", "Examples", "TextData", "load_files", "load_set", "read_examples"]
+from .rows import Row, check_no_header, is_conll, read_names, read_rows, read_sentences
+from .tables import find_splits
+
+__all__ = ["SETS", "Examples", "TextData", "load_files", "load_folder", "load_set", "read_examples"]
 
 #: Built-in sets: name -> language (ISO 639-1).
 SETS = {"clinc10": "en", "crosswoz_zh": "zh"}
-
-_TEXT_KEYS = (
-    ("text",), ("sentence",), ("text_a", "text_b"), ("sentence1", "sentence2"), ("premise", "hypothesis"),
-    ("question", "answer"),
-)  # fmt: skip
-
-
-_CONLL = (".conll", ".bio", ".iob")
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,12 @@ class TextData:
     def splits(self) -> dict[str, Examples]:
         return {"train": self.train, "valid": self.valid, "test": self.test}
 
+    def describe(self) -> str:
+        """One line: how many examples each split has, and which classes there are."""
+        sizes = ", ".join(f"{len(split)} {name}" for name, split in self.splits.items())
+        shown = ", ".join(self.label_names[:6]) + (", ..." if len(self.label_names) > 6 else "")
+        return f"{self.name}: {sizes}; {len(self.label_names)} labels ({shown})"
+
     def digest(self) -> str:
         """sha256 over label names, texts and labels of all splits, in hexadecimal."""
         digest = hashlib.sha256()
@@ -63,7 +64,11 @@ class TextData:
         return digest.hexdigest()
 
     def head(self, train: int | None = None, other: int | None = None) -> TextData:
-        """A smaller set: ``train`` training examples and ``other`` of each other split, spread over the files."""
+        """A smaller set: ``train`` training examples and ``other`` of each other split, at least one, spread over the
+        files.
+        """
+        if any(limit is not None and limit < 1 for limit in (train, other)):
+            raise ValueError(f"head: expected at least one example of each split, got {train!r} and {other!r}")
 
         def cut(split: Examples, limit: int | None) -> Examples:
             if limit is None or limit >= len(split):
@@ -83,11 +88,8 @@ def load_set(name: str) -> TextData:
             f"data set expected one of {', '.join(SETS)}, got {name!r}; or pass train, valid and test files"
         )
     folder = Path(__file__).resolve().parent / "sets" / name
-    names = folder.joinpath("labels.txt").read_text(encoding="utf-8").split("\n")
-    data = load_files(
-        folder / "train.tsv", folder / "dev.tsv", folder / "test.tsv", label_names=[n for n in names if n], name=name
-    )
-    return data
+    train, valid, test = (folder / f"{split}.tsv" for split in ("train", "dev", "test"))
+    return load_files(train, valid, test, label_names=read_names(folder / "labels.txt"), name=name)
 
 
 def load_files(
@@ -98,149 +100,75 @@ def load_files(
     name: str | None = None,
 ) -> TextData:
     """Reads three files, each TSV or JSONL, or all three CoNLL (.conll, .bio, .iob: a word a line, its label in the
-    last column, an empty line between sentences). Labels are names or indices, taken from the training file unless
-    given.
+    last column, an empty line between sentences).
+
+    label_names: labels in the files are these names, or their places from 0 (CoNLL: names only). None: the distinct
+    labels of the training file, numbers in their order and names in code-point order (of a data set that names its
+    labels those, in its order); a label that only another file has is an error.
 
     Raises FileNotFoundError on a missing file, ValueError with file and line on anything else that is wrong in one.
     """
     paths = {"train": Path(train), "valid": Path(valid), "test": Path(test)}
-    if any(_is_conll(path) for path in paths.values()):
-        return _load_conll(paths, label_names, name)
-    raw = {split: _read_rows(path) for split, path in paths.items()}
-    names = list(label_names) if label_names is not None else _names_of(raw["train"])
-    indices = label_names is None and all(n.isdecimal() for n in names)
-    if indices:
-        names = [str(i) for i in range(max(map(int, names)) + 1)]
-    arity = len(raw["train"][0][1])
-    splits = {
-        split: _examples(rows, names, str(path), arity)
-        for (split, rows), path in zip(raw.items(), (train, valid, test))
-    }
-    return TextData(name or Path(train).stem, splits["train"], splits["valid"], splits["test"], names)
-
-
-def _is_conll(path: Path) -> bool:
-    return path.suffix.lower() in _CONLL
-
-
-def _load_conll(paths: dict[str, Path], label_names: Sequence[str] | None, name: str | None) -> TextData:
+    tokens = any(is_conll(path) for path in paths.values())
     for path in paths.values():
-        if not _is_conll(path):
-            raise ValueError(f"{path}: expected a CoNLL file ({', '.join(_CONLL)}) as the others are")
-    raw = {split: _read_sentences(path) for split, path in paths.items()}
-    names = list(label_names or sorted({label for _, _, labels in raw["train"] for label in labels}))
-    splits = {split: _sentences(rows, names, str(paths[split])) for split, rows in raw.items()}
+        if tokens and not is_conll(path):
+            raise ValueError(f"{path}: expected a CoNLL file (.conll, .bio, .iob) as the others are")
+    read = {split: (read_sentences(path), None) if tokens else read_rows(path) for split, path in paths.items()}
+    rows = {split: found for split, (found, _) in read.items()}
+    check_no_header({paths[split]: found for split, found in rows.items()})
+    if not tokens:
+        texts = len(rows["train"][0].texts)
+        for split, found in rows.items():
+            if len(found[0].texts) != texts:
+                where = f"{paths[split]}:{found[0].numbers[0]}"
+                raise ValueError(
+                    f"{where}: expected {texts} text(s) as in the training file, got {len(found[0].texts)}"
+                )
+    names = list(label_names) if label_names is not None else read["train"][1] or _distinct(rows["train"])
+    index = _index(names, label_names is not None and not tokens)
+    splits = {split: _examples(found, index, names, str(paths[split]), tokens) for split, found in rows.items()}
     return TextData(name or paths["train"].stem, splits["train"], splits["valid"], splits["test"], names)
 
 
-def _read_sentences(path: Path) -> list[tuple[int, tuple[str, ...], list[str]]]:
-    """(number of the first line, words, labels as written) of each sentence."""
-    found: list[tuple[int, tuple[str, ...], list[str]]] = []
-    start = 0
-    words: list[str] = []
-    labels: list[str] = []
-    for number, line in enumerate([*_lines_of(path), ""], 1):
-        fields = line.split()
-        if not fields or fields[0] == "-DOCSTART-":
-            if words:
-                found.append((start, tuple(words), labels))
-            words, labels = [], []
-            continue
-        if len(fields) < 2:
-            raise ValueError(f"{path}:{number}: expected a word and, in the last column, its label, got one column")
-        start = start if words else number
-        words.append(fields[0])
-        labels.append(fields[-1])
-    if not found:
-        raise ValueError(f"{path}: the file is empty; expected one word a line")
-    return found
-
-
-def _sentences(rows: list[tuple[int, tuple[str, ...], list[str]]], names: list[str], source: str) -> Examples:
-    index = {name: i for i, name in enumerate(names)}
-    for number, words, labels in rows:
-        for i, (word, label) in enumerate(zip(words, labels)):
-            if label not in index:
-                where = f"{source}:{number + i}"
-                raise ValueError(f"{where}: label {label!r} of {word!r} is not among the {len(names)} known labels")
-    labelled = [[index[label] for label in labels] for _, _, labels in rows]
-    return Examples([words for _, words, _ in rows], labelled, source, tokens=True)
+def load_folder(folder: str | Path, label_names: Sequence[str] | None = None) -> TextData:
+    """Reads a folder with three splits: of ``datasets.DatasetDict.save_to_disk``, or three files named train,
+    validation and test, of any kind that :func:`load_files` and :mod:`.tables` read. Errors as there.
+    """
+    place = Path(folder).expanduser()
+    splits = find_splits(place)
+    return load_files(splits["train"], splits["valid"], splits["test"], label_names, name=place.resolve().name)
 
 
 def read_examples(path: str | Path, label_names: Sequence[str]) -> Examples:
-    """Reads one file whose labels are among ``label_names``, by name or index (CoNLL: by name)."""
-    if _is_conll(Path(path)):
-        return _sentences(_read_sentences(Path(path)), list(label_names), str(path))
-    rows = _read_rows(Path(path))
-    return _examples(rows, list(label_names), str(path), len(rows[0][1]))
+    """Reads one file whose labels are among ``label_names``, by name or place from 0 (CoNLL: by name)."""
+    path, names = Path(path), list(label_names)
+    tokens = is_conll(path)
+    rows = read_sentences(path) if tokens else read_rows(path)[0]
+    check_no_header({path: rows})
+    return _examples(rows, _index(names, not tokens), names, str(path), tokens)
 
 
-def _lines_of(path: Path) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a TSV (text, tab, label), JSONL or CoNLL file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, got an invalid byte at offset {error.start}") from None
-    return [line.rstrip("\r") for line in text.split("\n")]
+def _distinct(rows: list[Row]) -> list[str]:
+    written = {label for row in rows for label in row.labels}
+    if all(label.isascii() and label.isdecimal() for label in written):
+        return sorted(written, key=lambda label: (len(label.lstrip("0")), label.lstrip("0"), label))  # as numbers
+    return sorted(written)
 
 
-def _read_rows(path: Path) -> list[tuple[int, tuple[str, ...], str]]:
-    """(line number, texts, label as written) of each non-blank line."""
-    json_lines = path.suffix.lower() in (".jsonl", ".json", ".ndjson")
-    rows: list[tuple[int, tuple[str, ...], str]] = []
-    for number, line in enumerate(_lines_of(path), 1):
-        if line.strip():
-            texts, label = _json_row(line, f"{path}:{number}") if json_lines else _tab_row(line, f"{path}:{number}")
-            rows.append((number, texts, label))
-    if not rows:
-        raise ValueError(f"{path}: the file is empty; expected one example a line")
-    return rows
+def _index(names: list[str], places: bool) -> dict[str, int]:
+    """Number by label as written; ``places``: the number itself counts too, unless it is the name of another."""
+    return {**({str(i): i for i in range(len(names))} if places else {}), **{name: i for i, name in enumerate(names)}}
 
 
-def _tab_row(line: str, where: str) -> tuple[tuple[str, ...], str]:
-    fields = line.split("\t")
-    if len(fields) not in (2, 3):
-        raise ValueError(f"{where}: expected text<TAB>label or text<TAB>text<TAB>label, got {len(fields)} field(s)")
-    if not fields[-1].strip():
-        raise ValueError(f"{where}: the label is empty; expected a name or an index in the last field")
-    return tuple(fields[:-1]), fields[-1].strip()
-
-
-def _json_row(line: str, where: str) -> tuple[tuple[str, ...], str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error.msg})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
-    keys = next((keys for keys in _TEXT_KEYS if all(key in row for key in keys)), None)
-    label = row.get("label")
-    if keys is None or isinstance(label, bool) or not isinstance(label, int | str) or not str(label).strip():
-        wanted = '"text" (or "text_a" and "text_b") and "label" (a name or an index)'
-        raise ValueError(f"{where}: expected keys {wanted}, got {sorted(row)}")
-    texts = tuple(row[key] for key in keys)
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{where}: expected a string under {' and '.join(keys)}")
-    return texts, str(label).strip()
-
-
-def _names_of(rows: list[tuple[int, tuple[str, ...], str]]) -> list[str]:
-    written = {label for _, _, label in rows}
-    return sorted(written, key=int) if all(label.isdecimal() for label in written) else sorted(written)
-
-
-def _examples(rows: list[tuple[int, tuple[str, ...], str]], names: list[str], source: str, arity: int) -> Examples:
-    index = {name: i for i, name in enumerate(names)}
-    labels = []
-    for number, texts, label in rows:
-        if len(texts) != arity:
-            raise ValueError(f"{source}:{number}: expected {arity} text(s) as in the training file, got {len(texts)}")
-        found = index.get(label)
-        if found is None and label.isdecimal() and int(label) < len(names):
-            found = int(label)
-        if found is None:
-            known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise ValueError(f"{source}:{number}: label {label!r} is not among the {len(names)} known labels ({known})")
-        labels.append(found)
-    return Examples([texts for _, texts, _ in rows], labels, source)
+def _examples(rows: list[Row], index: dict[str, int], names: list[str], source: str, tokens: bool) -> Examples:
+    for row in rows:
+        for i, label in enumerate(row.labels):
+            if label not in index:
+                of = f" of {row.texts[i]!r}" if tokens else ""
+                known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+                raise ValueError(
+                    f"{source}:{row.numbers[i]}: label {label!r}{of} is not among the {len(names)} known labels "
+                    f"({known})"
+                )
+    labels = [[index[label] for label in row.labels] for row in rows]
+    return Examples([row.texts for row in rows], labels if tokens else [own[0] for own in labels], source, tokens)

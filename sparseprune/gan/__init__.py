@@ -1,18 +1,8 @@
-"""Floor 7: the adversarial pruner: gates, discriminator, losses, monitor and the trainer of every arm."""
+"""Floor 9: the adversary: a discriminator between teacher and student, its game, and the pruner that plays it."""
 
 from .config import DiscriminatorConfig, GANConfig
 from .discriminator import Discriminator
-from .evaluate import compare, evaluate, predictions
-from .history import History
+from .probe import null_test, probe
 from .trainer import GANPruner
 
-__all__ = [
-    "Discriminator",
-    "DiscriminatorConfig",
-    "GANConfig",
-    "GANPruner",
-    "History",
-    "compare",
-    "evaluate",
-    "predictions",
-]
+__all__ = ["Discriminator", "DiscriminatorConfig", "GANConfig", "GANPruner", "null_test", "probe"]

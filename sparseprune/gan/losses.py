@@ -1,73 +1,91 @@
-"""What the student is trained on beside the game: task, distillation, hidden states."""
+"""The losses of the game: one table from a kind to both sides of it; the gradient penalty; what is watched."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LossLike", "accuracy_counts", "distillation", "is_classification", "make_loss", "real_rows", "task_loss"]
-
-LossLike = type[nn.Module] | Callable[[Tensor, Tensor], Tensor]
-
-IGNORED = -100
+__all__ = ["LOSSES", "Loss", "adversarial_loss", "discriminator_loss", "gradient_penalty", "loss_of", "pair_accuracy"]
 
 
-def make_loss(loss: LossLike) -> Callable[[Tensor, Tensor], Tensor]:
-    """A loss given as a class is instantiated, anything else callable is taken as it is; TypeError on the rest."""
-    made: Any = loss() if isinstance(loss, type) else loss
-    if not callable(made):
-        raise TypeError(f"loss expected a loss class or a callable, got {type(loss).__name__}")
-    return made
+@dataclass(frozen=True)
+class Loss:
+    """Both sides of one game, of scores `[M]`; each returns a scalar to minimise.
 
-
-def is_classification(logits: Tensor, targets: Tensor) -> bool:
-    """Integer targets with one dimension less than the logits: a class for each row or token."""
-    return not targets.is_floating_point() and targets.dim() == logits.dim() - 1
-
-
-def task_loss(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor) -> Tensor:
-    """logits `[..., C]`, targets `[...]` of classes: both flattened first; other targets go to the loss as they are.
-    0 where every target is ignored, which a mean cannot tell.
+    discriminator: of (real, fake). student: of (real, fake) too; without ``pairs`` it does not read real, and may be
+    given fake's place for it. ``penalty``: the discriminator's slope is to be held to 1 by the gradient penalty.
     """
-    logits = logits.float()
-    if is_classification(logits, targets):
-        if not bool((targets != IGNORED).any()):
-            return logits.sum() * 0.0
-        return loss(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
-    return loss(logits, targets)
+
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+    student: Callable[[Tensor, Tensor], Tensor]
+    pairs: bool = False
+    penalty: bool = False
 
 
-def real_rows(logits: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows `[M, C]` that count: for token classes those that are no padding and not ignored; else all."""
-    if logits.dim() == 3 and targets.shape == logits.shape[:2]:
-        keep = targets != IGNORED
-        return logits[keep if mask is None else keep & mask]
-    if logits.dim() == 3 and mask is not None and mask.shape == logits.shape[:2]:
-        return logits[mask]
-    return logits.reshape(-1, logits.shape[-1]) if logits.dim() > 1 else logits.reshape(-1, 1)
+#: By ``DiscriminatorConfig.loss``: hinge (Lim and Ye 2017), lsgan (Mao et al. 2017), wgan-gp (Gulrajani et al. 2017),
+#: relativistic (Jolicoeur-Martineau 2019; row i of both sides is the same token, so the pairs are natural).
+LOSSES: dict[str, Loss] = {
+    "hinge": Loss(
+        lambda real, fake: F.relu(1 - real).mean() + F.relu(1 + fake).mean(),
+        lambda real, fake: -fake.mean(),
+    ),
+    "lsgan": Loss(
+        lambda real, fake: 0.5 * ((real - 1).square().mean() + fake.square().mean()),
+        lambda real, fake: 0.5 * (fake - 1).square().mean(),
+    ),
+    "wgan-gp": Loss(
+        lambda real, fake: fake.mean() - real.mean(),
+        lambda real, fake: -fake.mean(),
+        penalty=True,
+    ),
+    "relativistic": Loss(
+        lambda real, fake: F.softplus(fake - real).mean(),
+        lambda real, fake: F.softplus(real.detach() - fake).mean(),
+        pairs=True,
+    ),
+}
 
 
-def distillation(student: Tensor, teacher: Tensor, temperature: float, classes: bool) -> Tensor:
-    """student, teacher: `[M, C]`; tau^2 KL(teacher || student) (Hinton et al. 2015), or the mean square without
-    classes; 0 without rows.
+def loss_of(kind: str) -> Loss:
+    """ValueError on a kind that is not in ``LOSSES``."""
+    if kind not in LOSSES:
+        raise ValueError(f"loss expected one of {', '.join(LOSSES)}, got {kind!r}")
+    return LOSSES[kind]
+
+
+def discriminator_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
+    """real, fake: `[M]`, scores of the teacher's and the student's features; returns a scalar to minimise, without the
+    gradient penalty. ValueError on an unknown kind.
     """
-    if not len(student):
-        return student.sum() * 0.0
-    if not classes:
-        return F.mse_loss(student.float(), teacher.float())
-    log_student = F.log_softmax(student.float() / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+    return loss_of(kind).discriminator(real, fake)
 
 
-@torch.no_grad()
-def accuracy_counts(logits: Tensor, targets: Tensor) -> tuple[int, int]:
-    """(right, counted) over all rows or tokens whose target is not ignored; (0, 0) without classes."""
-    if not is_classification(logits, targets):
-        return 0, 0
-    keep = targets != IGNORED
-    return int(((logits.argmax(-1) == targets) & keep).sum()), int(keep.sum())
+def adversarial_loss(kind: str, fake: Tensor, real: Tensor | None = None) -> Tensor:
+    """The student's side of the same game; real: `[M]`, needed where the loss compares pairs. ValueError on an unknown
+    kind, and where real is missing.
+    """
+    loss = loss_of(kind)
+    if loss.pairs and real is None:
+        raise ValueError(f"adversarial_loss: {kind!r} compares pairs, expected the teacher's scores too, got none")
+    return loss.student(fake if real is None else real, fake)
+
+
+def gradient_penalty(
+    critic: nn.Module, real: Tensor, fake: Tensor, condition: Tensor | None, tap: Tensor, generator: torch.Generator
+) -> Tensor:
+    """mean (||grad D|| - 1)^2 on lines between real and fake rows `[M, features]` (Gulrajani et al. 2017, equation
+    3).
+    """
+    mix = torch.rand(real.shape[0], 1, generator=generator).to(real)
+    between = (mix * real + (1 - mix) * fake).detach().requires_grad_(True)
+    (slope,) = torch.autograd.grad(critic(between, condition, tap).sum(), between, create_graph=True)
+    return (slope.norm(dim=-1) - 1).square().mean()
+
+
+def pair_accuracy(real: Tensor, fake: Tensor) -> float:
+    """P(D(teacher) > D(student)) over the rows, ties half; the same measure for every loss."""
+    return float((real > fake).double().mean() + 0.5 * (real == fake).double().mean())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._native import require_c
 from .._registry import kernel
-from ._checks import DTYPE_CODES, why_not_cpu
+from ._inputs import DTYPE_CODES, why_not_cpu
 
 
 def _need_contiguous(*tensors: Tensor | None) -> list[str]:

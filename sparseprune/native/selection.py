@@ -8,7 +8,7 @@ from torch import Tensor
 from .._native import require_c
 from .._registry import kernel
 from ..reference import RADIX_BINS, RADIX_DIGITS
-from ._checks import DTYPE_CODES, why_not_cpu
+from ._inputs import DTYPE_CODES, why_not_cpu
 
 _ALL_TIES = (1 << 63) - 1
 

@@ -1,12 +1,14 @@
 """Floor 5: layers, and what puts them into a model and takes them out again."""
 
+from .explain import explain
+from .expose import Attention, expose_linears_
 from .filters import Selection, prunable_linears, select_linears
 from .fusion import Fusion, fuse_, unfuse_
 from .linear import SparseLinear
 from .masked import MaskedLinear
 from .rounded import RoundedLinear
-from .sparsify import DensifyReport, LayerChoice, SparsifyReport, densify_, explain, sparsify_
-from .unpack import Attention, use_linears_
+from .sparsify import DensifyReport, LayerChoice, SparsifyReport, densify_, sparsify_
+from .stacks import StackChoice, drop_stacks_, stack_of, use_stacks_
 
 __all__ = [
     "Attention",
@@ -18,12 +20,16 @@ __all__ = [
     "Selection",
     "SparseLinear",
     "SparsifyReport",
+    "StackChoice",
     "densify_",
+    "drop_stacks_",
     "explain",
+    "expose_linears_",
     "fuse_",
     "prunable_linears",
     "select_linears",
     "sparsify_",
+    "stack_of",
     "unfuse_",
-    "use_linears_",
+    "use_stacks_",
 ]

@@ -2,74 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from .. import _native, backends, layouts, native, ops, reference
+from .. import _native, layouts, native, ops
+from ..activations import ACTIVATIONS, activate
+from ..device_memory import may_remember, remembered
+from ..packing import Packed
+from .direct import is_plain
+from .forms import Form, Forms, check_precision
+from .readonly import read_only
+from .routes import Call, Route, choose_route, in_graph
+from .saving import guard_saving
 
-__all__ = ["ACTIVATIONS", "VALUES", "SparseLinear"]
+__all__ = ["SparseLinear"]
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
-VALUES = ("float32", "bfloat16", "int8")
-
-# Looked up once: a language model calls its layers hundreds of times a token, each time with cold caches.
-_is_tracing, _functorch_level = torch._C._is_tracing, torch._C._functorch.peek_interpreter_stack
-_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_PLAIN = (Tensor, nn.Parameter)
-_pack_lock = threading.Lock()  # many threads may call one layer; packing happens once
-
-
-def _activate(x: Tensor, activation: str) -> Tensor:
-    if activation == "none":
-        return x
-    if activation == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    functions: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
-    return functions[activation](x)
-
-
-def why_not_direct(*tensors: Tensor | None) -> str | None:
-    """None where a kernel may be called directly, past torch's dispatcher; else what is in the way.
-
-    The dispatcher is passed by only where nothing could tell the difference: plain CPU tensors, no gradient, no mode,
-    no functorch level, no autocast, no tracing, no compilation.
-    """
-    if torch.compiler.is_compiling() or _is_tracing():
-        return "the call is being compiled or traced"
-    grad = torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN:
-            return f"{type(tensor).__name__} is a tensor subclass"
-        if tensor.layout is not torch.strided or not tensor.is_cpu:
-            return f"needs strided CPU tensors, got {tensor.layout} on {tensor.device}"
-        if grad and tensor.requires_grad:
-            return "a gradient is needed"
-    if _dispatch_modes() or _function_modes():
-        return "a torch dispatch or function mode is active"
-    if _functorch_level() is not None:
-        return "a functorch transform is active"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is active"
-    return None
-
-
-def runs_direct(*tensors: Tensor | None) -> bool:
-    """Whether a kernel of the compiled core is called directly on these: nothing is in the way, and it is there and not
-    passed over by SPARSEPRUNE_BACKEND.
-    """
-    return _native.C is not None and why_not_direct(*tensors) is None and backends.forced_backend() in (None, "native")
+_NO_WRITE = (
+    "SparseLinear.weight expected to be read, got a write: it is a dense copy of what the layer holds, and the write "
+    "would be lost. Write to .values, take a .clone(), or call densify_(model) first (before adapters are merged, say)"
+)
 
 
 class SparseLinear(nn.Module):
@@ -81,14 +37,23 @@ class SparseLinear(nn.Module):
     optional Parameters. ``weight`` is the dense `[N, K]` matrix, made on demand, read-only.
 
     What the kernels read is packed from ``values``, in huge pages where the system has them, and kept until they
-    change. An in-place write to ``values`` is noticed by its version counter; after a write through ``.data``, which
-    is not, call :meth:`repack`. A load_state_dict may bring another structure of the same shape, or a dense
-    ``weight``, which is converted to this layer's layout.
+    change, in whatever way: values that want a gradient are compared with what was packed at every call, a pass over
+    their bytes. Frozen ones (``model.requires_grad_(False)``) are not, which is what decoding wants; there a write is
+    noticed by the version counter, and after one that passes it by, through ``.data`` or NumPy, call :meth:`repack`. A
+    load_state_dict may bring another structure of the same shape, or a dense ``weight``, which is converted to this
+    layer's layout.
+
+    ``activation`` is part of the layer, saved with it.
 
     ``value_dtype`` is how the inference kernels hold the values: "float32" (exact), "bfloat16", or "int8" (one scale
-    an output). ``tokens``: the numbers of rows of x that packed forms are tuned for, one form each; any number of rows
-    works, and takes the form whose number is nearest by ratio. ``dense_from``: inference with that many rows or more
-    multiplies with the unpacked weight instead, which is kept too, dense in the dtype of ``values``; None: never.
+    an output); with ``activations="int8"`` they round x to 8 bits too, with a scale a token. ``tokens``: the numbers of
+    rows of x that packed forms are tuned for, one form each; any number of rows works, and takes the form whose number
+    is nearest by ratio. ``dense_from``: inference with that many rows or more multiplies with the unpacked weight
+    instead, which is kept too, dense in the dtype of ``values``; None: never.
+
+    ValueError on a layout whose tensors do not fit each other, on a bias that is not `[N]`, on one low-rank factor
+    without the other or factors of other shapes, on ``tokens`` or ``dense_from`` below 1, on an unknown ``activation``,
+    ``value_dtype`` or ``activations``, and where 8-bit activations do not go with the rest.
     """
 
     values: nn.Parameter
@@ -108,10 +73,12 @@ class SparseLinear(nn.Module):
         low_rank_b: Tensor | None = None,
         activation: str = "none",
         value_dtype: str = "float32",
+        activations: str = "float32",
         tokens: int | Sequence[int] = 128,
         dense_from: int | None = None,
     ) -> None:
         super().__init__()
+        guard_saving(SparseLinear)
         counts = (tokens,) if isinstance(tokens, int) else tuple(sorted(set(tokens)))
         if not counts or counts[0] < 1:
             raise ValueError(f"SparseLinear: tokens expected one or more numbers >= 1, got {tokens!r}")
@@ -119,8 +86,7 @@ class SparseLinear(nn.Module):
             raise ValueError(f"SparseLinear: dense_from expected at least 1 or None, got {dense_from}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"SparseLinear: activation expected one of {ACTIVATIONS}, got {activation!r}")
-        if value_dtype not in VALUES:
-            raise ValueError(f"SparseLinear: value_dtype expected one of {VALUES}, got {value_dtype!r}")
+        check_precision(layout, value_dtype, activations, dense_from)
         layout.validate()
         self.out_features, self.in_features = layout.shape
         if bias is not None and tuple(bias.shape) != (self.out_features,):
@@ -128,19 +94,17 @@ class SparseLinear(nn.Module):
         self.layout = layout.layout
         self.blocksize = layout.blocksize if isinstance(layout, layouts.BSR) else None
         self.nm = (layout.n, layout.m) if isinstance(layout, layouts.NM) else None
-        self.activation, self.value_dtype = activation, value_dtype
+        self.activation, self.value_dtype, self.activations = activation, value_dtype, activations
         self.tokens, self.dense_from = counts, dense_from
         self.values = nn.Parameter(layout.values.detach())
         for name, tensor in layout.tensors().items():
             if name != "values":
                 self.register_buffer(name, tensor)
-        self.register_parameter("bias", _parameter(bias))
+        self.register_parameter("bias", _as_parameter(bias))
         self.register_parameter("low_rank_a", None)
         self.register_parameter("low_rank_b", None)
-        self._packs: dict[str, tuple[Any, Any]] = {}
-        self._limits = [  # (most rows, form); more rows take the largest
-            (math.isqrt(small * large), f"inference {small}") for small, large in itertools.pairwise(counts)
-        ]
+        self._indices = tuple(name for name in layout.tensors() if name != "values")
+        self._forms = Forms(value_dtype, counts, activations)
         if (low_rank_a is None) != (low_rank_b is None):
             raise ValueError("SparseLinear: low_rank_a and low_rank_b expected together, got one of them")
         if low_rank_a is not None and low_rank_b is not None:
@@ -180,7 +144,7 @@ class SparseLinear(nn.Module):
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.values.dtype
         )
-        linear.weight = nn.Parameter(self.weight, requires_grad=self.values.requires_grad)
+        linear.weight = nn.Parameter(self.dense(), requires_grad=self.values.requires_grad)
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
@@ -197,7 +161,7 @@ class SparseLinear(nn.Module):
                     f"[r, {self.in_features}] and [{self.out_features}, r], "
                     f"got {list(low_rank_a.shape)} and {list(low_rank_b.shape)}"
                 )
-        self.low_rank_a, self.low_rank_b = _parameter(low_rank_a), _parameter(low_rank_b)
+        self.low_rank_a, self.low_rank_b = _as_parameter(low_rank_a), _as_parameter(low_rank_b)
 
     def to_layout(self) -> layouts.Layout:
         """The canonical layout, over this layer's own tensors."""
@@ -210,15 +174,37 @@ class SparseLinear(nn.Module):
         assert self.nm is not None
         return layouts.NM(shape, *self.nm, self.values, self.indices)
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense `[N, K]` weight, the low-rank term included. Made on every access; writing to it changes
-        nothing.
-        """
+    def dense(self) -> Tensor:
+        """The dense `[N, K]` weight, the low-rank term included, as a tensor of the caller's own."""
         dense = self.to_layout().to_dense().detach()
         if self.low_rank_a is not None and self.low_rank_b is not None:
             dense = dense + self.low_rank_b.detach() @ self.low_rank_a.detach()
         return dense
+
+    @property
+    def weight(self) -> Tensor:
+        """:meth:`dense`, made on every access, to be read: RuntimeError where something writes to it, since that would
+        be lost.
+        """
+        return read_only(self.dense(), _NO_WRITE)
+
+    def held(self) -> Tensor:
+        """:meth:`dense` without the low-rank term, whatever the layer still has of it."""
+        return self.to_layout().to_dense().detach()
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device of ``values``."""
+        return self._own("values")
+
+    def sources(self) -> tuple[Tensor, ...]:
+        """The tensors that packed forms are made of, and are stale with."""
+        return tuple(self.to_layout().tensors().values())
+
+    @property
+    def canonical_names(self) -> tuple[str, ...]:
+        """What the tensors of the layout are called in a state dict."""
+        return ("values", *self._indices)
 
     @property
     def nnz(self) -> int:
@@ -231,9 +217,11 @@ class SparseLinear(nn.Module):
         """nnz / (N * K)."""
         return self.nnz / max(1, self.out_features * self.in_features)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, norm: nn.LayerNorm | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, norm: nn.LayerNorm | None = None, then: str = "none"
+    ) -> Tensor:
         """input: `[..., K]`; residual: `[..., N]`, added after the activation; norm: over `[N]`, with weight and bias,
-        what comes last; returns `[..., N]`.
+        what comes last; then: the activation of this call, where the layer has none of its own; returns `[..., N]`.
 
         ValueError where input, residual or norm has another width, TypeError where norm is no LayerNorm.
         """
@@ -243,11 +231,12 @@ class SparseLinear(nn.Module):
         if residual is not None and residual.shape != (*shape[:-1], self.out_features):
             expected = [*shape[:-1], self.out_features]
             raise ValueError(f"SparseLinear: residual expected {expected}, got {list(residual.shape)}")
+        activation = then if self.activation == "none" else self.activation
         if norm is not None:
-            return self._normalised(input, residual, norm)
-        return self._whole(input, residual)
+            return self._normalised(input, residual, norm, activation)
+        return self._linear(input, residual, activation)
 
-    def _normalised(self, input: Tensor, residual: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+    def _normalised(self, input: Tensor, residual: Tensor | None, norm: nn.LayerNorm, activation: str) -> Tensor:
         """LayerNorm over what the layer gives, by the threads that finish its rows where the compiled core runs."""
         if not isinstance(norm, nn.LayerNorm):
             raise TypeError(
@@ -260,147 +249,136 @@ class SparseLinear(nn.Module):
                 f"SparseLinear: norm expected over [{self.out_features}] with weight and bias, got {got}; apply it to "
                 "the result instead"
             )
-        bias = self._parameters["bias"]
-        if (
-            self._parameters["low_rank_a"] is None
-            and runs_direct(input, residual, bias, self._parameters["values"], gain, shift)
-            and {input.dtype, gain.dtype, shift.dtype} <= native.matmul.DTYPES
-            and (form := self._form(input)) != "unpacked"
-        ):
-            packed, after = self._packed(form), (gain, shift, norm.eps)
-            return native.matmul.linear(input, packed, bias, residual, self.activation, after)
-        return ops.add_layer_norm(self._whole(input, None), residual, gain, shift, norm.eps)
+        if torch.is_autocast_enabled(input.device.type):  # whose LayerNorm has dtypes of its own
+            result = self._linear(input, None, activation)
+            return norm(result if residual is None else result + residual)
+        if self.low_rank_a is None:
+            route = self.route(input, residual, gain, shift)
+            if (
+                route.call is Call.DIRECT
+                and route.form is not None
+                and not route.form.unpacked
+                and {gain.dtype, shift.dtype} <= native.linear.DTYPES
+            ):
+                after = (gain, shift, norm.eps)
+                return native.linear.linear(input, self._packed(route.form), self.bias, residual, activation, after)
+        return ops.add_layer_norm(self._linear(input, None, activation), residual, gain, shift, norm.eps)
 
-    def _whole(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        if self._parameters["low_rank_a"] is not None:
-            return self._forward_with_low_rank(input, residual)
-        return self._sparse(input, residual, self.activation)
+    def _linear(self, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        if self._own("low_rank_a") is not None:
+            return self._linear_with_low_rank(input, residual, activation)
+        return self._sparse(input, residual, activation)
 
-    def _forward_with_low_rank(self, input: Tensor, residual: Tensor | None) -> Tensor:
+    def _linear_with_low_rank(self, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         assert self.low_rank_a is not None and self.low_rank_b is not None
         correction = F.linear(F.linear(input, self.low_rank_a), self.low_rank_b)
-        if self.activation == "none" and residual is not None:
+        if activation == "none" and residual is not None:
             return self._sparse(input, correction + residual, "none")
-        result = _activate(self._sparse(input, correction, "none"), self.activation)
+        result = activate(self._sparse(input, correction, "none"), activation)
         return result if residual is None else result + residual
+
+    def route(self, input: Tensor, *others: Tensor | None) -> Route:
+        """The way that a call takes now; others: what else takes part, as the residual. What ``forward`` and
+        :func:`explain` both ask.
+        """
+        return choose_route(
+            input, others, self._own("values"), self._own("bias"), self._forms, self.dense_from, self.training
+        )
 
     def _sparse(self, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        parameters = self._parameters  # past nn.Module.__getattr__, which takes longer than the checks
-        bias = parameters["bias"]
-        if runs_direct(input, residual, bias, parameters["values"]) and input.dtype in native.matmul.DTYPES:
-            form = self._form(input)
-            if form == "unpacked":
-                return self._unpacked(input, bias, residual, activation)
-            return native.matmul.linear(input, self._packed(form), bias, residual, activation)
-        return self._dispatched(input, bias, residual, activation)
-
-    def _dispatched(self, input: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
-        if not self._packs_serve(input):
+        call, form, why = self.route(input, residual)
+        bias = self._own("bias")
+        if call is Call.CANONICAL:
             result = ops.layout_linear(input, self.to_layout(), bias, activation)
             return result if residual is None else result + residual
-        needs_grad = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (input, residual, bias, self.values)
-        )
-        if needs_grad or self.training:
-            forward, backward = self._packed("forward"), self._packed("backward")
+        if call is Call.UNPACKED:
+            return self._unpacked_on_gpu(ops.linear.autocast_input(input), bias, residual, activation)
+        if call is Call.REFUSED:
+            self._refuse_call(why)
+        if call is Call.TRAINED or form is None:
+            forward, backward = self._structure(self._forms.forward), self._structure(self._forms.backward)
             return ops.trained_linear(input, self.values, forward, backward, bias, activation, residual)
-        form = self._form(input)
-        if form == "unpacked":
-            return self._unpacked(input, bias, residual, activation)
+        if call is Call.INFERRED:
+            structure = self._structure(form._replace(unpacked=False))
+            return ops.inferred_linear(input, self.values, structure, bias, residual, activation, form.unpacked)
+        if form.unpacked:
+            return self._unpacked(input, bias, residual, activation, form)
+        if call is Call.DIRECT:
+            return native.linear.linear(input, self._packed(form), bias, residual, activation)
         return ops.packed_linear(input, self._packed(form), bias, residual, activation)
 
-    def _form(self, input: Tensor) -> str:
-        """What inference multiplies `[..., K]` with: "unpacked" from ``dense_from`` rows on, below it the packed form
-        whose number of tokens is nearest by ratio, "inference N".
-        """
-        rows = input.shape[:-1].numel()
-        if self.dense_from is not None and rows >= self.dense_from:
-            return "unpacked"
-        for most, form in self._limits:
-            if rows <= most:
-                return form
-        return f"inference {self.tokens[-1]}"
+    def _refuse_call(self, why: str) -> NoReturn:
+        raise RuntimeError(f"SparseLinear: {why}")
 
-    def _unpacked(self, input: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
-        weight = self._packed("unpacked")
+    def trained(self, input: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """input: `[..., K]`; returns `[..., N]`: the layer with the caller's ``values`` (of their shape) and bias."""
+        forward, backward = self._structure(self._forms.forward), self._structure(self._forms.backward)
+        return ops.trained_linear(input, values, forward, backward, bias, self.activation, None)
+
+    def _unpacked(
+        self, input: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, form: Form
+    ) -> Tensor:
+        weight = self._forms.dense(form, self._own("values"), self._index_tensors(), self.to_layout)
         if not torch.is_autocast_enabled(input.device.type):
             weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
-        result = _activate(F.linear(input, weight, bias), activation)
+        result = activate(F.linear(input, weight, bias), activation)
         return result if residual is None else result + residual
 
-    def _packs_serve(self, input: Tensor) -> bool:
-        """True where the compiled core runs this call and its packed forms are there or may be made now."""
-        if not self._core_serves() or input.device.type != "cpu" or input.dtype == torch.float64:
-            return False
-        if backends.forced_backend() not in (None, "native"):
-            return False
-        if not torch.compiler.is_compiling():
-            return True
-        if self.training or torch.is_grad_enabled():
-            needed = ["forward", "backward"]
-        else:
-            needed = [f"inference {count}" for count in self.tokens] + ["unpacked"] * (self.dense_from is not None)
-        return all(name in self._packs for name in needed)
+    def _unpacked_on_gpu(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
+        def make() -> Tensor:
+            return self.to_layout().to_dense().detach().to(x.dtype)
 
-    def _packed(self, purpose: str) -> Any:
-        """For inference, with fresh values: the packed form "inference N" for N of ``tokens``, or "unpacked", the dense
-        weight `[N, K]` with values rounded as the packed ones are. For training, structure only: "forward" and
-        "backward".
+        values, weight = self._own("values"), None
+        if may_remember(values):
+            weight = remembered(f"dense {x.dtype}", (values, *self._index_tensors()), make)
+        result = F.linear(x, make() if weight is None else weight, None if bias is None else bias.to(x.dtype))
+        result = activate(result, activation)
+        return result if residual is None else result + residual
+
+    def _own(self, name: str) -> Any:
+        """A parameter, past nn.Module.__getattr__, which takes longer than all checks; or what stands in its place:
+        sharding and parametrisations put a plain attribute there.
         """
-        stamp = None if purpose in ("forward", "backward") else self._stamp(purpose)
-        found = self._packs.get(purpose)
-        if found is not None and found[0] == stamp:
-            return found[1]
-        with _pack_lock:
-            found = self._packs.get(purpose)
-            if found is None or found[0] != stamp:
-                found = stamp, self._pack(purpose, found[1] if found else None)
-                self._packs[purpose] = found
-        return found[1]
+        parameters = self._parameters
+        return parameters[name] if name in parameters else getattr(self, name)
 
-    def _pack(self, purpose: str, previous: Any) -> Any:
-        with torch.no_grad():
-            if purpose != "unpacked" and previous is not None:
-                return ops.repack(previous, self.values.detach()).settled("values")
-            layout = self.to_layout()
-            if purpose == "unpacked":
-                p = ops.pack(layout, tokens=self.tokens[-1], values=self.value_dtype)
-                dense = reference.packed_to_dense(p.index, p.offsets, p.values, p.scale, p.plan)
-                return dense.to(self.values.dtype)
-            if purpose.startswith("inference"):
-                packed = ops.pack(layout, tokens=int(purpose.split()[1]), values=self.value_dtype)
-                return packed.settled("index", "offsets", "values")
-            return ops.pack(layout, tokens=max(*self.tokens, 128), transpose=purpose == "backward")
+    def _index_tensors(self) -> tuple[Tensor, ...]:
+        buffers: Any = self._buffers
+        return tuple([buffers[name] if name in buffers else getattr(self, name) for name in self._indices])
+
+    def _structure(self, form: Form) -> Packed:
+        # A graph holds the structure it was traced with, and takes the values anew.
+        if in_graph():
+            return self._forms.traced(form)
+        return self._forms.structure(form, self.to_layout(), self._index_tensors())
+
+    def _packed(self, form: Form) -> Packed:
+        return self._forms.filled(form, self._own("values"), self._index_tensors(), self.to_layout)
 
     @property
     def packed_nbytes(self) -> int:
         """Bytes of what inference has packed so far, the unpacked weight included; 0 before the first call."""
-        found = [entry for name, (_, entry) in self._packs.items() if name not in ("forward", "backward")]
-        return sum(e.numel() * e.element_size() if isinstance(e, Tensor) else e.nbytes for e in found)
-
-    def _stamp(self, purpose: str) -> tuple[Any, ...]:
-        values = self._parameters["values"]
-        assert values is not None
-        if torch.compiler.is_compiling():  # a compiled graph holds the packed form it was traced with
-            return self._packs[purpose][0] if purpose in self._packs else ()
-        # The version of an inference tensor cannot be read: such a tensor counts as frozen.
-        return values.data_ptr(), -1 if values.is_inference() else values._version, self.value_dtype
+        return self._forms.nbytes
 
     def repack(self) -> None:
-        """Drops what was packed: needed after a write through ``values.data``, which leaves the version counter
-        alone.
+        """Drops what was packed: needed after a write to frozen values that leaves the version counter alone, through
+        ``.data`` or NumPy.
         """
-        with _pack_lock:
-            self._packs.clear()
+        self._forms.drop()
 
     def train(self, mode: bool = True) -> SparseLinear:
         super().train(mode)
-        if mode and self._core_serves():
-            self._packed("forward"), self._packed("backward")  # before anything is compiled
+        self._prepare()
         return self
 
-    def _core_serves(self) -> bool:
-        return _native.C is not None and self.values.device.type == "cpu" and self.values.dtype != torch.float64
+    def _prepare(self) -> None:
+        """Packs what a training step reads, which a compiled one cannot. The values may be elsewhere, as a shard."""
+        if not self.training or in_graph() or _native.C is None or not all(is_plain(t) for t in self._index_tensors()):
+            return
+        try:
+            self._structure(self._forms.forward), self._structure(self._forms.backward)
+        except ValueError:  # memory of to_empty, say, not filled yet: the call says what is wrong, if it still is
+            self.repack()
 
     def extra_repr(self) -> str:
         text = f"{self.in_features}, {self.out_features}, layout={self.layout}"
@@ -411,15 +389,18 @@ class SparseLinear(nn.Module):
         text += f", activation={self.activation}" if self.activation != "none" else ""
         text += f", tokens={self.tokens}" if len(self.tokens) > 1 else ""
         text += f", dense from {self.dense_from} rows" if self.dense_from is not None else ""
-        return text + (f", values={self.value_dtype}" if self.value_dtype != "float32" else "")
+        text += f", value_dtype={self.value_dtype}" if self.value_dtype != "float32" else ""
+        return text + (f", activations={self.activations}" if self.activations != "float32" else "")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packs": {}}
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        guard_saving(SparseLinear)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
         super()._apply(fn, recurse)
         self.repack()
-        return self.train(self.training)
+        self._prepare()
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         dense = state_dict.get(prefix + "weight")
@@ -427,19 +408,24 @@ class SparseLinear(nn.Module):
             loaded = layouts.from_dense(dense, self.layout, self.blocksize, self.nm)
             state_dict.update({prefix + name: tensor for name, tensor in loaded.tensors().items()})
             del state_dict[prefix + "weight"]
-        names = [name for name in self.to_layout().tensors() if prefix + name in state_dict]
-        if "values" in names and len(names) == len(self.to_layout().tensors()):
-            for name in names:
-                incoming, own = state_dict[prefix + name], getattr(self, name)
-                if incoming.shape != own.shape:
-                    own.data = own.data.new_empty(incoming.shape)
+        own = self.to_layout()
+        given = {name: state_dict[prefix + name] for name in own.tensors() if prefix + name in state_dict}
+        if all(isinstance(t, Tensor) and not t.is_meta for t in given.values()):
+            whole = len(given) == len(own.tensors())
+            # Before anything is written: a layer whose tensors do not belong together would be left behind.
+            fitting = {n: t for n, t in given.items() if whole or t.shape == own.tensors()[n].shape}
+            incoming_layout = replace(own, **fitting)
+            incoming_layout.validate() if whole else incoming_layout.validate_structure()
+            for name, incoming in given.items() if whole else ():
+                mine = getattr(self, name)
+                if incoming.shape != mine.shape:
+                    mine.data = mine.data.new_empty(incoming.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.to_layout().validate()
         self.repack()
-        self.train(self.training)
+        self._prepare()
 
 
-def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
+def _as_parameter(tensor: Tensor | None) -> nn.Parameter | None:
     if tensor is None or isinstance(tensor, nn.Parameter):
         return tensor
     return nn.Parameter(tensor)

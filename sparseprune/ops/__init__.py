@@ -2,22 +2,23 @@
 ``torch.ops.sparseprune.NAME``.
 """
 
+from .decoder import decoder
+from .encoder import encoder
 from .linear import (
-    add_layer_norm,
     bsr_linear,
     csr_linear,
+    inferred_linear,
     layout_linear,
     masked_linear,
     nm_linear,
-    pack,
     packed_linear,
-    repack,
-    rms_norm,
-    rounded_linear,
-    sddmm,
     trained_linear,
 )
 from .masking import apply_mask_, mask_gradient_, masked_adamw_, masked_copy, threshold_mask
+from .norms import add_layer_norm, rms_norm
+from .packing import pack, pack_for_gpu, refill, unpack
+from .rounded import rounded_linear
+from .sddmm import sddmm
 from .selection import (
     RadixSelect,
     block_scores,
@@ -37,6 +38,9 @@ __all__ = [
     "bsr_linear",
     "csr_linear",
     "cut_mask",
+    "decoder",
+    "encoder",
+    "inferred_linear",
     "kth_magnitude",
     "layout_linear",
     "magnitude_mask",
@@ -47,13 +51,15 @@ __all__ = [
     "nm_linear",
     "nm_mask",
     "pack",
+    "pack_for_gpu",
     "packed_linear",
     "radix_histogram",
-    "repack",
+    "refill",
     "rms_norm",
     "rounded_linear",
     "sddmm",
     "threshold_mask",
     "topk_mask",
     "trained_linear",
+    "unpack",
 ]

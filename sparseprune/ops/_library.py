@@ -1,4 +1,4 @@
-"""The op library ``torch.ops.sparseprune`` and the argument checks that every op shares."""
+"""The op library ``torch.ops.sparseprune`` and what ops of several families share."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..activations import ACTIVATIONS
+from ..tensor_state import note_sampled
 
 LIBRARY = torch.library.Library("sparseprune", "DEF")
 
 
-def define(schema: str, op: str, fake: Callable[..., Any], mutates: tuple[int, ...] = ()) -> None:
+def define(
+    schema: str, op: str, fake: Callable[..., Any], mutates: tuple[int, ...] = (), gradient: bool = False
+) -> None:
     """Defines ``sparseprune::op`` with this schema; running it goes to the backend that :func:`backends.choose` names.
 
     ``mutates``: positions of the arguments that the op writes (a tensor, or a list of them). Kernels write through raw
     pointers, which autograd cannot see, so their version counters are raised here: a tensor saved for backward and then
-    written raises.
+    written raises. ``gradient``: what it gives is the gradient of sparse values, which a step follows, also in graphs
+    that run no formula of ours.
     """
 
     def run(*args: Any) -> Any:
@@ -26,6 +31,8 @@ def define(schema: str, op: str, fake: Callable[..., Any], mutates: tuple[int, .
         for position in mutates:
             if args[position] is not None:
                 torch.autograd.graph.increment_version(args[position])
+        if gradient:
+            note_sampled()
         return result
 
     LIBRARY.define(schema)
@@ -43,3 +50,40 @@ def check_mask(op: str, tensor: Tensor, mask: Tensor) -> None:
         raise ValueError(
             f"{op}: mask expected on {tensor.device}, got {mask.device}; use mask.to({str(tensor.device)!r})"
         )
+
+
+def output_for(x: Tensor, rows: Any) -> Tensor:
+    """Empty `[..., rows]` for x `[..., K]`."""
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def check_linear(op: str, x: Tensor, rows: int, columns: int | None, bias: Tensor | None, activation: str) -> None:
+    """ValueError unless x `[..., columns]`, bias `[rows]` and the activation suit a product."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if not x.is_floating_point():
+        raise ValueError(f"{op}: x expected a floating dtype, got {x.dtype}; use x.float()")
+    if x.dim() < 1:
+        raise ValueError(f"{op}: x expected shape [..., K], got a scalar")
+    if columns is not None and x.shape[-1] != columns:
+        raise ValueError(f"{op}: x expected {columns} features in its last dimension, got shape {list(x.shape)}")
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise ValueError(f"{op}: bias expected shape [{rows}], got {list(bias.shape)}")
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """x as F.linear would take it: in the autocast dtype where autocast is on for its device."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record an op on these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def widest(x: Tensor, dy: Tensor) -> torch.dtype:
+    """What sums of products of these are kept in: float32 or wider."""
+    return torch.promote_types(torch.promote_types(x.dtype, dy.dtype), torch.float32)

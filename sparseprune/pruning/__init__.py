@@ -1,25 +1,20 @@
-"""Floor 6: pruning. Scores -> exact top-k under a granularity -> mask; schedules say when, allocation says how much
+"""Floor 7: pruning. Scores -> exact top-k under a granularity -> mask; schedules say when, allocation says how much
 of each.
 """
 
-from .allocation import erk_densities, kept_count, weighted_counts
-from .compensation import (
-    Compensation,
-    CompensationReport,
-    collect_inputs,
-    collect_outputs,
-    compensate,
-    compensate_,
-    refit_survivors,
-)
+from ..structured import attention_blocks, feed_forwards, restore_shapes, shrink_
+from .compensation import Compensation, CompensationReport, compensate, compensate_, refit_survivors
+from .counts import erk_densities, kept_count, weighted_counts
 from .criteria import Criterion, PruneContext, criterion_names, make_criterion, register_criterion
 from .factors import Factors
-from .granularity import NM, Block, Element, Granularity, Heads, Mixture, Neurons, Plan, UnitMap, make_granularity
+from .granularity import NM, Block, Element, Granularity, Heads, Mixture, Neurons, make_granularity
 from .masks import MaskSet
+from .plan import Plan
 from .prune import PruneReport, prune_
 from .pruner import PruneConfig, Pruner
-from .schedules import Constant, Cubic, Linear, OneShot, RetentionSchedule, Schedule
-from .structures import attention_blocks, feed_forwards, restore_shapes, shrink_
+from .reading import collect_inputs, collect_outputs
+from .schedules import ConstantSchedule, CubicSchedule, LinearSchedule, OneShotSchedule, RetentionSchedule, Schedule
+from .units import UnitMap
 
 from . import oneshot  # isort: skip  # registers its criteria, needs the modules above
 
@@ -28,18 +23,18 @@ __all__ = [
     "Block",
     "Compensation",
     "CompensationReport",
-    "Constant",
+    "ConstantSchedule",
     "Criterion",
-    "Cubic",
+    "CubicSchedule",
     "Element",
     "Factors",
     "Granularity",
     "Heads",
-    "Linear",
+    "LinearSchedule",
     "MaskSet",
     "Mixture",
     "Neurons",
-    "OneShot",
+    "OneShotSchedule",
     "Plan",
     "PruneConfig",
     "PruneContext",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .granularity import Plan
+    from .plan import Plan
 
 __all__ = [
     "Criterion",
@@ -28,6 +28,7 @@ __all__ = [
     "SoftMovement",
     "Uncertainty",
     "criterion_names",
+    "magnitude",
     "make_criterion",
     "register_criterion",
 ]
@@ -58,7 +59,9 @@ class Criterion:
     itself.
 
     ``needs_data``: ``data`` must be given. ``needs_gradients``: :meth:`observe` is called between each backward pass
-    and the optimiser's step. State that a resume needs goes through :meth:`state_dict`.
+    and the optimiser's step, by ``prune_`` once with what lies in ``.grad``; :meth:`scores` raises ValueError on a
+    layer that was never observed. State that a resume needs goes through :meth:`state_dict`: tensors, plain values,
+    lists and dicts of them.
     """
 
     name = "criterion"
@@ -84,13 +87,18 @@ class Criterion:
             raise ValueError(f"{self.name}: expected no state, got {sorted(state)}")
 
 
+def magnitude(weight: Tensor) -> Tensor:
+    """weight: `[N, K]`; returns |w| `[N, K]`."""
+    return weight.detach().abs()
+
+
 class Magnitude(Criterion):
     """|w|."""
 
     name = "magnitude"
 
     def scores(self, context: PruneContext) -> dict[str, Tensor]:
-        return {fqn: weight.detach().abs() for fqn, weight in context.weights.items()}
+        return {fqn: magnitude(weight) for fqn, weight in context.weights.items()}
 
 
 class Random(Criterion):
@@ -114,7 +122,16 @@ class FromFunction(Criterion):
         self.name = getattr(function, "__name__", type(function).__name__)
 
     def scores(self, context: PruneContext) -> dict[str, Tensor]:
-        return {fqn: self.function(linear, fqn) for fqn, linear in context.layers.items()}
+        found = {fqn: self.function(linear, fqn) for fqn, linear in context.layers.items()}
+        for fqn, linear in context.layers.items():
+            scores, shape = found[fqn], linear.weight.shape
+            if not isinstance(scores, Tensor) or scores.shape != shape or scores.is_complex():
+                got = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+                raise ValueError(
+                    f"criterion {self.name!r}: scores of {fqn!r} expected a real tensor {list(shape)}, got {got}; "
+                    "return one score a weight"
+                )
+        return found
 
 
 class _Accumulating(Criterion):
@@ -243,8 +260,12 @@ def make_criterion(criterion: str | Criterion | ScoreFn, options: Mapping[str, A
     """criterion: a name, a :class:`Criterion`, or ``fn(linear, fqn) -> scores [N, K]``; options: keyword arguments
     of the named.
 
-    Raises ValueError on an unknown name, listing what exists, and on an unknown option.
+    Raises ValueError on an unknown name, listing what exists, on an unknown option, and on a class in place of its
+    instance.
     """
+    if isinstance(criterion, type):
+        name = criterion.__name__
+        raise ValueError(f"criterion: expected a name, a Criterion or a function, got a class, {name}; pass {name}()")
     if isinstance(criterion, Criterion):
         return _without_options(criterion, options)
     if isinstance(criterion, str):

@@ -109,6 +109,7 @@ class MaskSet(Mapping[str, Tensor]):
         """The number of weights kept in one layer."""
         return self._masks[fqn].kept()
 
+    @property
     def density(self) -> float:
         """kept / total, 1 for no weights at all."""
         return self.kept / self.total if self.total else 1.0

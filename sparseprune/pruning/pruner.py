@@ -13,13 +13,20 @@ from torch.optim import Optimizer
 from .. import ops
 from .._config import Config
 from ..nn.filters import FilterFn, select_linears
+from ..nn.simulated import check_dtypes, simulate_
+from ..nn.stand_in import put_back_
+from ..nn.views import LinearViews
 from ..optim import AdamW
+from .batches import moved
 from .criteria import Criterion, PruneContext, make_criterion
-from .granularity import DistributedSelector, Granularity, Plan, Selector
+from .granularity import Granularity
+from .intake import calibration_data
 from .masks import MaskSet
-from .prune import PruneReport, check_floor, make_report, trim_
-from .ranks import Ranks
-from .schedules import Cubic, Schedule
+from .plan import Plan
+from .processes import Processes
+from .prune import PruneReport, check_floor, make_report, trim_, warn_starved
+from .schedules import CubicSchedule, Schedule
+from .selectors import DistributedSelector, Selector
 
 __all__ = ["PruneConfig", "Pruner"]
 
@@ -30,13 +37,18 @@ _VERSION = 1
 class PruneConfig(Config):
     """How a :class:`Pruner` prunes.
 
-    ``schedule``: the density over the window from step ``begin`` to step ``end`` (optimiser steps); masks are chosen
-    anew every ``every`` steps of it and are fixed from ``end`` on. ``density``: the final one, by default the
-    schedule's; another value is an error. ``criterion``, ``criterion_options``, ``granularity``, ``scope``,
-    ``densities``, ``floor``: as in ``prune_``.
+    ``schedule``: the density over the window from step ``begin`` to step ``end``, 0 <= begin < end, in steps of the
+    optimiser; masks are chosen anew every ``every`` >= 1 steps of it and are fixed from ``end`` on. ``density``: the
+    final one, a share of the weights in (0, 1], by default the schedule's. ``criterion``, ``criterion_options``,
+    ``granularity``, ``scope``, ``densities``, ``floor``: as in ``prune_``. ``value_dtype``, ``activations``: those that
+    ``sparsify_`` will be given; from ``end`` to ``finalize`` the pruned Linears round as its kernels will, and
+    gradients pass straight through.
+
+    ValueError on a ``density`` that is not the schedule's, on steps outside these ranges, on another scope, and on
+    dtypes that do not go together.
     """
 
-    schedule: Schedule = field(default_factory=lambda: Cubic(0.1))
+    schedule: Schedule = field(default_factory=lambda: CubicSchedule(0.1))
     criterion: str | Criterion | Callable[..., Tensor] = "magnitude"
     granularity: str | Granularity | dict[str, str | Granularity] = "element"
     scope: Literal["global", "layer"] = "global"
@@ -46,11 +58,15 @@ class PruneConfig(Config):
     every: int = 10
     densities: dict[str, float] | None = None
     criterion_options: dict[str, Any] = field(default_factory=dict)
-    floor: float = 0.0
+    floor: float | None = None
+    value_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    activations: Literal["float32", "int8"] = "float32"
 
     def __post_init__(self) -> None:
+        check_dtypes("PruneConfig", self.value_dtype, self.activations)
         if not isinstance(self.schedule, Schedule):
-            raise ValueError(f"PruneConfig: schedule expected a Schedule such as sp.Cubic(0.1), got {self.schedule!r}")
+            got = repr(self.schedule)
+            raise ValueError(f"PruneConfig: schedule expected a Schedule such as sp.CubicSchedule(0.1), got {got}")
         final = self.schedule.final_density
         if self.density is None:
             object.__setattr__(self, "density", final)
@@ -70,7 +86,7 @@ class PruneConfig(Config):
 class Pruner:
     """Prunes a model while it trains::
 
-        pruner = Pruner(model, PruneConfig(schedule=Cubic(0.1), begin=100, end=900))
+        pruner = Pruner(model, PruneConfig(schedule=CubicSchedule(0.1), begin=100, end=900))
         pruner.prepare(optimizer)
         for batch in loader:
             loss(model(batch)).backward()
@@ -80,15 +96,21 @@ class Pruner:
         model = pruner.finalize()
 
     Nothing is attached to the model: its modules, parameter names and state dict stay, and it can be copied and
-    pickled at any time. What is pruned is zero in the weights themselves; the values behind the zeros are kept here,
-    so that until the masks are fixed a weight can come back with the value it had. ``prepare`` hooks the optimiser,
-    which masks gradients and shows them to criteria that need them; an ``sp.AdamW`` is handed the masks. A copied or
-    unpickled pruner wants ``prepare`` again.
+    pickled at any time. Conv1D (GPT-2), the packed ``nn.MultiheadAttention`` and a mixture's experts in one tensor are
+    pruned as the Linears they are in truth, under the names that :func:`sparsify_` gives those. Where the configuration
+    rounds, other modules hold the same parameters from ``end`` to ``finalize``. What is pruned is zero in the weights
+    themselves; the values behind the zeros are kept here, so that until the masks are fixed a weight can come back with
+    the value it had. ``prepare`` hooks the optimiser, which masks gradients and shows them to criteria that need them;
+    an ``sp.AdamW`` is handed the masks. A copied or unpickled pruner wants ``prepare`` again.
 
     distributed: ``"auto"`` means ``"replicated"`` where torch.distributed is initialised: every process holds the whole
     model, scores are averaged, and the masks are compared. ``"sharded"``: every process holds its own part of each
     layer (the same layers everywhere); one exact threshold is found from summed histograms. ``"off"``: this process
     alone.
+
+    filter_fn, data, tokenizer: as in ``prune_``; group: the processes that train together, None for all. ValueError on
+    arguments that do not fit the model, as in ``prune_``; RuntimeError from :meth:`step` after :meth:`finalize`, and
+    where a Linear has been replaced in the meantime.
     """
 
     def __init__(
@@ -99,10 +121,10 @@ class Pruner:
         data: Any = None,
         distributed: Literal["auto", "off", "replicated", "sharded"] = "auto",
         group: Any = None,
+        tokenizer: Any = None,
     ) -> None:
         self.model = model
         self.config = config or PruneConfig()
-        self.data = data
         if distributed not in ("auto", "off", "replicated", "sharded"):
             raise ValueError(
                 f"Pruner: distributed expected 'auto', 'off', 'replicated' or 'sharded', got {distributed!r}"
@@ -111,15 +133,25 @@ class Pruner:
         self.criterion = make_criterion(self.config.criterion, self.config.criterion_options)
         if self.criterion.needs_data and data is None:
             raise ValueError(f"Pruner: criterion {self.criterion.name!r} needs data; pass data=batches of inputs")
-        selection = select_linears(model, filter_fn)
+        self._views = LinearViews(model)
+        selection = select_linears(self._views.model(), filter_fn)
         self._plan = Plan.build(
-            model, selection.selected, self.config.granularity, self.config.scope, self.config.densities,
+            self._views.model(), selection.selected, self.config.granularity, self.config.scope, self.config.densities,
             self.config.floor,
         )  # fmt: skip
         check_floor(self.criterion, self.config.floor)
+        self.data = calibration_data(data, model, tokenizer, "Pruner") if self.criterion.needs_data else data
         self._plan.check_sparsity(1 - self.config.schedule.final_density)
         self._skipped = {**selection.skipped, **self._plan.skipped}
         self._names = self._plan.layers
+        held = dict(model.named_modules())
+        hidden = [name for name in self._names if not isinstance(held.get(name), nn.Linear)]
+        if hidden and self.config.value_dtype != "float32":
+            raise ValueError(
+                f"Pruner: value_dtype={self.config.value_dtype!r} rounds the model's Linears while it trains, got "
+                f"{hidden[0]}, which another weight hides; call expose_linears_(model) and "
+                "sparseprune.nn.matrices.unpack_(model) first"
+            )
         self._masks: dict[str, Tensor] = {}
         self._behind: dict[str, Tensor] = {}
         self._steps = 0
@@ -189,12 +221,13 @@ class Pruner:
             self._hold()
             self._release()
             self._behind.clear()
+            put_back_(self.model)
             self._finalized = True
         return self.model
 
     def report(self) -> PruneReport:
         """The masks in force, per layer and in all."""
-        return make_report(self._plan, self.masks, self._skipped, self.criterion.name)
+        return make_report(self._views.model(), self._plan, self.masks, self._skipped, self.criterion.name)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs besides the model's and the optimiser's own state. Tensors and plain values only."""
@@ -226,20 +259,25 @@ class Pruner:
             for fqn, tensor in state[what].items():
                 if fqn not in layers or layers[fqn].weight.shape != tensor.shape:
                     raise ValueError(f"Pruner: {what} of {fqn!r} {list(tensor.shape)} fit no layer of this model")
-        self.criterion.load_state_dict(state["criterion"])
+        first = next(iter(layers.values())).weight.device
+        self.criterion.load_state_dict(moved(state["criterion"], lambda value: value.to(first)))
         self._steps, self._frozen, self._finalized = state["steps"], state["frozen"], state["finalized"]
         self._density = state["density"]
         device = {fqn: linear.weight.device for fqn, linear in layers.items()}
         self._masks = {fqn: mask.to(device[fqn], copy=True) for fqn, mask in state["masks"].items()}
         self._behind = {fqn: values.to(device[fqn], copy=True) for fqn, values in state["behind"].items()}
         self._hold()
+        if self._frozen and not self._finalized:
+            self._simulate()
+        else:
+            put_back_(self.model)
         self._hand_over()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_optimizer": None, "_hook": None}
 
     def _layers(self) -> dict[str, nn.Linear]:
-        modules = dict(self.model.named_modules())
+        modules = dict(self._views.model().named_modules())
         found = {fqn: modules[fqn] for fqn in self._names if isinstance(modules.get(fqn), nn.Linear)}
         missing = [fqn for fqn in self._names if fqn not in found]
         if missing:
@@ -260,7 +298,7 @@ class Pruner:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         layers = self._layers()
-        found = {fqn: linear.weight.grad for fqn, linear in layers.items()}
+        found = {fqn: self._views.gradient(linear) for fqn, linear in layers.items()}
         gradients: dict[str, Tensor] = {fqn: grad for fqn, grad in found.items() if grad is not None}
         if self.criterion.needs_gradients and not self._frozen:
             self.criterion.observe({fqn: self._dense(fqn, layers[fqn]) for fqn in gradients}, gradients)
@@ -279,20 +317,20 @@ class Pruner:
         layers = self._layers()
         weights = {fqn: self._dense(fqn, linear) for fqn, linear in layers.items()}
         sparsity = 1 - density
-        context = PruneContext(self.model, layers, weights, self._plan, sparsity, self.data)
+        context = PruneContext(self._views.model(), layers, weights, self._plan, sparsity, self.data)
         mode = self._mode()
-        ranks = Ranks(self._group, active=mode == "replicated")
+        processes = Processes(self._group, active=mode == "replicated")
         if type(self.criterion).masks is Criterion.masks:
             scores = self.criterion.scores(context)
             if mode == "replicated":  # equal to the bit everywhere, so the masks are
                 scores = {fqn: scores[fqn].detach().float().clone() for fqn in self._names}
-                ranks.mean_(scores.values())
+                processes.mean_(scores.values())
             selector = DistributedSelector(self._group) if mode == "sharded" else Selector()
             self._masks = self._plan.masks(scores, sparsity, selector)
         else:
             self._masks = dict(self.criterion.masks(context))
             weights = {fqn: self._dense(fqn, linear) for fqn, linear in layers.items()}
-        ranks.check_masks(self._masks, 'Pruner (distributed="sharded" is for parts of a model)')
+        processes.check_masks(self._masks, 'Pruner (distributed="sharded" is for parts of a model)')
         for fqn, linear in layers.items():
             mask = self._masks[fqn]
             if not final:  # before the weight is written, for the first time the two are one tensor
@@ -303,7 +341,15 @@ class Pruner:
             self._frozen = True
             self._behind.clear()
             trim_(layers, self._plan, sparsity)
+            if mode != "sharded" and sparsity < 1:  # a shard alone says nothing about its layer
+                warn_starved("Pruner", self._plan, {f: (int(m.sum()), m.numel()) for f, m in self._masks.items()})
+            self._simulate()
         self._hand_over()
+
+    def _simulate(self) -> None:
+        """What cannot be rounded stays exact here as it does under ``sparsify_``."""
+        if self.config.value_dtype != "float32":
+            simulate_(self.model, self._names, self.config.value_dtype, self.config.activations)
 
     @torch.no_grad()
     def _hold(self) -> None:
@@ -315,9 +361,8 @@ class Pruner:
         if isinstance(self._optimizer, AdamW) and self._masks:
             own = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
             layers = self._layers()
-            self._optimizer.set_masks(
-                {layers[fqn].weight: mask for fqn, mask in self._masks.items() if id(layers[fqn].weight) in own}
-            )
+            masks = self._views.held_masks({layers[fqn]: mask for fqn, mask in self._masks.items()})
+            self._optimizer.set_masks({p: mask for p, mask in masks.items() if id(p) in own})
 
     def _release(self) -> None:
         if self._hook is not None:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from .._config import Config
 
-__all__ = ["Constant", "Cubic", "Linear", "OneShot", "RetentionSchedule", "Schedule"]
+__all__ = ["ConstantSchedule", "CubicSchedule", "LinearSchedule", "OneShotSchedule", "RetentionSchedule", "Schedule"]
 
 _MAX_STEPS = 100_000
 
@@ -61,45 +61,58 @@ class _Falling(Schedule):
 
 
 @dataclass(frozen=True)
-class Cubic(_Falling):
-    """s(t) = s_f + (s_i - s_f) (1 - t)^3 for the sparsity s: fast at first, slow at the end (Zhu and Gupta 2017)."""
+class CubicSchedule(_Falling):
+    """s(t) = s_f + (s_i - s_f) (1 - t)^3 for the sparsity s: fast at first, slow at the end (Zhu and Gupta 2017).
+
+    final_density, initial_density: shares of the weights kept, 0 < final_density <= initial_density <= 1, where the
+    window ends and begins; ValueError on others.
+    """
 
     def _inside(self, progress: float) -> float:
         return self.final_density + (self.initial_density - self.final_density) * (1 - progress) ** 3
 
 
 @dataclass(frozen=True)
-class Linear(_Falling):
-    """The density falls on a straight line."""
+class LinearSchedule(_Falling):
+    """The density falls on a straight line.
+
+    final_density, initial_density: shares of the weights kept, 0 < final_density <= initial_density <= 1, where the
+    window ends and begins; ValueError on others.
+    """
 
     def _inside(self, progress: float) -> float:
         return self.final_density + (self.initial_density - self.final_density) * (1 - progress)
 
 
 @dataclass(frozen=True)
-class OneShot(Schedule):
-    """Everything at once, when the share ``at`` of the window is over: 1 before, ``final_density`` after."""
+class OneShotSchedule(Schedule):
+    """Everything at once, when the share ``at`` of the window is over: 1 before, ``final_density`` after.
+
+    final_density: share of the weights kept, in (0, 1]; at: in [0, 1). ValueError on others.
+    """
 
     final_density: float
     at: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_density("OneShot", "final_density", self.final_density)
+        _check_density("OneShotSchedule", "final_density", self.final_density)
         if not 0 <= self.at < 1:
-            raise ValueError(f"OneShot: at expected in [0, 1), a share of the window, got {self.at!r}")
+            raise ValueError(f"OneShotSchedule: at expected in [0, 1), a share of the window, got {self.at!r}")
 
     def _inside(self, progress: float) -> float:
         return self.final_density if progress > self.at else 1.0
 
 
 @dataclass(frozen=True)
-class Constant(Schedule):
-    """``final_density`` from the first step of the window to its last."""
+class ConstantSchedule(Schedule):
+    """``final_density``, a share of the weights in (0, 1], from the first step of the window to its last. ValueError on
+    another.
+    """
 
     final_density: float
 
     def __post_init__(self) -> None:
-        _check_density("Constant", "final_density", self.final_density)
+        _check_density("ConstantSchedule", "final_density", self.final_density)
 
     def _inside(self, progress: float) -> float:
         return self.final_density
@@ -122,6 +135,8 @@ class RetentionSchedule(Schedule):
       ``(1 - sqrt(1 - 4 z_min)) / 2``, for which z_min < 1/4 and a start between the two fixed points are needed.
 
     Over a window the steps are spread evenly, with straight lines in log density between them.
+
+    r0: in (0, 1); z_min: in [0, 1) and at most 1 - r0, above 0 for a window. ValueError on others.
     """
 
     r0: float = 0.1

@@ -1,3 +1,3 @@
 """Floor 1: the ops as Triton kernels. Importing this needs neither Triton nor a GPU: each kernel has its reasons."""
 
-from . import masking, matmul, selection  # noqa: F401  (importing them registers their kernels)
+from . import linear, masking, sddmm, selection  # noqa: F401  (importing them registers their kernels)

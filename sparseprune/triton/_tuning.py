@@ -2,9 +2,10 @@
 
 ``SPARSEPRUNE_TRITON_TUNE``  auto (default): time on a GPU, take the first under the interpreter | 0: always the
 first, so that two runs add in the same order | 1: time everywhere. The first configuration of every list fits the
-smallest supported card. What was chosen lasts as long as the process. Nothing is timed, and nothing waits for the
-stream, while a CUDA graph is captured: the first configuration then serves, unless one call before the capture has
-settled the choice.
+smallest supported card, and serves without timing under ``torch.use_deterministic_algorithms`` and where memory is
+short. What was chosen lasts as long as the process. Nothing is timed, and nothing waits for the stream, while a CUDA
+graph is captured: call once with the same shapes before, since a kernel is compiled and loaded for its first call, and
+anew for sizes that are 1 or multiples of 16. Timing waits for the device: no other thread may record meanwhile.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ..device_memory import capturing
 from ._environment import interpreting
 
 __all__ = ["Config", "bucket", "chosen", "do_bench", "launch"]
@@ -68,7 +70,8 @@ def _name(device: torch.device) -> str:
 
 def _times(device: torch.device) -> bool:
     wanted = setting()
-    return wanted == "1" or (wanted == "auto" and device.type == "cuda" and not interpreting())
+    free = device.type == "cuda" and not interpreting() and not torch.are_deterministic_algorithms_enabled()
+    return wanted == "1" or (wanted == "auto" and free)
 
 
 def launch(
@@ -79,19 +82,35 @@ def launch(
     config = _CHOSEN.get(full)
     if config is None:
         if len(configs) > 1 and _times(device):
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                run(configs[0])
+            if capturing(device):
+                _run(kernel, device, configs[0], run)
                 return
             config = _fastest(kernel, device, full, configs, run)
+            if config is None:
+                _run(kernel, device, configs[0], run)
+                return
         else:
             config = configs[0]
         _CHOSEN[full] = config
-    run(config)
+    _run(kernel, device, config, run)
+
+
+def _run(kernel: str, device: torch.device, config: Config, run: Callable[[Config], None]) -> None:
+    try:
+        run(config)
+    except Exception as error:
+        if not capturing(device):
+            raise
+        raise RuntimeError(
+            f"{kernel}: expected to be loaded before a CUDA graph is recorded; run the call once before, with the same "
+            "shapes"
+        ) from error
 
 
 def _fastest(
     kernel: str, device: torch.device, key: tuple[Any, ...], configs: Sequence[Config], run: Callable[[Config], None]
-) -> Config:
+) -> Config | None:
+    """None where memory was short for timing, which the next call may not find."""
     from triton.runtime.errors import OutOfResources
 
     with _LOCK:
@@ -103,6 +122,8 @@ def _fastest(
                 timings[config] = do_bench(functools.partial(run, config), device)
             except OutOfResources as error:  # a larger tile than this card has room for: the next one is tried
                 reason = error
+            except torch.OutOfMemoryError:  # for what timing takes: it is not worth failing in the middle of training
+                return None
         if not timings:
             raise RuntimeError(f"{kernel}: no shipped configuration fits {_name(device)}") from reason
         return min(timings, key=lambda config: timings[config])
@@ -122,6 +143,7 @@ def do_bench(run: Callable[[], None], device: torch.device, repeats: int = 9) ->
     sweep = torch.empty(max(size, 1 << 24), dtype=torch.uint8, device=device)
     starts = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
     ends = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
+    torch.cuda._sleep(2_000_000)  # about 1 ms: the host queues ahead, or the events would hold its time to launch
     for start, end in zip(starts, ends):
         sweep.zero_()
         start.record()

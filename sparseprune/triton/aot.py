@@ -24,7 +24,7 @@ import torch
 from . import configs, selection
 from ._environment import kernels
 from ._tuning import Config
-from .masking import WARPS, block_of
+from .masking import ROUNDS, WARPS, block_of
 
 __all__ = ["TARGETS", "Built", "Spec", "build", "specs"]
 
@@ -104,7 +104,7 @@ def _elementwise(everything: bool) -> Iterator[Spec]:
         types = {"w": w, "mask": mask, "out": w, "n": "i32"}
         yield Spec("masked_copy_kernel", "masking", name, types, base, WARPS, 3)
         types = {"w": w, "threshold": w, "mask": mask, "out": w, "counts": "*i64", "n": "i32"}
-        yield Spec("threshold_mask_kernel", "masking", name, types, base, WARPS, 3)
+        yield Spec("threshold_mask_kernel", "masking", name, types, {"BLOCK": block_of(4), "ROUNDS": ROUNDS}, WARPS, 3)
         base = {"BLOCK": block_of(4)}
         types = {"grad": w, "w": w, "mask": mask, "score_grad": "*fp32", "n": "i32"}
         yield Spec("mask_gradient_kernel", "masking", name, types, {**base, "SCORES": True}, WARPS, 3)
@@ -127,7 +127,7 @@ def _selecting(everything: bool) -> Iterator[Spec]:
                 warps = selection.HISTOGRAM["num_warps"]
                 yield Spec("radix_histogram_kernel", "selection", label, types, constants, warps, 3)
         constants = {"MAGNITUDE": True, "BLOCK": selection.CUT_BLOCK}
-        types = {"x": x, "threshold": x, "ties": "*i32", "n": "i32"}
+        types = {"x": x, "threshold": x, "ties": "*i32", "bad": "*i64", "n": "i32"}
         yield Spec("count_ties_kernel", "selection", name, types, constants, selection.CUT_WARPS, 3)
         types = {"x": x, "threshold": x, "upto": "*i64", "allowed": "*i64", "mask": "*u8", "n": "i32"}
         yield Spec("cut_mask_kernel", "selection", name, types, constants, selection.CUT_WARPS, 3)
@@ -162,7 +162,7 @@ def _products(everything: bool) -> Iterator[Spec]:
                 variant |= {"ACTIVATION": "none" if transposed else "gelu", "stride_xr": 1}
                 constants, warps, stages = _configured(config, {**common, **variant})
                 label = _label(number, "dx" if transposed else "", "bits" if bits else "", config=config)
-                yield Spec("masked_linear_kernel", "matmul", label, types, constants, warps, stages, matrix)
+                yield Spec("masked_linear_kernel", "linear", label, types, constants, warps, stages, matrix)
         for config in configs.masked_gradient_configs(dtype):
             for bits in (False, True) if everything else (False,):
                 types = {"dy": pointer, "x": pointer, "mask": "*u8", "out": pointer}
@@ -170,25 +170,32 @@ def _products(everything: bool) -> Iterator[Spec]:
                 variant = {**common, "BITS": bits, "stride_dn": 1, "stride_xk": 1}
                 constants, warps, stages = _configured(config, variant)
                 label = _label(number, "bits" if bits else "", config=config)
-                yield Spec("masked_weight_gradient_kernel", "matmul", label, types, constants, warps, stages, matrix)
+                yield Spec("masked_weight_gradient_kernel", "linear", label, types, constants, warps, stages, matrix)
         for side in (16, 32, 64, 128) if everything or dtype == torch.float16 else (32, 128):
-            several = dict.fromkeys(c for tokens in (16, 512) for c in configs.bsr_configs(dtype, side, tokens))
-            for config in several if everything else configs.bsr_configs(dtype, side, 512)[:1]:
-                for transposed in (False, True):
-                    types = {"x": pointer, "crow": "*i32", "index": "*i32", "order": "*i32", "values": pointer}
-                    types |= {"bias": pointer, "out": pointer, "M": "i32", "OUT": "i32", "stride_xm": "i32"}
-                    variant = {"ROWS": side, "COLS": side, "TRANSPOSED": transposed, "BIAS": not transposed}
-                    variant |= {"ACTIVATION": "none" if transposed else "gelu_tanh", "stride_xr": 1}
-                    constants, warps, stages = _configured(config, {**common, **variant})
-                    label = _label(number, f"{side}x{side}", "dx" if transposed else "", config=config)
-                    yield Spec("bsr_linear_kernel", "matmul", label, types, constants, warps, stages, matrix)
+            # Under autocast values come in float32, and lie in shared memory so.
+            for values in (dtype, torch.float32) if side == 128 and dtype == torch.float16 else (dtype,):
+                held = torch.promote_types(dtype, values)
+                several = dict.fromkeys(c for tokens in (16, 512) for c in configs.bsr_configs(held, side, tokens))
+                if not everything:
+                    several = dict.fromkeys(configs.bsr_configs(held, side, tokens)[0] for tokens in (16, 512))
+                for config in several:
+                    for transposed in (False, True):
+                        types = {"x": pointer, "crow": "*i32", "index": "*i32", "order": "*i32"}
+                        types |= {"values": f"*{NAMES[values]}", "bias": pointer, "out": pointer}
+                        types |= {"M": "i32", "OUT": "i32", "stride_xm": "i32"}
+                        variant = {"ROWS": side, "COLS": side, "TRANSPOSED": transposed, "BIAS": not transposed}
+                        variant |= {"ACTIVATION": "none" if transposed else "gelu_tanh", "stride_xr": 1}
+                        constants, warps, stages = _configured(config, {**common, **variant})
+                        kind = f"{side}x{side}" + ("" if values == dtype else f" of {NAMES[values]}")
+                        label = _label(number, kind, "dx" if transposed else "", config=config)
+                        yield Spec("bsr_linear_kernel", "linear", label, types, constants, warps, stages, matrix)
             config = configs.sddmm_config(dtype, side, side)
             types = {"dy": pointer, "x": pointer, "crow": "*i32", "index": "*i32", "out": pointer, "M": "i32"}
             types |= {"bands": "i32", "stride_dm": "i32", "stride_xm": "i32"}
             variant = {**common, "ROWS": side, "COLS": side, "stride_dn": 1, "stride_xk": 1}
             constants, warps, stages = _configured(config, variant)
             label = _label(number, f"{side}x{side}", config=config)
-            yield Spec("bsr_sddmm_kernel", "matmul", label, types, constants, warps, stages, matrix)
+            yield Spec("bsr_sddmm_kernel", "sddmm", label, types, constants, warps, stages, matrix)
 
 
 def specs(everything: bool = False) -> list[Spec]:

@@ -46,13 +46,17 @@ def bsr_configs(dtype: torch.dtype, outputs: int, tokens: int) -> tuple[Config, 
     def block(m: int, inputs: int, warps: int, stages: int) -> Config:
         return Config((("BLOCK_M", m), ("BLOCK_R", inputs)), warps, stages)
 
+    # A block's index is loaded in front of its x, which halves the depth of the pipeline: n stages are n / 2 buffers,
+    # and one less where a step takes several blocks.
     inputs = 32 if dtype == torch.float32 else 64
     warps = 8 if outputs == 128 and dtype == torch.float32 else 4
+    stages = 8 if outputs < 64 else 6
     if tokens <= 32:
-        return (block(16, inputs, 4, 4), block(32, inputs, 4, 4))
+        return (block(16, inputs, 4, 8), block(32, inputs, 4, 8))
     if dtype == torch.float32 and outputs in (32, 64):
-        return (block(32 if outputs == 32 else 64, inputs, 4, 3), block(64, inputs, 8, 3))
-    return (block(64, inputs, warps, 3), block(128 if outputs <= 64 else 64, inputs, 8 if outputs == 128 else warps, 3))
+        return (block(32 if outputs == 32 else 64, inputs, 4, stages), block(64, inputs, 8, stages))
+    wide = block(128 if outputs <= 64 else 64, inputs, 8 if outputs == 128 else warps, stages)
+    return (block(64, inputs, warps, stages), wide)
 
 
 def sddmm_config(dtype: torch.dtype, rows: int, cols: int) -> Config:

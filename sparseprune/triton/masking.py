@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from .._registry import kernel
+from ..device_memory import capturing
 from ._environment import guard, kernels, why_not_triton
 
 WARPS = 4
+ROUNDS = 8  # blocks that a program of threshold_mask takes, so that its atomics are few
 
 
 def block_of(size: int) -> int:
@@ -69,7 +71,7 @@ def masked_copy(w: Tensor, mask: Tensor) -> Tensor:
 
 def reject_nan(op: str, count: Tensor) -> None:
     """ValueError where the int64 counter is not 0. Waits for the stream, unless it is captured into a CUDA graph."""
-    if count.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing(count.device):
         return
     if int(count):
         raise ValueError(f"{op}: NaN among the values, and NaN has no rank; find its source, or use torch.nan_to_num")
@@ -93,9 +95,11 @@ def threshold_mask(w: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor
     counts = torch.zeros(2, dtype=torch.int64, device=w.device)
     if w.numel():
         with guard(w):
-            grid, options = shape_of(w)
+            block = block_of(4)  # of any dtype: what is counted has four bytes
             cut = threshold.to(w.dtype)
-            kernels("masking").threshold_mask_kernel[grid](w, cut, as_bytes(mask), out, counts, w.numel(), **options)
+            kernels("masking").threshold_mask_kernel[(-(-w.numel() // (block * ROUNDS)),)](
+                w, cut, as_bytes(mask), out, counts, w.numel(), BLOCK=block, ROUNDS=ROUNDS, num_warps=WARPS
+            )
             reject_nan("threshold_mask", counts[1])
     return mask, out, counts[0].clone()
 

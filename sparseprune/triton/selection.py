@@ -62,16 +62,17 @@ def _kth(op: str, tensors: list[Tensor], k: int, magnitude: bool) -> tuple[Tenso
     return value[0], state[1:]
 
 
-def _cut(tensors: list[Tensor], threshold: Tensor, ties: Tensor, magnitude: bool) -> list[Tensor]:
-    """threshold: 0-dim, of the tensors' dtype; ties: int64 `[1]`; returns one bool mask a tensor."""
+def _cut(tensors: list[Tensor], threshold: Tensor, ties: Tensor, magnitude: bool) -> tuple[list[Tensor], Tensor]:
+    """threshold: 0-dim, of the tensors' dtype; ties: int64 `[1]`; returns the bool masks, and the count of NaN."""
     full = [tensor.contiguous() for tensor in tensors]
     programs = [-(-x.numel() // CUT_BLOCK) for x in full]
     counted = torch.empty(sum(programs), dtype=torch.int32, device=threshold.device)
+    bad = torch.zeros(1, dtype=torch.int64, device=threshold.device)
     pieces = list(torch.split(counted, programs))
     for x, piece, count in zip(full, pieces, programs):
         if count:
             kernels("selection").count_ties_kernel[(count,)](
-                x, threshold, piece, x.numel(), MAGNITUDE=magnitude, BLOCK=CUT_BLOCK, num_warps=CUT_WARPS
+                x, threshold, piece, bad, x.numel(), MAGNITUDE=magnitude, BLOCK=CUT_BLOCK, num_warps=CUT_WARPS
             )
     upto = torch.cumsum(counted, 0, dtype=torch.int64)
     masks = []
@@ -83,7 +84,7 @@ def _cut(tensors: list[Tensor], threshold: Tensor, ties: Tensor, magnitude: bool
                 MAGNITUDE=magnitude, BLOCK=CUT_BLOCK, num_warps=CUT_WARPS,
             )  # fmt: skip
         masks.append(mask)
-    return masks
+    return masks, bad
 
 
 def _largest(op: str, tensors: list[Tensor], k: int, magnitude: bool) -> list[Tensor]:
@@ -94,7 +95,7 @@ def _largest(op: str, tensors: list[Tensor], k: int, magnitude: bool) -> list[Te
         threshold, ties = _kth(op, used, max(k, 1), magnitude)
         if k == 0:
             return [torch.zeros(x.shape, dtype=torch.bool, device=x.device) for x in tensors]
-        return _cut(tensors, threshold, ties, magnitude)
+        return _cut(tensors, threshold, ties, magnitude)[0]
 
 
 def _why_not_select(tensors: list[Tensor], k: int) -> list[str]:
@@ -136,10 +137,15 @@ def _why_not_cut_mask(tensors: list[Tensor], threshold: Tensor, ties: int, magni
 
 @kernel("cut_mask", "triton", _why_not_cut_mask)
 def cut_mask(tensors: list[Tensor], threshold: Tensor, ties: int, magnitude: bool) -> list[Tensor]:
-    """tensors: any shapes; True above the threshold and at the first ``ties`` entries equal to it, in list order."""
+    """tensors: any shapes; True above the threshold and at the first ``ties`` entries equal to it, in list order.
+
+    Waits for the stream once, to report NaN; not while a CUDA graph is captured, where NaN counts as below.
+    """
     with guard(tensors[0]):
         allowed = torch.full((1,), ties, dtype=torch.int64, device=threshold.device)
-        return _cut(tensors, threshold.to(tensors[0].dtype), allowed, magnitude)
+        masks, bad = _cut(tensors, threshold.to(tensors[0].dtype), allowed, magnitude)
+        reject_nan("cut_mask", bad)
+        return masks
 
 
 def _why_not_radix_histogram(tensors: list[Tensor], prefix: int, level: int, magnitude: bool) -> list[str]:
@@ -188,6 +194,8 @@ def _why_not_block_scores(scores: Tensor, rows: int, cols: int) -> list[str]:
     reasons = why_not_triton(scores)
     if cols > 1024:
         reasons.append(f"needs blocks of at most 1024 columns, got {cols}")
+    elif scores.shape[1] // cols > 65535 * (1024 >> (cols - 1).bit_length()):
+        reasons.append(f"needs fewer blocks in a row than a grid takes, got {scores.shape[1] // cols}")
     return reasons
 
 

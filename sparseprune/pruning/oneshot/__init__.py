@@ -1,14 +1,15 @@
-"""One-shot pruning of models from calibration data: ``wanda``, ``sparsegpt`` and ``best`` (docs/oneshot.md)."""
+"""One-shot pruning of models from calibration data: ``wanda``, ``sparsegpt`` and ``admm`` (docs/lab/oneshot.md)."""
 
-from .allocation import Sensitivity, block_of, owl_densities, score_densities, sensitivity
-from .calibration import Batch, calibration_batches
-from .criteria import Best, OneShotCriterion, SparseGPT, Wanda
+from ..batches import Batch
+from .calibration import calibration_batches
+from .criteria import ADMM, OneShotCriterion, SparseGPT, Wanda
+from .densities import Sensitivity, block_of, owl_densities, score_densities, sensitivity
 from .driver import Progress
 from .reconstruct import fast_bfloat16
 
 __all__ = [
+    "ADMM",
     "Batch",
-    "Best",
     "OneShotCriterion",
     "Progress",
     "Sensitivity",

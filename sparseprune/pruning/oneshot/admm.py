@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ..granularity import Block, Element, InWeight
 from ..masks import MaskSet
-from .patterns import Pattern, choose_sliced, row_slices
+from .choosing import choose_sliced, row_slices
 from .sparsegpt import damp_, factor_, in_float32, inverse_factor, sweep_
 from .store import SpilledMatrix, release
 
@@ -74,7 +75,7 @@ def admm_(
     weights: list[Tensor],
     hessian: Callable[[], Tensor],
     keeps: list[int],
-    pattern: Pattern,
+    pattern: InWeight,
     *,
     scope: str = "layer",
     damping: float = 0.01,
@@ -115,7 +116,7 @@ def admm_(
             inverse.diagonal().add_(stage)
             if not factor_(inverse):
                 raise ValueError(
-                    "best: the Hessian is not positive definite; raise damping or give more calibration data"
+                    "admm: the Hessian is not positive definite; raise damping or give more calibration data"
                 )
             torch.cholesky_inverse(inverse, out=inverse)
             for layer in layers:
@@ -153,7 +154,7 @@ class _Layer:
     """
 
     def __init__(
-        self, values: Tensor, keep: int, pattern: Pattern, scope: str, spill: str | os.PathLike[str] | None
+        self, values: Tensor, keep: int, pattern: InWeight, scope: str, spill: str | os.PathLike[str] | None
     ) -> None:
         self.values, self.keep, self.pattern, self.scope = values, keep, pattern, scope
         self.pull = SpilledMatrix(values.shape, values.device, spill)
@@ -215,11 +216,11 @@ class _Layer:
         """The mask that the projection keeps: the largest squares, summed over a block."""
         self.mask = torch.empty(0)
         values = self.values
-        if self.pattern.kind == "element" and self.scope != "row":
+        if isinstance(self.pattern, Element) and self.scope != "row":
             self.mask = ops.magnitude_mask(values, self.keep)
             return
 
         def scores(rows: slice) -> Tensor:
-            return values[rows].square() if self.pattern.kind == "block" else values[rows].abs()
+            return values[rows].square() if isinstance(self.pattern, Block) else values[rows].abs()
 
         self.mask = choose_sliced(scores, values, self.pattern, self.keep, self.scope)

@@ -5,41 +5,15 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Batch", "calibration_batches", "digest"]
+from ..batches import TARGETS, Batch, as_tensors, token_embedding
+from ..intake import calibration_data
 
-# Targets never reach the model: a loss inside the forward pass would only cost time.
-_TARGETS = ("labels", "label", "label_ids", "start_positions", "end_positions")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One chunk of calibration data, ready for ``model(*args, **kwargs)``.
-
-    positions: bool `[B, S]` where the input is real, None when all of it is (no padding mask, or no sequence).
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    positions: Tensor | None
-    count: int
-
-    def to(self, device: torch.device) -> Batch:
-        def move(value: Any) -> Any:
-            return value.to(device) if isinstance(value, Tensor) else value
-
-        return Batch(
-            tuple(move(a) for a in self.args),
-            {k: move(v) for k, v in self.kwargs.items()},
-            move(self.positions),
-            self.count,
-        )
-
+__all__ = ["calibration_batches", "digest"]
 
 def _forward_names(model: nn.Module) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
@@ -56,25 +30,66 @@ def _rows(data: Tensor, chunk_tokens: int) -> Iterator[Tensor]:
 def _batch(item: Any, names: set[str]) -> Batch:
     if isinstance(item, (tuple, list)) and len(item) >= 1:
         item = item[0]
+    item = as_tensors(item)
     if isinstance(item, Mapping):
-        kwargs = {k: v for k, v in item.items() if k not in _TARGETS}
-        ids = kwargs.get("input_ids", next((v for v in kwargs.values() if isinstance(v, Tensor)), None))
+        kwargs = {k: v for k, v in item.items() if k not in TARGETS}
+        ids = _ids(kwargs)
         if not isinstance(ids, Tensor):
-            raise ValueError(f"calibration: a batch dict must hold at least one tensor, got keys {sorted(item)}")
-        mask = kwargs.get("attention_mask")
-        positions = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        if positions is not None and bool(positions.all()):
-            positions = None
-        real = int(positions.sum()) if positions is not None else _count(ids)
-        return Batch((), kwargs, positions, real)
+            got = ", ".join(f"{key}: {type(value).__name__}" for key, value in item.items())
+            raise ValueError(
+                f"calibration: a batch dict expected tensors, got {{{got}}}; of a datasets.Dataset take "
+                'DataLoader(dataset.with_format("torch"), batch_size=8), with all rows of one length'
+            )
+        return Batch(kwargs)
     if not isinstance(item, Tensor):
         raise ValueError(
             "calibration: expected batches that are a tensor, a dict of tensors or (inputs, targets), got "
-            f"{type(item).__name__}"
+            f"{type(item).__name__}; {_remedy(item)}"
         )
     if "input_ids" in names and not item.is_floating_point():
-        return Batch((), {"input_ids": item}, None, _count(item))
-    return Batch((item,), {}, None, _count(item))
+        return Batch({"input_ids": item})
+    return Batch(item)
+
+
+def _ids(kwargs: Mapping[str, Any]) -> Any:
+    """The ids among a dict's entries, or its first tensor."""
+    return kwargs.get("input_ids", next((v for v in kwargs.values() if isinstance(v, Tensor) and v.dim()), None))
+
+
+def _real(batch: Batch) -> int:
+    """How many positions a Linear will see."""
+    if batch.positions is not None:
+        return int(batch.positions.sum())
+    return _count(_ids(batch.kwargs) if batch.kwargs else batch.args[0])
+
+
+def _remedy(data: Any) -> str:
+    if isinstance(data, (str, bytes)):
+        return "tokenise text first"
+    if hasattr(data, "__array__"):
+        return "torch.from_numpy makes a tensor of an array"
+    return "torch.tensor makes a tensor of numbers, of token ids one [N, S] of integers"
+
+
+def _check_ids(ids: Tensor, model: nn.Module, rows: int | None, named: bool) -> None:
+    """ValueError unless these are token ids that the embedding knows; where the model names its input_ids, `[B, S]`, or
+    `[B, C, S]` of multiple choice.
+    """
+    dims = 3 if "MultipleChoice" in type(model).__name__ else 2
+    wrong = ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
+    if wrong or (named and ids.dim() != dims):
+        raise ValueError(
+            f"calibration: token ids expected integers [B, {'C, ' if dims == 3 else ''}S], got {ids.dtype} "
+            f'{list(ids.shape)}; use ids.long(), a batch axis, or {{"inputs_embeds": ...}} for features'
+        )
+    if rows is None or not ids.numel():
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= rows:
+        raise ValueError(
+            f"calibration: token ids reach from {low} to {high} but the model's vocabulary has {rows} entries; "
+            "tokenise with this model's own tokenizer"
+        )
 
 
 def _count(inputs: Tensor) -> int:
@@ -83,28 +98,22 @@ def _count(inputs: Tensor) -> int:
 
 
 def _embedding_rows(model: nn.Module) -> int | None:
-    get = getattr(model, "get_input_embeddings", None)
-    if callable(get):
-        try:
-            embedding = get()
-        except NotImplementedError:
-            embedding = None
-        if isinstance(embedding, nn.Embedding):
-            return embedding.num_embeddings
-    first = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
-    return None if first is None else first.num_embeddings
+    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    found = token_embedding(model) or next(embeddings, None)
+    return None if found is None else found.num_embeddings
 
 
 def calibration_batches(data: Any, model: nn.Module, needed: int, chunk_tokens: int = 512) -> list[Batch]:
     """data: integer `[N, S]` token ids, float `[N, ..., K]` features, or an iterable of batches (tensor, dict of
-    tensors, (inputs, targets)); one tensor is cut into chunks of about chunk_tokens positions, an iterable keeps its
-    batches.
+    tensors, (inputs, targets)), or rows as in :mod:`..intake`; one tensor is cut into chunks of about chunk_tokens
+    positions, an iterable keeps its batches.
 
     needed: the least number of positions the criterion can work with. Raises ValueError on data that are missing,
     empty, too short, not finite, or hold ids outside the model's embedding.
     """
     if data is None:
         raise ValueError("calibration: this criterion needs data=: token ids [N, S] or an iterable of batches")
+    data = calibration_data(data, model, None, "calibration")
     names = _forward_names(model)
     items: Iterable[Any]
     if isinstance(data, Tensor):
@@ -115,16 +124,21 @@ def calibration_batches(data: Any, model: nn.Module, needed: int, chunk_tokens: 
         items = _rows(data, chunk_tokens)
     elif isinstance(data, Mapping):
         items = [data]
-    elif isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
+    elif isinstance(data, (str, bytes)) or hasattr(data, "__array__") or not isinstance(data, Iterable):
         raise ValueError(
-            f"calibration: expected tensors or an iterable of batches, got {type(data).__name__}; tokenise text first"
+            f"calibration: expected tensors or an iterable of batches, got {type(data).__name__}; {_remedy(data)}"
         )
     else:
         items = data
-    batches = [b for b in (_batch(item, names) for item in items) if b.count]
-    total = sum(b.count for b in batches)
+    made = [_batch(item, names) for item in items]
+    counts = [_real(batch) for batch in made]
+    batches = [batch for batch, count in zip(made, counts) if count]
+    total = sum(counts)
     if total == 0:
-        raise ValueError(f"calibration: data is empty; give at least {needed} positions")
+        raise ValueError(
+            f"calibration: data is empty; give at least {needed} positions (an iterator that was read before has "
+            "nothing left: pass a list)"
+        )
     if total < needed:
         raise ValueError(
             f"calibration: {total} positions are too few, this criterion needs at least {needed} for this model; "
@@ -136,15 +150,10 @@ def calibration_batches(data: Any, model: nn.Module, needed: int, chunk_tokens: 
             if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise ValueError("calibration: data holds NaN or infinite values")
         ids = batch.kwargs.get("input_ids")
-        if ids is None and batch.args and not batch.args[0].is_floating_point():
+        if ids is None and batch.args and ("input_ids" in names or not batch.args[0].is_floating_point()):
             ids = batch.args[0]
-        if ids is not None and rows is not None:
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= rows:
-                raise ValueError(
-                    f"calibration: token ids reach from {low} to {high} but the model's vocabulary has {rows} entries; "
-                    "tokenise with this model's own tokenizer"
-                )
+        if isinstance(ids, Tensor) and ("input_ids" in names or rows is not None):
+            _check_ids(ids, model, rows, "input_ids" in names)
     return batches
 
 

@@ -1,31 +1,34 @@
-"""The criteria ``wanda``, ``sparsegpt`` and ``best`` of ``prune_(..., data=calibration)``."""
+"""The criteria ``wanda``, ``sparsegpt`` and ``admm`` of ``prune_(..., data=calibration)``."""
 
 from __future__ import annotations
 
-import math
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from ..allocation import kept_count, weighted_counts
+from ..batches import Batch
+from ..counts import kept_count, weighted_counts
 from ..criteria import Criterion, PruneContext, register_criterion
-from ..granularity import NM, Block, Element
+from ..granularity import NM, InWeight
 from ..masks import MaskSet
-from .allocation import owl_densities, score_densities
-from .calibration import Batch, calibration_batches
-from .driver import Method, Progress, walk
-from .methods import ADMMMethod, SparseGPTMethod, WandaMethod
-from .patterns import Pattern
+from .calibration import calibration_batches
+from .densities import owl_densities, score_densities
+from .driver import Progress, Solver, prune_blocks_
+from .solvers import ADMMSolver, SparseGPTSolver, WandaSolver
 
-__all__ = ["Best", "OneShotCriterion", "SparseGPT", "Wanda"]
+__all__ = ["ADMM", "OneShotCriterion", "SparseGPT", "Wanda"]
 
 ALLOCATIONS = ("uniform", "owl", "score")
+# Arguments that say how a run goes and not what it gives: a run that is resumed may have others.
+_ASIDE = frozenset({"chunk_tokens", "min_tokens", "spill", "state", "progress", "small_heap"})
 
 
 class OneShotCriterion(Criterion):
-    """Base of the criteria that prune layer by layer from calibration data.
+    """Base of the criteria that prune layer by layer from calibration data. A subclass defines :meth:`solver`, and
+    keeps every argument of its constructor as an attribute of the same name.
 
     ``prune_`` passes ``criterion_options`` to the constructor. Common to all:
 
@@ -38,11 +41,12 @@ class OneShotCriterion(Criterion):
     moments and solvers' copies, which are then not in memory; True: the system's temporary folder, False or None: in
     memory. The replaced weights wait in files in any case. state: a folder in which finished blocks are kept, so that a
     killed run goes on; what is temporary is then there too, and a run that goes on removes what the killed one left.
-    progress: called with a `Progress` after each block.
+    progress: called with a `Progress` after each block. small_heap: while it runs, glibc hands every large block of
+    memory back at once, in the whole process: less memory, a little slower, and glibc adjusts those limits itself no
+    more.
     """
 
     needs_data = True
-    needs_hessian = True
 
     def __init__(
         self,
@@ -55,6 +59,7 @@ class OneShotCriterion(Criterion):
         spill: bool | str | os.PathLike[str] | None = True,
         state: str | os.PathLike[str] | None = None,
         progress: Callable[[Progress], None] | None = None,
+        small_heap: bool = False,
     ) -> None:
         if allocation not in ALLOCATIONS:
             raise ValueError(f"{self.name}: allocation expected one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
@@ -75,33 +80,49 @@ class OneShotCriterion(Criterion):
         self.spill = False if spill is None else spill
         self.state = state
         self.progress = progress
+        self.small_heap = small_heap
 
-    def method(self) -> Method:
-        raise NotImplementedError(f"{type(self).__name__} must define method()")
+    def solver(self) -> Solver:
+        raise NotImplementedError(f"{type(self).__name__} must define solver()")
 
     def options(self) -> dict[str, Any]:
-        """What decides the result, for the folder of a run."""
-        return {"criterion": self.name, "per_row": self.per_row, "allocation": self.allocation, "owl": self.owl}
+        """What decides the result, for the folder of a run: the constructor's arguments, those of all its classes.
+
+        TypeError where one is not an attribute of its name: a resume could not see that it has another value.
+        """
+        found: dict[str, Any] = {"criterion": self.name}
+        for base in type(self).__mro__:
+            constructor = vars(base).get("__init__")
+            if constructor is None or not issubclass(base, OneShotCriterion):
+                continue
+            for name, parameter in list(inspect.signature(constructor).parameters.items())[1:]:
+                if name in _ASIDE or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                    continue
+                if not hasattr(self, name):
+                    raise TypeError(
+                        f"{base.__name__}: the argument {name!r} expected as an attribute of the same name, got none; "
+                        f"set self.{name} in the constructor, so that a resumed run can be compared with it"
+                    )
+                found[name] = getattr(self, name)
+        return found
 
     def _batches(self, context: PruneContext) -> list[Batch]:
         widest = max(linear.in_features for linear in context.layers.values())
-        needed = self.min_tokens if self.min_tokens is not None else (widest if self.needs_hessian else -(-widest // 8))
+        needed = self.min_tokens
+        if needed is None:
+            needed = widest if self.solver().needs_hessian else -(-widest // 8)
         batches = calibration_batches(context.data, context.model, max(1, needed), self.chunk_tokens)
         device = next(context.model.parameters()).device
         return [batch.to(device) for batch in batches]
 
-    def _patterns(self, context: PruneContext) -> dict[str, Pattern]:
-        patterns: dict[str, Pattern] = {}
+    def _patterns(self, context: PruneContext) -> dict[str, InWeight]:
+        patterns: dict[str, InWeight] = {}
         for part in context.plan.parts:
             kind = part.granularity
-            if isinstance(kind, Element):
-                pattern = Pattern()
-            elif isinstance(kind, Block):
-                pattern = Pattern("block", r=kind.r, c=kind.c)
-            elif isinstance(kind, NM):
-                # On the way of a gradual run: the smallest n that holds the density asked for.
-                n = min(kind.m, max(kind.n, math.ceil((1 - context.sparsity) * kind.m - 1e-9)))
-                pattern = Pattern("nm", n=n, m=kind.m)
+            if isinstance(kind, NM):  # on the way of a gradual run: the smallest n that holds the density asked for
+                pattern: InWeight = kind.at_density(1 - context.sparsity)
+            elif isinstance(kind, InWeight):
+                pattern = kind
             else:
                 raise ValueError(
                     f"{self.name}: works on Element(), Block(r, c) and NM(n, m), got {kind!r}; "
@@ -111,12 +132,12 @@ class OneShotCriterion(Criterion):
         return patterns
 
     def _keep(
-        self, context: PruneContext, patterns: Mapping[str, Pattern], batches: list[Batch]
+        self, context: PruneContext, patterns: Mapping[str, InWeight], batches: list[Batch]
     ) -> dict[str, int]:
         """Units kept in each layer, exact in every part of the plan."""
         keep: dict[str, int] = {}
         shares: Mapping[str, float] | None = context.plan.densities
-        free = [f for f, pattern in patterns.items() if pattern.kind != "nm"]
+        free = [f for f, pattern in patterns.items() if not isinstance(pattern, NM)]
         if shares is None and self.allocation != "uniform" and context.plan.scope == "global" and free:
             linears = {f: context.layers[f] for f in free}
             if self.allocation == "owl":
@@ -125,9 +146,10 @@ class OneShotCriterion(Criterion):
                 shares = score_densities(context.model, linears, batches, 1 - context.sparsity)
         for part in context.plan.parts:
             names = list(part.layers)
-            units = [patterns[f].units(context.layers[f].weight.shape) for f in names]
+            units = [patterns[f].count(context.layers[f].weight.shape) for f in names]
             if isinstance(part.granularity, NM):
-                counts = [u * patterns[f].n // patterns[f].m for u, f in zip(units, names)]
+                n = part.granularity.at_density(1 - context.sparsity).n
+                counts = [u * n // part.granularity.m for u in units]
             elif shares is not None:
                 counts = weighted_counts(units, context.sparsity, [shares[f] for f in names])
             elif context.plan.scope == "layer":
@@ -143,22 +165,23 @@ class OneShotCriterion(Criterion):
         keep = self._keep(context, patterns, batches)
         found: dict[str, MaskSet] = {}
 
-        def deliver(fqn: str, mask: Tensor) -> None:
+        def take(fqn: str, mask: Tensor) -> None:
             found[fqn] = MaskSet({fqn: mask.to(context.layers[fqn].weight.device)})
 
-        walk(
+        prune_blocks_(
             context.model,
             context.layers,
             batches,
-            self.method(),
+            self.solver(),
             keep,
             patterns,
             scope="row" if self.per_row else "layer",
             spill=self.spill,
+            small_heap=self.small_heap,
             state=self.state,
             identity={**self.options(), "patterns": {f: repr(p) for f, p in patterns.items()}},
             progress=self.progress,
-            deliver=deliver,
+            take=take,
         )
         return MaskSet.joined(found[fqn] for fqn in context.layers)
 
@@ -167,13 +190,12 @@ class Wanda(OneShotCriterion):
     """|w| * ||x||_2 (Sun et al., 2023): the same count in every row, unless per_row=False."""
 
     name = "wanda"
-    needs_hessian = False
 
     def __init__(self, *, per_row: bool = True, **common: Any) -> None:
         super().__init__(per_row=per_row, **common)
 
-    def method(self) -> Method:
-        return WandaMethod()
+    def solver(self) -> Solver:
+        return WandaSolver()
 
 
 class SparseGPT(OneShotCriterion):
@@ -193,39 +215,33 @@ class SparseGPT(OneShotCriterion):
         self.damping = damping
         self.blocksize = blocksize
 
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), "damping": self.damping, "blocksize": self.blocksize}
-
-    def method(self) -> Method:
-        return SparseGPTMethod(self.damping, self.blocksize)
+    def solver(self) -> Solver:
+        return SparseGPTSolver(self.damping, self.blocksize)
 
 
-class Best(SparseGPT):
-    """What kept most of a language model within minutes (docs/oneshot.md): ADMM on each layer's loss, mask and weights
-    together, started from SparseGPT, conjugate gradients on the final mask, and then every block trained on its masks
-    to give the dense model's outputs.
+class ADMM(SparseGPT):
+    """What kept most of a language model within minutes (docs/lab/oneshot.md): ADMM on each layer's loss, mask and
+    weights together, started from SparseGPT, conjugate gradients on the final mask, and then every block trained on its
+    masks to give the dense model's outputs.
 
     damping and blocksize as for SparseGPT; polish: conjugate-gradient iterations at the end; epochs: of that training
     over the data, 0 for none; rate: its first steps, as a share of the root mean square of a layer's kept weights.
     """
 
-    name = "best"
+    name = "admm"
 
     def __init__(self, *, polish: int = 8, epochs: int = 1, rate: float = 0.01, **options: Any) -> None:
         super().__init__(**options)
         if polish < 0:
-            raise ValueError(f"best: polish expected at least 0, got {polish}")
+            raise ValueError(f"admm: polish expected at least 0, got {polish}")
         if epochs < 0 or not rate > 0:
-            raise ValueError(f"best: expected epochs of at least 0 and a rate above 0, got {epochs} and {rate}")
+            raise ValueError(f"admm: expected epochs of at least 0 and a rate above 0, got {epochs} and {rate}")
         self.polish = polish
         self.epochs = epochs
         self.rate = rate
 
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), "polish": self.polish, "epochs": self.epochs, "rate": self.rate}
-
-    def method(self) -> Method:
-        return ADMMMethod(
+    def solver(self) -> Solver:
+        return ADMMSolver(
             self.damping, self.blocksize, teacher=self.epochs > 0, polish=self.polish, epochs=self.epochs,
             rate=self.rate,
         )  # fmt: skip
@@ -233,4 +249,4 @@ class Best(SparseGPT):
 
 register_criterion("wanda", Wanda)
 register_criterion("sparsegpt", SparseGPT)
-register_criterion("best", Best)
+register_criterion("admm", ADMM)

@@ -1,9 +1,9 @@
-"""The walk through a model: block after block, the pruned block's outputs feeding the next one.
+"""The way through a model: block after block, the pruned block's outputs feeding the next one.
 
 Memory on top of the model: one chunk of activations, one matrix as wide as a layer's inputs, one bit a weight for the
 masks. The other things that a run keeps (hidden states of the calibration data, statistics, what solvers put aside, the
 moments of a block in training) wait in files, unless they are to stay in memory. The values that pruning replaces are
-in files in any case, so that methods may work in the weights' own memory, an error leaves the model as it was, and a
+in files in any case, so that solvers may work in the weights' own memory, an error leaves the model as it was, and a
 run that was killed goes on where it stopped.
 """
 
@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,18 +25,24 @@ import torch
 from torch import Tensor, nn
 
 from ..._files import remove_unfinished, replacing, write_text
+from ..batches import Batch
+from ..granularity import InWeight
 from ..masks import MaskSet
-from .calibration import Batch, digest
-from .patterns import Pattern
+from .calibration import digest
+from .repeated import Stack, calibrating, capture, find_stacks
 from .store import ChunkStore, no_holes, release
-from .structure import Stack, calibrating, capture, find_stacks
-from .task import BlockTask, PieceTask, Task
+from .task import BlockTask, LooseTask, Task
 
-__all__ = ["Method", "Progress", "walk"]
+__all__ = ["Progress", "Solver", "prune_blocks_"]
 
 
-class Method(Protocol):
-    """How one block is pruned. teacher: whether it wants the dense model's hidden states, `BlockTask.target`."""
+class Solver(Protocol):
+    """How one block is pruned. needs_hessian: whether it wants X^T X of a layer's inputs beside their squares.
+    teacher: whether it wants the dense model's hidden states, `BlockTask.target`.
+    """
+
+    @property
+    def needs_hessian(self) -> bool: ...
 
     @property
     def teacher(self) -> bool: ...
@@ -59,7 +66,7 @@ class Progress:
 
 
 def _parameters(task: Task) -> dict[str, Tensor]:
-    """What a method may change: the parameters of the block, or only the weights of the Linears of a loose piece."""
+    """What a solver may change: the parameters of the block, or only the weights of the Linears of a loose part."""
     if isinstance(task, BlockTask):
         return {name: p.data for name, p in task.module.named_parameters()}
     return {fqn: linear.weight.data for fqn, linear in task.linears.items()}
@@ -144,48 +151,50 @@ def _weights_digest(linears: Mapping[str, nn.Linear]) -> str:
 
 
 @dataclass
-class _Piece:
-    """Part of the walk: a stack, or the Linears that are in none."""
+class _Part:
+    """Part of the model: a stack, or the Linears that are in none."""
 
     stack: Stack | None
     linears: dict[str, nn.Linear]
 
 
-def _pieces(model: nn.Module, linears: dict[str, nn.Linear], stacks: list[Stack]) -> list[_Piece]:
-    pieces = []
+def _parts(model: nn.Module, linears: dict[str, nn.Linear], stacks: list[Stack]) -> list[_Part]:
+    parts = []
     left = dict(linears)
     for stack in stacks:
         inside = {f: m for f, m in left.items() if any(f == n or f.startswith(n + ".") for n in stack.names)}
         if inside:
-            pieces.append(_Piece(stack, inside))
+            parts.append(_Part(stack, inside))
             left = {f: m for f, m in left.items() if f not in inside}
     if left:
-        pieces.append(_Piece(None, left))
-    return pieces
+        parts.append(_Part(None, left))
+    return parts
 
 
-def walk(
+def prune_blocks_(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
     batches: list[Batch],
-    method: Method,
+    solver: Solver,
     keep: Mapping[str, int],
-    patterns: Mapping[str, Pattern],
+    patterns: Mapping[str, InWeight],
     *,
     scope: str = "layer",
     spill: bool | str | os.PathLike[str] = True,
+    small_heap: bool = False,
     state: str | os.PathLike[str] | None = None,
     identity: Mapping[str, Any] | None = None,
     progress: Callable[[Progress], None] | None = None,
-    deliver: Callable[[str, Tensor], None] | None = None,
+    take: Callable[[str, Tensor], None] | None = None,
 ) -> None:
     """Prunes linears (fqn -> Linear of model) in place, keep[fqn] units of patterns[fqn] in each.
 
-    deliver(fqn, mask bool `[N, K]`) is called once for each. spill: a folder for hidden states and, of weights on the
+    take(fqn, mask bool `[N, K]`) is called once for each. spill: a folder for hidden states and, of weights on the
     CPU, statistics, moments and solvers' copies; True for the system's temporary one, False to keep them in memory.
-    state: a folder; finished blocks are kept there and a second call with the same arguments goes on after them, to the
-    same masks; what is temporary lies there too (unless spill names a folder), and what a killed run left of it is
-    removed. Any error, the user's interrupt included, leaves the model as it was and is raised again.
+    small_heap: as in `no_holes`. state: a folder; finished blocks are kept there and a second call with the same
+    arguments goes on after them, to the same masks; what is temporary lies there too (unless spill names a folder), and
+    what a killed run left of it is removed. Any error, the user's interrupt included, leaves the model as it was and is
+    raised again.
     """
     begin = time.perf_counter()
     record = None
@@ -207,7 +216,7 @@ def walk(
         undo.remember(tensors)
         found = record.load(index) if record is not None else None
         if found is None:
-            masks: Mapping[str, Tensor] = method.prune(task)
+            masks: Mapping[str, Tensor] = solver.prune(task)
             for fqn, linear in task.linears.items():
                 if not bool(torch.isfinite(linear.weight).all()):
                     raise ValueError(f"one-shot pruning: {fqn} became NaN or infinite; raise damping or check the data")
@@ -217,33 +226,33 @@ def walk(
             for key, tensor in tensors.items():
                 tensor.copy_(found["tensors"][key])
             masks = found["masks"]
-        if deliver is not None:
+        if take is not None:
             for fqn, mask in masks.items():
-                deliver(fqn, mask)
+                take(fqn, mask)
         release()
         if progress is not None:
             progress(Progress(task.name, index, total, time.perf_counter() - begin, found is not None))
 
     try:
-        with calibrating(model), torch.no_grad(), no_holes():
+        with calibrating(model), torch.no_grad(), no_holes() if small_heap else nullcontext():
             stacks = find_stacks(model, linears)
-            pieces = _pieces(model, dict(linears), stacks)
-            total = sum(1 if p.stack is None else len(p.stack.blocks) for p in pieces)
+            parts = _parts(model, dict(linears), stacks)
+            total = sum(1 if p.stack is None else len(p.stack.blocks) for p in parts)
             loose: dict[str, nn.Linear] = {}
-            for piece in pieces:
-                captured = None if piece.stack is None else capture(model, piece.stack, batches, hidden)
-                if piece.stack is None or captured is None:
-                    loose.update(piece.linears)
+            for part in parts:
+                captured = None if part.stack is None else capture(model, part.stack, batches, hidden)
+                if part.stack is None or captured is None:
+                    loose.update(part.linears)
                     continue
                 release()
                 student = captured.hidden
                 stores += [student, captured.calls]
                 teacher = None
-                if method.teacher:
+                if solver.teacher:
                     teacher = student.copy(hidden)
                     stores.append(teacher)
-                for b, (name, block) in enumerate(zip(piece.stack.names, piece.stack.blocks)):
-                    inside = {f: m for f, m in piece.linears.items() if f == name or f.startswith(name + ".")}
+                for b, (name, block) in enumerate(zip(part.stack.names, part.stack.blocks)):
+                    inside = {f: m for f, m in part.linears.items() if f == name or f.startswith(name + ".")}
                     task = BlockTask(
                         name, block, inside, {f: keep[f] for f in inside}, {f: patterns[f] for f in inside}, scope, b,
                         captured, student, spill=files,
@@ -254,12 +263,12 @@ def walk(
                     if inside:
                         finish(task, done)
                     done += 1
-                    last = b == len(piece.stack.blocks) - 1
+                    last = b == len(part.stack.blocks) - 1
                     if not last:
                         task.advance(student)
                 captured.close()
             if loose:
-                finish(PieceTask("", model, loose, dict(keep), dict(patterns), scope, batches, spill=files), done)
+                finish(LooseTask("", model, loose, dict(keep), dict(patterns), scope, batches, spill=files), done)
     except BaseException:
         undo.restore()
         raise

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from .patterns import row_slices
+from .choosing import row_slices
 from .store import Shelf, Shelved, SpilledMatrix
 from .task import BlockTask
 

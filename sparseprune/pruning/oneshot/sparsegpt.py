@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .patterns import Pattern, choose
+from ..granularity import NM, InWeight
+from .choosing import choose
 
 __all__ = ["damp_", "factor_", "in_float32", "inverse_factor", "sparsegpt_", "sweep_"]
 
@@ -72,7 +73,7 @@ def sparsegpt_(
     weights: list[Tensor],
     hessian: Callable[[], Tensor],
     keeps: list[int],
-    pattern: Pattern,
+    pattern: InWeight,
     *,
     scope: str = "layer",
     damping: float = 0.01,
@@ -91,7 +92,7 @@ def sparsegpt_(
         yield mask
 
 
-def sweep_(weight: Tensor, upper: Tensor, keep: int, pattern: Pattern, *, scope: str, blocksize: int) -> Tensor:
+def sweep_(weight: Tensor, upper: Tensor, keep: int, pattern: InWeight, *, scope: str, blocksize: int) -> Tensor:
     """weight float32 `[N, K]`, pruned in place; upper: `inverse_factor` `[K, K]`; returns the mask bool `[N, K]`.
 
     Within every blocksize columns the mask is chosen by w^2 / U_jj^2, the share of kept units following the layer's
@@ -106,12 +107,12 @@ def sweep_(weight: Tensor, upper: Tensor, keep: int, pattern: Pattern, *, scope:
         factor = upper[start:stop, start:stop]
         diagonal = factor.diagonal()
         kept = mask[:, start:stop]
-        if pattern.kind != "nm":
+        if not isinstance(pattern, NM):
             share = keep * stop // columns - keep * start // columns
             kept.copy_(choose((block / diagonal).square_(), pattern, share, scope))
         error = torch.zeros_like(block)
         for j in range(stop - start):
-            if pattern.kind == "nm" and j % pattern.m == 0:
+            if isinstance(pattern, NM) and j % pattern.m == 0:
                 group = slice(j, j + pattern.m)
                 kept[:, group] = choose((block[:, group] / diagonal[group]).square_(), pattern, 0, scope)
             column = block[:, j]

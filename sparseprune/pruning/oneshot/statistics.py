@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batches import real_rows_of
+from ..reading import reading
+from .repeated import Stopped
 from .store import SpilledMatrix
-from .structure import Stopped
 
 __all__ = ["InputStatistics", "collect"]
 
@@ -52,33 +54,27 @@ class _Collector:
         self._final = self._order[-1] if sorted(self._order) == sorted(self.linears) else None
         self._last = None
 
-    def hook(self, name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            self._order.append(name)
-            if self._last is not None and self._last[1] is x and self.leader.get(name, self._last[0]) == self._last[0]:
-                if name not in self.leader:
-                    self.leader[name] = self._last[0]
-                    group = self.groups[self._last[0]]
-                    group.names = (*group.names, name)
-            else:
-                if self.leader.setdefault(name, name) != name:
-                    raise RuntimeError(
-                        f"one-shot pruning: {name} read the same input as {self.leader[name]} in the first chunk but "
-                        "not in a later one; give all the data as one batch, or leave the layer out"
-                    )
-                self.add(name, x)
-                self._last = (name, x)
-            if name == self._final and len(self._order) == len(self.linears):
-                raise Stopped
-
-        return see
+    def see(self, name: str, x: Tensor) -> None:
+        self._order.append(name)
+        if self._last is not None and self._last[1] is x and self.leader.get(name, self._last[0]) == self._last[0]:
+            if name not in self.leader:
+                self.leader[name] = self._last[0]
+                group = self.groups[self._last[0]]
+                group.names = (*group.names, name)
+        else:
+            if self.leader.setdefault(name, name) != name:
+                raise RuntimeError(
+                    f"one-shot pruning: {name} read the same input as {self.leader[name]} in the first chunk but "
+                    "not in a later one; give all the data as one batch, or leave the layer out"
+                )
+            self.add(name, x)
+            self._last = (name, x)
+        if name == self._final and len(self._order) == len(self.linears):
+            raise Stopped
 
     def add(self, name: str, x: Tensor) -> None:
         k = x.shape[-1]
-        if self.positions is not None and x.shape[:-1] == self.positions.shape:
-            x = x[self.positions]
-        x = x.detach().reshape(-1, k).float()
+        x = real_rows_of(x.detach(), self.positions).float()
         group = self.groups.get(name)
         if group is None:
             hessian = SpilledMatrix.of(torch.zeros(k, k, device=x.device), self.spill) if self.hessian else None
@@ -103,16 +99,12 @@ def collect(
     Raises ValueError naming the layer on NaN or infinite inputs, and on a Linear that the data never reach.
     """
     collector = _Collector(linears, hessian, spill)
-    handles = [linear.register_forward_pre_hook(collector.hook(name)) for name, linear in linears.items()]
-    try:
+    with reading(linears, collector.see):
         for forward, positions in runs:
             collector.start(positions)
             with contextlib.suppress(Stopped):
                 forward()
             collector.finish()
-    finally:
-        for handle in handles:
-            handle.remove()
     missing = [name for name in linears if name not in collector.leader]
     if missing:
         raise ValueError(

@@ -37,7 +37,8 @@ MOST = 2**25  # what glibc's own adjustment, which a call ends for good, reaches
 @contextmanager
 def no_holes() -> Iterator[None]:
     """Keeps glibc's heap free of the holes that large tensors leave in it, which would count as memory in use: they
-    take as much again as the tensors of a forward pass. The cost is fresh pages for each.
+    take as much again as the tensors of a forward pass. The cost is fresh pages for each. It holds for the whole
+    process, so it is for the caller to ask for.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:

@@ -11,25 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .patterns import Pattern
+from ..granularity import InWeight
+from .repeated import Capture, run_block
 from .statistics import InputStatistics, collect
 from .store import ChunkStore, release
-from .structure import Capture, run_block
 
-__all__ = ["BlockTask", "PieceTask", "Task"]
+__all__ = ["BlockTask", "LooseTask", "Task"]
 
 
 @dataclass
 class Task:
     """name: the block's fqn; linears: what to prune in it, by fqn; keep: how many units of its pattern stay, by fqn;
-    spill: the folder for what a method need not hold in memory, None: there.
+    spill: the folder for what a solver need not hold in memory, None: there.
     """
 
     name: str
     module: nn.Module
     linears: dict[str, nn.Linear]
     keep: dict[str, int]
-    patterns: dict[str, Pattern]
+    patterns: dict[str, InWeight]
     scope: str
     spill: Path | None = field(default=None, kw_only=True)
 
@@ -43,7 +43,7 @@ class Task:
 
 @dataclass
 class BlockTask(Task):
-    """A block of a stack. student: hidden states of the pruned model entering it; target, where the method wants it:
+    """A block of a stack. student: hidden states of the pruned model entering it; target, where the solver wants it:
     those of the dense model leaving it.
     """
 
@@ -68,7 +68,7 @@ class BlockTask(Task):
 
 
 @dataclass
-class PieceTask(Task):
+class LooseTask(Task):
     """Linears outside any stack, or of a model without one: the whole model runs, and all of them are judged
     together.
     """
@@ -77,4 +77,4 @@ class PieceTask(Task):
 
     def runs(self) -> Iterator[tuple[Callable[[], Any], Tensor | None]]:
         for batch in self.batches:
-            yield partial(self.module, *batch.args, **batch.kwargs), batch.positions
+            yield partial(batch.call, self.module), batch.positions

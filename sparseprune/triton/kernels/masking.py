@@ -28,20 +28,27 @@ def masked_copy_kernel(w, mask, out, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def threshold_mask_kernel(w, threshold, mask, out, counts, n, BLOCK: tl.constexpr):
-    """mask: uint8 `[n]` = |w| >= threshold[0]; out: `[n]` = w there, else 0; counts: int64 `[2]` += kept, NaN."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < n
-    value = tl.load(w + i, mask=inside, other=0)
-    wide = value.to(tl.float32)
+def threshold_mask_kernel(w, threshold, mask, out, counts, n, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):
+    """mask: uint8 `[n]` = |w| >= threshold[0]; out: `[n]` = w there, else 0; counts: int64 `[2]` += kept, NaN.
+
+    A program takes ROUNDS times BLOCK elements, for its one or two atomics.
+    """
+    first = tl.program_id(0).to(tl.int64) * (BLOCK * ROUNDS)
     cut = tl.load(threshold).to(tl.float32)
-    keep = (tl.abs(wide) >= cut) & inside
-    tl.store(mask + i, keep.to(tl.uint8), mask=inside)
-    tl.store(out + i, tl.where(keep, value, 0), mask=inside)
-    tl.atomic_add(counts, tl.sum(keep.to(tl.int32), 0).to(tl.int64), sem="relaxed")
-    bad = tl.sum(((wide != wide) & inside).to(tl.int32), 0)
-    if bad > 0:
-        tl.atomic_add(counts + 1, bad.to(tl.int64), sem="relaxed")
+    seen = tl.zeros((BLOCK,), tl.int32)  # kept, and NaN in the upper half: of ROUNDS elements each
+    for part in range(ROUNDS):
+        i = first + part * BLOCK + tl.arange(0, BLOCK)
+        inside = i < n
+        value = tl.load(w + i, mask=inside, other=0)
+        wide = value.to(tl.float32)
+        keep = (tl.abs(wide) >= cut) & inside
+        tl.store(mask + i, keep.to(tl.uint8), mask=inside)
+        tl.store(out + i, tl.where(keep, value, 0), mask=inside)
+        seen += keep.to(tl.int32) + (wide != wide).to(tl.int32) * 65536
+    tl.atomic_add(counts, tl.sum(seen & 65535, 0).to(tl.int64), sem="relaxed")
+    nans = tl.sum(seen >> 16, 0)
+    if nans > 0:
+        tl.atomic_add(counts + 1, nans.to(tl.int64), sem="relaxed")
 
 
 @triton.jit

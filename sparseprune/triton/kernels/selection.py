@@ -83,11 +83,15 @@ def key_value_kernel(state, value, SHIFT: tl.constexpr, MAGNITUDE: tl.constexpr)
 
 
 @triton.jit
-def count_ties_kernel(x, threshold, ties, n, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr):
-    """ties: int32 `[ceil(n / BLOCK)]` = how many elements of each block equal threshold[0]."""
+def count_ties_kernel(x, threshold, ties, bad, n, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr):
+    """ties: int32 `[ceil(n / BLOCK)]` = how many elements of each block equal threshold[0]; bad[0] (int64) += NaN."""
     block = tl.program_id(0)
     i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + i, mask=i < n, other=float("nan")).to(tl.float32)
+    inside = i < n
+    value = tl.load(x + i, mask=inside, other=float("nan")).to(tl.float32)
+    nans = tl.sum(((value != value) & inside).to(tl.int32), 0)
+    if nans > 0:
+        tl.atomic_add(bad, nans.to(tl.int64), sem="relaxed")
     if MAGNITUDE:
         value = tl.abs(value)
     cut = tl.load(threshold).to(tl.float32)

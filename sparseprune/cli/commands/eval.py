@@ -1,0 +1,71 @@
+"""``sparseprune eval``."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+
+from ..._arguments import whole
+from .. import shared
+
+ABOUT = "Perplexity and tokens per second of a language model, dense beside sparse."
+EXAMPLE = "sparseprune eval --model folder --checkpoint pruned.safetensors --text test.txt"
+PLACE = 6
+
+
+def options(command: argparse.ArgumentParser) -> None:
+    shared.model_options(command)
+    command.add_argument(
+        "--checkpoint", type=Path,
+        help="a pruned checkpoint of the same model, by sp.save; without it the zeros of --model itself run sparse",
+    )  # fmt: skip
+    command.add_argument("--text", required=True, type=Path, help="plain text to judge on")
+    command.add_argument("--context", type=whole(2), default=512, help="tokens a window (default 512)")
+    command.add_argument("--windows", type=whole(1), help="at most that many windows, spread over the text")
+    command.add_argument(
+        "--new-tokens", type=whole(1), default=32, help="tokens to generate for the speed (default 32)"
+    )
+    command.add_argument("--value-dtype", default="float32", choices=("float32", "bfloat16", "int8"))
+    command.add_argument(
+        "--dense-value-dtype", default="float32", choices=("float32", "bfloat16", "int8"),
+        help="how calls of few tokens hold what was not pruned, the head among it (default float32, exact)",
+    )  # fmt: skip
+    shared.device_option(command)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ...language import perplexity, speed_table, tokens_per_second
+    from ...nn import prunable_linears, sparsify_
+
+    device = shared.find_device(arguments)
+    shared.read_text(arguments.text)
+    if arguments.checkpoint is not None and not arguments.checkpoint.is_file():
+        raise FileNotFoundError(f"{arguments.checkpoint}: no such file; expected a checkpoint by sp.save")
+    model, tokenizer = shared.language_model(arguments)
+    model.to(device)
+    windows = shared.text_windows(arguments, tokenizer)
+    models = {"dense": model}
+    print(f"dense: {perplexity(model, windows)}")
+    pruned = None
+    if arguments.checkpoint is not None:
+        from ... import checkpoint
+
+        pruned, _ = shared.language_model(arguments)
+        checkpoint.load(pruned, arguments.checkpoint)
+        pruned.to(device)
+        print(f"pruned: {perplexity(pruned, windows)}")
+    elif any(bool((linear.weight == 0).any()) for linear in prunable_linears(model).values()):
+        pruned = copy.deepcopy(model)
+    if pruned is not None:
+        pruned.requires_grad_(False)  # a frozen weight is not compared with what was packed at every call
+        rest = arguments.dense_value_dtype
+        report = sparsify_(pruned, tokens=(1, 128), value_dtype=arguments.value_dtype, dense_value_dtype=rest)
+        rounded = sum(layer.layout != "dense" for layer in report.rounded)
+        print(
+            f"sparse ({arguments.value_dtype}): {perplexity(pruned, windows)}, {len(report.converted)} sparse layers"
+            + ("" if rest == "float32" else f", {rounded} dense in {rest}")
+        )
+        models["sparse"] = pruned
+    print(speed_table(tokens_per_second(models, windows[0, :128], new_tokens=arguments.new_tokens)))
+    return 0

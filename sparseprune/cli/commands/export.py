@@ -1,0 +1,64 @@
+"""``sparseprune export``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..._arguments import check_file, check_folder
+from .. import shared
+
+ABOUT = "Write a model for transformers, or densified for ONNX Runtime."
+EXAMPLE = "sparseprune export runs/language model.onnx"
+PLACE = 4
+
+
+def options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", type=Path, help="a folder of transformers, or the folder of a run")
+    command.add_argument("target", type=Path, help="a file that ends in .onnx, or a folder for transformers")
+    command.add_argument("--value-dtype", default="float32", choices=("float32", "bfloat16", "int8"))
+    command.add_argument("--dense", action="store_true", help="a folder that needs no sparseprune")
+    shared.device_option(command, "cpu")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    device = shared.find_device(arguments)
+    from ...integrations.folder import load_folder, save_pretrained
+    from ...nn import SparseLinear, densify_
+    from ...runner.language import MODEL_FOLDER
+
+    inside = arguments.source / MODEL_FOLDER
+    source = inside if (inside / "config.json").is_file() else arguments.source
+    if arguments.target.suffix == ".onnx":
+        check_file(arguments.target, "target")
+        return _to_onnx(load_folder(source).to(device), arguments.target)
+    check_folder(arguments.target, "target")
+    if arguments.target.resolve() == source.resolve():
+        raise ValueError(f"target expected another folder than the source, got {arguments.target} for both")
+    model: Any = load_folder(source).to(device)
+    if arguments.dense:
+        densify_(model)
+        model.save_pretrained(arguments.target)
+    else:
+        save_pretrained(model, arguments.target, arguments.value_dtype)
+    for name in sorted(source.iterdir()):
+        target = arguments.target / name.name
+        of_tokenizer = name.suffix in (".json", ".txt", ".model") and not name.name.endswith(".index.json")
+        if of_tokenizer and not target.exists():
+            target.write_bytes(name.read_bytes())
+    sparse = sum(isinstance(m, SparseLinear) for m in model.modules())
+    print(f"{arguments.target}: a folder for transformers, {sparse} layers run sparse")
+    return 0
+
+
+def _to_onnx(model: Any, target: Path) -> int:
+    import torch
+
+    from ...integrations.onnx import NO_GAIN, export_onnx
+
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (2, 8), generator=torch.Generator().manual_seed(0))
+    worst = export_onnx(model, target, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    print(f"{target}: ONNX Runtime answers as torch, off by up to {worst:.2g}. {NO_GAIN}")
+    return 0

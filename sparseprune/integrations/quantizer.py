@@ -1,0 +1,214 @@
+"""``save_pretrained`` and ``from_pretrained`` of sparse models, by transformers' registry of quantizers.
+
+A folder holds what transformers writes, ``model.safetensors`` (or shards) and ``config.json``, with every pruned weight
+in its smallest encoding (:mod:`sparseprune.encodings`): a tensor NAME as ``NAME::spec`` (JSON in bytes),
+``NAME::values``, ``NAME::index`` (and ``::crow``, ``::scale``), where NAME is ``LAYER.values`` of a SparseLinear, else
+``LAYER.weight``. ``quantization_config`` in ``config.json`` says which layers run sparse and how. Nothing in it names
+code, and everything is checked before a kernel sees it.
+
+A model that was read so is no quantised model to transformers: it trains, moves and saves as any other.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import modeling_utils
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..checkpoint.state import unwrapped
+from ..nn import SparseLinear, sparsify_
+from ..nn.saving import OWN_FORMS, guard_saving
+from ..packing import VALUE_DTYPES
+from .conversion import PARTS, Decode, decoded_state, encoded_state
+from .description import Description, describe, finish_, prepare_
+
+__all__ = ["METHOD", "SparsePruneConfig", "SparsePruneQuantizer", "in_our_form", "register"]
+
+METHOD, VERSION = "sparseprune", 1
+_SPARSIFY = tuple(name for name in inspect.signature(sparsify_).parameters if name not in ("model", "filter_fn"))
+
+
+class SparsePruneConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a sparse folder; or, given to ``from_pretrained`` of a dense folder whose weights have
+    zeros, the options of :func:`sparseprune.sparsify_`, which is called once they are loaded::
+
+        AutoModel.from_pretrained(folder, quantization_config=SparsePruneConfig(tokens=1024))
+
+    ``stored_value_dtype``: how :func:`save_pretrained` stores kept values. ValueError on an unknown option or version.
+    """
+
+    def __init__(
+        self, *, quant_method: str = METHOD, version: int = VERSION, layers: Mapping[str, Any] | None = None,
+        stored_value_dtype: str = "float32", **options: Any,
+    ) -> None:  # fmt: skip
+        if quant_method != METHOD or version != VERSION:
+            raise ValueError(
+                f"quantization_config: expected {METHOD!r} of version {VERSION}, got {quant_method!r} of {version!r}; "
+                "use the sparseprune that wrote it"
+            )
+        unknown = sorted(set(options) - set(_SPARSIFY))
+        if unknown or (options and layers is not None):
+            raise ValueError(
+                f"quantization_config: expected layers, or options of sparsify_ ({', '.join(_SPARSIFY)}), got "
+                f"{', '.join(unknown) or 'both'}"
+            )
+        if stored_value_dtype not in VALUE_DTYPES:
+            raise ValueError(
+                f"quantization_config: stored_value_dtype expected one of {', '.join(VALUE_DTYPES)}, got "
+                f"{stored_value_dtype!r}"
+            )
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.version = VERSION
+        self.stored_value_dtype = stored_value_dtype
+        self.options = options
+        self.described = None if layers is None else Description.from_dict(layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` holds; :meth:`from_dict` reads it."""
+        found = {"quant_method": METHOD, "version": VERSION, "stored_value_dtype": self.stored_value_dtype}
+        found |= self.options
+        return found if self.described is None else found | {"layers": self.described.to_dict()}
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.to_dict().items()
+
+
+class SparsePruneQuantizer(HfQuantizer):
+    """Reads and writes the tensors of sparse layers for transformers."""
+
+    requires_calibration = False
+    quantization_config: SparsePruneConfig
+
+    def __init__(self, quantization_config: SparsePruneConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.described: Description | None = None
+        self.awaited: set[str] = set()
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        told = self.quantization_config.described
+        if not self.pre_quantized:
+            return
+        if told is None:
+            raise ValueError("quantization_config: expected layers in config.json, got none; the folder is incomplete")
+        with torch.device("meta"):
+            self.described = prepare_(model, told, [str(file) for file in kwargs.get("checkpoint_files") or []])
+        self.awaited = {f"{fqn}.values" for fqn in self.described.structure.sparse}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Ours come first: another conversion must not take encoded bytes for a weight."""
+        from transformers.core_model_loading import WeightConverter
+
+        if not self.pre_quantized:
+            return weight_conversions
+        return [WeightConverter([f"::{part}$" for part in PARTS], [""], [Decode(self)]), *weight_conversions]
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """True for the values of a sparse layer, whose number the files alone know: their shape is not compared."""
+        module, _, name = param_name.rpartition(".")
+        if name not in ("values", "col_indices") or not self.pre_quantized:
+            return False
+        return isinstance(model.get_submodule(module), SparseLinear)
+
+    def postprocess_model(self, model: Any, **kwargs: Any) -> None:
+        self.remove_quantization_config(model)
+        if not self.pre_quantized:
+            sparsify_(model, **self.quantization_config.options)
+            return
+        if self.awaited:
+            lacking = sorted(self.awaited)
+            raise ValueError(
+                f"from_pretrained: expected the values of {len(lacking)} more sparse layers in the files, got none for "
+                f"{', '.join(lacking[:3])}; the folder is incomplete"
+            )
+        used = getattr(model, "_weight_conversions", None)
+        if used is not None:  # not to be undone when it is saved
+            model._weight_conversions = [c for c in used if not any(isinstance(o, Decode) for o in _operations(c))]
+        assert self.described is not None
+        finish_(model, self.described)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return encoded_state(model, self.quantization_config.stored_value_dtype), {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+
+def _operations(conversion: Any) -> list[Any]:
+    return getattr(conversion, "operations", [])
+
+
+@contextmanager
+def in_our_form(model: Any, value_dtype: str | None = None) -> Iterator[dict[str, Any]]:
+    """Within it ``save_pretrained`` of this model writes a sparse folder; gives the options to call it with.
+    ``value_dtype`` as in :func:`sparseprune.save`.
+    """
+    inside = getattr(model, "hf_quantizer", None)
+    if isinstance(inside, SparsePruneQuantizer):
+        yield {"save_original_format": False}
+        return
+    plain = all(p.is_floating_point() and p.element_size() > 1 for p in model.parameters())
+    if inside is not None and not (plain or getattr(inside.quantization_config, "dequantize", False)):
+        raise RuntimeError(
+            f"save_pretrained: expected layers in floating point beside the sparse ones, got a model quantised by "
+            f"{inside.quantization_config.quant_method}; sparseprune.densify_(model) first"
+        )
+    # One that dequantised its weights as it loaded them (a GGUF file) has nothing to say about them any more.
+    notes = [(model, name) for name in ("hf_quantizer", "is_quantized", "quantization_method")]
+    notes.append((model.config, "quantization_config"))
+    before = [(owner, name, vars(owner)[name]) for owner, name in notes if name in vars(owner)]
+    for owner, name, _ in before:
+        delattr(owner, name)
+    try:
+        with unwrapped(model) as whole:
+            config = SparsePruneConfig(layers=describe(whole).to_dict(), stored_value_dtype=value_dtype or "float32")
+            quantizer = SparsePruneQuantizer(config, pre_quantized=True)
+            model.hf_quantizer, model.config.quantization_config = quantizer, config
+            try:
+                yield {"save_original_format": False}
+            finally:
+                quantizer.remove_quantization_config(model)
+                model.__dict__.pop("is_quantized", None)
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def _load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    """``nn.Module.load_state_dict`` that also takes encoded tensors, as a Trainer that resumes hands them over."""
+    return nn.Module.load_state_dict(self, decoded_state(self, state_dict), strict, assign)
+
+
+def register() -> None:
+    """Makes transformers know the format. Called once transformers is imported; a transformers whose loading converts
+    no weights (before version 5) is left alone, and goes on refusing to save sparse layers.
+    """
+    if METHOD in AUTO_QUANTIZATION_CONFIG_MAPPING or not hasattr(HfQuantizer, "update_weight_conversions"):
+        return
+    register_quantization_config(METHOD)(SparsePruneConfig)
+    register_quantizer(METHOD)(SparsePruneQuantizer)
+    OWN_FORMS["transformers.modeling_utils"] = in_our_form
+    modeling_utils.PreTrainedModel.load_state_dict = _load_state_dict  # type: ignore[method-assign]
+    guard_saving()
+
+
+register()  # where this module was imported first, and brought the other library in

@@ -1,0 +1,110 @@
+"""Activations, computed by the SparseLinear in front of them while their module's forward runs."""
+
+from __future__ import annotations
+
+import inspect
+from functools import update_wrapper
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from ..linear import SparseLinear
+from ..packed_only import PLAIN
+from .hooks import hooked
+from .patterns import epilogue_of
+
+__all__ = ["FusedActivations", "fused_activations", "keep_attributes_"]
+
+
+class FusedActivations:
+    """``forward`` of the instance ``owner``, in which SparseLinears apply the activations that follow them.
+
+    The module keeps its class and its children, and whoever else calls one of those gets what it always gave: the
+    class's own forward runs on a view of the module, in which a Linear is called with the activation behind it, and
+    that activation hands its input on. ``fused``: name of a Linear -> (name of its activation, what that computes).
+    Where a hook has come to watch one of them, or another module stands there, the class's forward runs on the module.
+    """
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = owner
+        self.fused: dict[str, tuple[str, str]] = {}
+        update_wrapper(self, type(owner).forward, updated=())
+        signature = inspect.signature(type(owner).forward)
+        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+        self.__code__ = inspect.unwrap(type(owner).forward).__code__  # torch.export asks a forward for it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"owner": self.owner, "fused": self.fused}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["owner"])  # type: ignore[misc]
+        self.fused = state["fused"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner = self.owner
+        if torch.compiler.is_compiling():
+            return type(owner).forward(owner, *args, **kwargs)
+        children = dict(owner._modules)
+        watched = nn_module._has_any_global_hook()
+        for first, (second, what) in self.fused.items():
+            linear, activation = children.get(first), children.get(second)
+            if watched or not isinstance(linear, SparseLinear) or type(linear) not in PLAIN or activation is None:
+                continue
+            if linear.activation != "none":
+                continue
+            if epilogue_of(activation) == what and not hooked(linear, activation):
+                children[first], children[second] = _Then(linear, what), _HandsOn(activation)  # type: ignore[assignment]
+        view: Any = object.__new__(type(owner))
+        vars(view).update(vars(owner))
+        vars(view).pop("forward", None)
+        vars(view)["_modules"] = children
+        result = type(owner).forward(view, *args, **kwargs)
+        keep_attributes_(view, owner, "_modules")
+        return result
+
+
+def keep_attributes_(view: nn.Module, owner: nn.Module, *but: str) -> None:
+    """What the forward that ran on ``view`` noted at its module is noted at ``owner``."""
+    own = vars(owner)
+    for name, value in vars(view).items():
+        if own.get(name, own) is not value and name not in but:
+            own[name] = value
+
+
+class _Stands:
+    """Stands where a module stood, for one call; attributes are the module's."""
+
+    __slots__ = ("_module",)
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class _Then(_Stands):
+    __slots__ = ("_what",)
+
+    def __init__(self, linear: SparseLinear, what: str) -> None:
+        super().__init__(linear)
+        self._what = what
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self._module(x, then=self._what)
+        return y
+
+
+class _HandsOn(_Stands):
+    __slots__ = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+
+def fused_activations(module: nn.Module) -> FusedActivations | None:
+    """The forward by which this module's Linears apply the activations that follow them, where it has one."""
+    found = vars(module).get("forward")
+    return found if isinstance(found, FusedActivations) else None

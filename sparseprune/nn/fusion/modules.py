@@ -1,0 +1,85 @@
+"""What stands in a model where something was fused."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from ... import native, ops
+from ..direct import runs_direct
+from ..linear import SparseLinear
+from ..packed_only import PLAIN
+from .hooks import hooked
+
+__all__ = ["FUSED", "FusedOutput", "FusedRMSNorm"]
+
+
+class FusedOutput(nn.Module):
+    """LayerNorm(dropout(dense(x)) + residual), all of it by ``dense`` where there is no dropout to apply.
+
+    x: `[..., K]`; residual: `[..., N]`; returns `[..., N]`. Holds the children of the block it replaces under their
+    own names.
+    """
+
+    dense: SparseLinear
+    LayerNorm: nn.LayerNorm
+    dropout: nn.Dropout
+    original: nn.Module
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.train(original.training)
+        for name, child in original.named_children():
+            setattr(self, name, child)
+        self.__dict__["original"] = original  # not a submodule: its children are ours already
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        dense, norm, dropout = self.dense, self.LayerNorm, self.dropout
+        if (
+            (dropout.training and dropout.p > 0)
+            or type(dense) not in PLAIN
+            or type(norm) is not nn.LayerNorm
+            or norm.weight is None
+            or norm.bias is None
+            or type(dropout) is not nn.Dropout
+            or hooked(dense, norm, dropout)
+            or nn_module._has_any_global_hook()
+        ):
+            return norm(dropout(dense(hidden_states)) + input_tensor)
+        return dense(hidden_states, input_tensor, norm)
+
+
+class FusedRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight in one pass. x: `[..., D]`; returns `[..., D]` in the wider dtype of the two.
+
+    Holds the weight `[D]` of the module it replaces under its own name.
+    """
+
+    weight: nn.Parameter
+    original: nn.Module
+
+    def __init__(self, original: nn.Module, eps: float) -> None:
+        super().__init__()
+        self.train(original.training)
+        self.weight = original.weight  # type: ignore[assignment]
+        self.eps = eps
+        self.__dict__["original"] = original  # not a submodule: its weight is ours already
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self._parameters["weight"]
+        assert weight is not None
+        if (
+            runs_direct(x, weight)
+            and x.dtype in native.linear.DTYPES
+            and weight.dtype in native.linear.DTYPES
+            and x.shape[-1:] == weight.shape
+        ):
+            return native.norms.rms_norm(x, weight, self.eps)
+        return ops.rms_norm(x, weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+#: What :func:`fuse_` puts into a model and :func:`unfuse_` takes out.
+FUSED = (FusedOutput, FusedRMSNorm)

@@ -1,0 +1,186 @@
+"""Which layout runs a layer fastest on this machine, dense included."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import bench, layouts
+from ...packing import QUAD, why_not_quads
+from ..linear import SparseLinear
+from .timing import FEW, MIN_RATIO, copies_in_turn, copies_on_gpu, without_grad
+
+__all__ = ["Choice", "fitting_layouts", "int8_layouts", "measure"]
+
+_MIN_FILL = 0.8  # share of non-zeros in the stored blocks below which a bsr layout is not tried
+# On a GPU: square blocks that fill a tensor core, and what its sparse tensor cores know.
+_GPU_BLOCKSIZES = ((128, 128), (64, 64), (32, 32), (16, 16))
+_GPU_PATTERNS = ((2, 4),)
+
+
+class Choice(NamedTuple):
+    """label: "dense" or the layout; arguments: of ``SparseLinear.from_linear``; ratio over dense; reason; doubt: what
+    speaks against the timing.
+    """
+
+    label: str
+    arguments: dict[str, Any]
+    ratio: float | None
+    reason: str
+    doubt: str = ""
+
+
+def fitting_layouts(kept: Tensor, gpu: bool) -> dict[str, dict[str, Any]]:
+    """Label -> arguments of from_linear, for every layout that fits the pattern of kept entries `[N, K]` and that the
+    kernels of a GPU, or of a CPU, are made for.
+    """
+    rows, columns = kept.shape
+    nnz = int(kept.sum())
+    fitting: dict[str, dict[str, Any]] = {"csr": {"layout": "csr"}}
+    for r, c in _GPU_BLOCKSIZES if gpu else layouts.COLUMN_BLOCKS:
+        if rows % r == 0 and columns % c == 0 and nnz:
+            stored = int(kept.view(rows // r, r, columns // c, c).any(3).any(1).sum()) * r * c
+            if nnz >= _MIN_FILL * stored:
+                fitting[f"bsr{r}x{c}"] = {"layout": "bsr", "blocksize": (r, c)}
+                break  # a narrower block has the same zeros and less reuse
+    for n, m in _GPU_PATTERNS if gpu else layouts.NM_PATTERNS:
+        if columns % m == 0 and nnz and int(kept.view(rows, columns // m, m).sum(2).max()) <= n:
+            fitting[f"nm{n}:{m}"] = {"layout": "nm", "nm": (n, m)}
+            break
+    return fitting
+
+
+def int8_layouts(kept: Tensor, fitting: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same for products in int8: the layouts in ``fitting``, blocks of quads, and the weight without its zeros left
+    out. Empty where the shape has no such form.
+    """
+    rows, columns = kept.shape
+    if why_not_quads((rows, columns)) is not None:
+        return {}
+    int8 = {"value_dtype": "int8", "activations": "int8"}
+    whole = next(r for r in (16, 8, 4, 2, 1) if rows % r == 0)
+    found: dict[str, dict[str, Any]] = {"int8": {"layout": "bsr", "blocksize": (whole, 1), **int8}}
+    if bool(kept.all()):
+        return found
+    nnz = int(kept.sum())
+    for r in (16, 4, 1):
+        if rows % r == 0 and nnz:
+            stored = int(kept.view(rows // r, r, columns // QUAD, QUAD).any(3).any(1).sum()) * r * QUAD
+            if nnz >= _MIN_FILL * stored:
+                return {**found, f"int8 bsr{r}x{QUAD}": {"layout": "bsr", "blocksize": (r, QUAD), **int8}}
+    return {**found, **{f"int8 {label}": {**arguments, **int8} for label, arguments in fitting.items()}}
+
+
+def measure(
+    linear: nn.Linear,
+    kept: Tensor,
+    density: float,
+    counts: tuple[int, ...],
+    options: dict[str, Any],
+    memo: dict[Any, Choice],
+    cold: bool,
+    activations: str = "float32",
+) -> Choice:
+    """What runs this layer fastest, "dense" included. kept: bool `[N, K]`; options: of every SparseLinear made; memo:
+    what was measured before; cold: its weight comes from memory; activations: "int8" allows products in int8 beside
+    exact ones.
+    """
+    if density == 1.0 and activations == "float32":
+        return Choice("dense", {}, 1.0, "it has no zeros; prune it first")
+    weight = linear.weight.detach()
+    shape = (linear.out_features, linear.in_features)
+    fitting = fitting_layouts(kept, weight.device.type == "cuda") if density < 1.0 else {}
+    if activations == "int8":
+        options = {**options, "value_dtype": "float32"}
+        fitting |= int8_layouts(kept, fitting)
+    if not fitting:
+        return Choice("dense", {}, 1.0, f"it has no zeros, and int8 {why_not_quads(shape)}")
+    learns = linear.weight.requires_grad
+    dtype = options["value_dtype"]
+    known = (shape, round(density, 2), tuple(fitting), weight.dtype, linear.bias is None, learns, weight.device, dtype)
+    if known in memo:
+        return memo[known]
+
+    def inputs(rows: int) -> Tensor:
+        return torch.randn(rows, shape[1], device=weight.device).to(weight.dtype)
+
+    def copies(rows: int) -> int:
+        if not cold or rows > FEW:
+            return 1
+        nbytes = weight.numel() * weight.element_size()
+        if weight.device.type != "cuda":
+            return copies_in_turn(nbytes)
+        cache = torch.cuda.get_device_properties(weight.device).L2_cache_size
+        return copies_on_gpu(nbytes, round(nbytes * density), cache)
+
+    def dense(rows: int) -> Callable[[], object]:
+        x, bias = inputs(rows), None if linear.bias is None else linear.bias.detach()
+        weights = [weight, *(weight.clone() for _ in range(copies(rows) - 1))]
+        return without_grad(lambda: [F.linear(x, each, bias) for each in weights])
+
+    def sparse(label: str) -> bench.choose.Setup:
+        def setup(rows: int) -> Callable[[], object]:
+            tuned = rows if isinstance(options["tokens"], tuple) else options["tokens"]
+            layer = SparseLinear.from_linear(linear, **{**options, "tokens": tuned, **fitting[label]}).eval()
+            x = inputs(rows)
+            layers = [layer, *(copy.deepcopy(layer) for _ in range(copies(rows) - 1))]
+            return without_grad(lambda: [each(x) for each in layers])
+
+        return setup
+
+    def choose(sizes: tuple[int, ...]) -> bench.Choice:
+        note = f"values={options['value_dtype']}" + (",in turn" if cold and max(sizes) <= FEW else "")
+        note += ",learns" if learns else ""  # and is compared with what was packed at every call
+        return bench.choose_fastest(
+            {"dense": dense, **{label: sparse(label) for label in fitting}},
+            tokens=sizes,
+            min_ratio=MIN_RATIO,
+            key=lambda label, rows: bench.layer_key(
+                shape, round(density, 2), label, rows, weight.dtype, note, weight.device
+            ),
+            device=weight.device,
+        )
+
+    if isinstance(options["tokens"], tuple):
+        choices = {rows: choose((rows,)) for rows in sorted(counts)}
+        ratios = {rows: {label: per[rows] for label, per in c.ratios.items()} for rows, c in choices.items()}
+        doubts = [choice.doubt for choice in choices.values() if choice.doubt]
+        memo[known] = _by_call(ratios, fitting)._replace(doubt=doubts[0] if doubts else "")
+    else:
+        choice = choose(counts)
+        memo[known] = Choice(choice.name, fitting.get(choice.name, {}), choice.ratio, choice.reason, choice.doubt)
+    return memo[known]
+
+
+def _by_call(
+    ratios: dict[int, dict[str, float]], fitting: dict[str, dict[str, Any]]
+) -> Choice:
+    """ratios: rows of x, rising -> label -> dense time / its time. The layout that gains most in the product over the
+    call sizes, each of which takes what is faster; dense may win from some size on, not below it.
+    """
+    best, arguments, gain, reason = "dense", {}, 1.0, ""
+    for label in fitting:
+        found = {rows: per[label] for rows, per in ratios.items() if label in per}
+        wins = [rows for rows, ratio in found.items() if ratio >= 1.0]
+        losing = [rows for rows in found if rows not in wins]
+        table = ", ".join(f"{ratio:.2f} at {rows} tokens" for rows, ratio in found.items())
+        reason = reason or f"dense wins: {label} runs {table}"
+        if not wins or max(found.values()) < MIN_RATIO or (losing and min(losing) < max(wins)):
+            continue
+        if losing and fitting[label].get("activations") == "int8":
+            continue  # which has no unpacked form to change to
+        product = math.prod(max(1.0, ratio) for ratio in found.values())
+        if product > gain:
+            best, gain, arguments = label, product, dict(fitting[label])
+            reason = f"{label} runs {table}"
+            if losing:
+                arguments["dense_from"] = math.isqrt(max(wins) * min(losing)) + 1
+                reason += f"; dense from {arguments['dense_from']} on"
+    top = max((per.get(best, 1.0) for per in ratios.values()), default=1.0)
+    return Choice(best, arguments, top if best != "dense" else 1.0, reason or "dense wins")

@@ -1,0 +1,32 @@
+"""Stacks of layers as one native call, of encoders for sequences and of decoders for new tokens: recognised by
+structure, proven by running both forms.
+"""
+
+from .choose import (
+    ENGINES,
+    StackChoice,
+    drop_stacks_,
+    find_stacks,
+    in_encoder,
+    put_stacks_,
+    stacks_in_use,
+    use_stacks_,
+    why_layers,
+)
+from .decoder_forward import DecoderForward
+from .forward import StackForward, stack_of
+
+__all__ = [
+    "ENGINES",
+    "DecoderForward",
+    "StackChoice",
+    "StackForward",
+    "drop_stacks_",
+    "find_stacks",
+    "in_encoder",
+    "put_stacks_",
+    "stack_of",
+    "stacks_in_use",
+    "use_stacks_",
+    "why_layers",
+]

@@ -1,0 +1,187 @@
+"""The proof that a program computes what decoder layers compute: both run on random input, with a cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...native.decoder import BoundDecoder, cache_numbers, mask_numbers, table_numbers
+from ..packed_only import PackedLinear
+from ..rounded import RoundedLinear
+from .decoder_build import build_decoder
+from .decoder_parts import DecoderParts
+from .proof import evaluating, run_layers
+from .recognise import UnknownLayer
+from .weights import exact, rounds
+
+__all__ = ["Example", "prove_decoder"]
+
+_CASES = ((1, 1, 1), (2, 6, 1), (2, 9, 3))  # sequences, tokens in the cache, new ones
+_TOLERANCE = 1e-4  # of the largest value
+_ROUNDED_TOLERANCE = 5e-2
+
+
+class _Grown:
+    """The least that a layer asks of a cache."""
+
+    def __init__(self) -> None:
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def update(self, keys: Tensor, values: Tensor, place: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        for held, new in ((self.keys, keys), (self.values, values)):
+            held[place] = torch.cat([held[place], new], 2) if place in held else new
+        return self.keys[place], self.values[place]
+
+    def get_seq_length(self, place: int = 0) -> int:
+        return self.keys[place].shape[2] if place in self.keys else 0
+
+
+class Example:
+    """Random hidden states of ``batch`` sequences, ``past`` of whose tokens are in a cache and ``tokens`` are new.
+    seen: bool `[B, past + tokens, past + tokens]`, which keys each token sees.
+    """
+
+    def __init__(self, parts: Sequence[DecoderParts], batch: int, past: int, tokens: int, padded: bool) -> None:
+        self.parts, self.past = parts, past
+        generator = torch.Generator().manual_seed(past)
+        whole = past + tokens
+        self.hidden = torch.randn(batch, whole, parts[0].hidden, generator=generator)
+        self.seen = torch.ones(batch, whole, whole, dtype=torch.bool).tril()
+        if padded:
+            self.seen[0, :, : past // 2] = False
+            self.seen |= torch.eye(whole, dtype=torch.bool)  # a token that sees nothing is nobody's business
+        self.tables: dict[str, tuple[Tensor, Tensor]] = {}
+        for layer in parts:
+            if layer.kind not in self.tables:
+                angle = torch.rand(1, whole, layer.turned // 2, generator=generator).mul_(6).repeat(1, 1, 2)
+                self.tables[layer.kind] = angle.cos(), angle.sin()
+
+    def layers(self, layers: Sequence[nn.Module], cache: Any, begin: int, end: int) -> Tensor:
+        """What the layers give for the tokens [begin, end), as they are called with a cache."""
+        return self.by_layers(layers, cache, begin, end)()
+
+    def by_layers(
+        self, layers: Sequence[nn.Module], cache: Any, begin: int, end: int, plain: bool = False
+    ) -> Callable[[], Tensor]:
+        """The same as a call for which everything is made; plain: without a mask."""
+        lowest = torch.finfo(torch.float32).min
+        mask = torch.zeros(self.seen[:, None, begin:end, :end].shape)
+        mask.masked_fill_(~self.seen[:, None, begin:end, :end], lowest)
+        calls = []
+        for layer, parts in zip(layers, self.parts):
+            call: dict[str, Any] = {parts.mask: None if plain else mask, parts.cache: cache}
+            if parts.turned:
+                cos, sin = self.tables[parts.kind]
+                call["position_embeddings"] = (cos[:, begin:end], sin[:, begin:end])
+            if "use_cache" in inspect.signature(type(layer).forward).parameters:
+                call["use_cache"] = True
+            calls.append(call)
+        hidden = self.hidden[:, begin:end].contiguous()
+        return lambda: run_layers(layers, calls, hidden)[0]
+
+    def program(self, bound: BoundDecoder, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        """The same of the new tokens by the program; keys, values: of each layer, with room."""
+        return self.by_program(lambda: bound, keys, values)()
+
+    def by_program(
+        self, bound: Callable[[], BoundDecoder], keys: list[Tensor], values: list[Tensor], plain: bool = False
+    ) -> Callable[[], Tensor]:
+        """The same as a call for which everything but ``bound`` is made; plain: without a mask."""
+        past, whole = self.past, self.hidden.shape[1]
+        cache = [n for k, v in zip(keys, values) for n in cache_numbers(k, v)]
+        seen = self.seen[:, past:].contiguous()
+        masks = [(0, 0, 0, whole) if plain else mask_numbers(seen) for _ in self.tables]
+        turned = [(cos[:, past:].contiguous(), sin[:, past:].contiguous()) for cos, sin in self.tables.values()]
+        tables = [table_numbers(*pair) for pair in turned]
+        hidden, room = self.hidden[:, past:].contiguous(), keys[0].shape[2]
+        numbers = _flat(masks), _flat(tables)
+        held = keys, values, seen, turned  # what the numbers point to
+
+        def run() -> Tensor:
+            assert held
+            return bound()(hidden, cache, room, past, *numbers)
+
+        return run
+
+
+def _flat(groups: Sequence[Sequence[int]]) -> list[int]:
+    return [n for group in groups for n in group]
+
+
+def prove_decoder(layers: Sequence[nn.Module], parts: Sequence[DecoderParts], bound: BoundDecoder) -> bool:
+    """Whether the layers give tuples. :class:`UnknownLayer` where layers and program do not agree.
+
+    Where products round activations, the same steps are proven without any rounding, and then layer by layer with it,
+    less strictly: what differs in the last bit may round to the next number, which many layers make more of. So are
+    layers whose weight calls of more rows than one read unrounded.
+    """
+    projections = [p for part in parts for p in part.projections]
+    rounding = any(map(rounds, projections))
+    if not rounding and not any(isinstance(p.module, RoundedLinear) for p in projections):
+        return _prove(layers, parts, bound, False)
+    if rounding and not any(isinstance(p.module, PackedLinear | RoundedLinear) for p in projections):
+        with exact(projections):  # of packed and rounded ones nothing exact is read
+            _prove(layers, parts, _bound(parts), False)
+    in_tuples = False
+    for layer, part in zip(layers, parts):
+        in_tuples = _prove([layer], [part], _bound([part]), True)
+    return in_tuples
+
+
+def _bound(parts: Sequence[DecoderParts]) -> BoundDecoder:
+    built = build_decoder(parts)
+    return BoundDecoder(built.tensors, *built.program.encode())
+
+
+def _prove(
+    layers: Sequence[nn.Module], parts: Sequence[DecoderParts], bound: BoundDecoder, rounded: bool
+) -> bool:
+    in_tuples = False
+    with evaluating(layers):
+        for batch, past, tokens in _CASES:
+            example, cache = Example(parts, batch, past, tokens, past > 1), _Grown()
+            whole = past + tokens
+            try:
+                example.layers(layers, cache, 0, past)
+                if len(cache.keys) != len(layers):
+                    raise UnknownLayer("its layers keep no keys in the cache they are given")
+                held = [[_with_room(t[p.place], whole) for t in (cache.keys, cache.values)] for p in parts]
+                expected = example.layers(layers, cache, past, whole)
+                first = example.hidden[:, :1]
+                in_tuples = isinstance(layers[0](first, **_first_call(layers[0], parts[0], example)), tuple)
+            except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+                raise UnknownLayer(f"its layers do not take the call that was tried: {error}") from None
+            keys, values = [k for k, _ in held], [v for _, v in held]
+            if any(k.shape[1:] != (p.kv_heads, whole + 1, p.depth) for p, k in zip(parts, keys)):
+                raise UnknownLayer(f"its cache holds {list(keys[0].shape)}")
+            found = example.program(bound, keys, values)
+            _compare(expected, found, rounded)
+            for p, k, v in zip(parts, keys, values):
+                _compare(cache.keys[p.place], k[:, :, :whole], rounded)
+                _compare(cache.values[p.place], v[:, :, :whole], rounded)
+    return in_tuples
+
+
+def _first_call(layer: nn.Module, parts: DecoderParts, example: Example) -> dict[str, Any]:
+    call: dict[str, Any] = {parts.mask: None}
+    if parts.turned:
+        cos, sin = example.tables[parts.kind]
+        call["position_embeddings"] = (cos[:, :1], sin[:, :1])
+    return call
+
+
+def _with_room(tensor: Tensor, whole: int) -> Tensor:
+    room = tensor.new_zeros((*tensor.shape[:2], whole + 1, tensor.shape[3]))
+    room[:, :, : tensor.shape[2]] = tensor
+    return room
+
+
+def _compare(expected: Tensor, found: Tensor, rounded: bool) -> None:
+    far = float((expected - found).abs().max())
+    if not far <= (_ROUNDED_TOLERANCE if rounded else _TOLERANCE) * max(1.0, float(expected.abs().max())):
+        raise UnknownLayer(f"layers and program differ by {far:.1e} on random input")

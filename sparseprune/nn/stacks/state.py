@@ -1,0 +1,238 @@
+"""What a program was built from, and whether it is that still: asked at every call, so the loops run in C. And what a
+call of it keeps.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from ...tensor_state import TensorStates
+from ..fusion import FusedActivations
+from ..linear import SparseLinear
+from .build import StackProgram
+from .masks import Unsupported
+from .recognise import LayerParts, UnknownLayer
+from .weights import Generations
+
+__all__ = ["IN_TRAINING", "Modules", "Ready", "StackCall", "StackWeights", "Weights", "layers_in"]
+
+IN_TRAINING = "a module inside is in training mode"
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ATTENTION = (None, "sdpa", "eager")  # implementations that compute softmax(QK)V of the mask they are given
+_training = itemgetter("training")
+
+
+class Modules:
+    """The modules of a stack, all below ``root``, as they were."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self._modules = list(root.modules())
+        self._classes = list(map(type, self._modules))
+        self._dicts = [vars(m) for m in self._modules]
+        self._children = [d["_modules"] for d in self._dicts]
+        self._parameters = [d["_parameters"] for d in self._dicts]
+        self._buffers = [d["_buffers"] for d in self._dicts]
+        self._hooks = [d[name] for d in self._dicts for name in _HOOKS]
+        self._child = list(self._now(self._children))
+        self._parameter = list(self._now(self._parameters))
+        self._buffer = list(self._now(self._buffers))
+        self._then = [dict(d) for d in self._children]
+        # Numbers and names that layers compute with, such as the eps of a norm, and the dicts above.
+        self._attributes = [{**d, "training": False} for d in self._dicts]
+        configs = {id(c): c for d in self._dicts if (c := d.get("config")) is not None}
+        self._configs = [c for c in configs.values() if hasattr(c, "_attn_implementation")]
+
+    def learns(self) -> bool:
+        """Whether a parameter wants a gradient."""
+        return any(p is not None and p.requires_grad for p in self._parameter)
+
+    def why_not_float32(self) -> str | None:
+        """Which parameter is no float32 tensor on the CPU."""
+        for p in self._parameter:
+            if p is not None and (type(p) is not nn.Parameter or p.dtype is not torch.float32 or not p.is_cpu):
+                return f"needs float32 parameters on the CPU, got {type(p).__name__}, {p.dtype} on {p.device}"
+        return None
+
+    @staticmethod
+    def _now(dicts: list[dict[str, Any]]) -> Iterator[Any]:
+        return chain.from_iterable(map(dict.values, dicts))
+
+    def same(self) -> bool:
+        """Whether these are the children, parameters and buffers still, by identity and in number, of modules in eval
+        with the classes and attributes that they had.
+        """
+        return (
+            self._children == self._then
+            and _all_is(self._now(self._parameters), self._parameter)
+            and _all_is(self._now(self._buffers), self._buffer)
+            and all(map(is_, map(type, self._modules), self._classes))
+            and self._same_attributes()
+        )
+
+    def _same_attributes(self) -> bool:
+        try:
+            return self._dicts == self._attributes  # in C, by identity first
+        except (RuntimeError, ValueError):  # a tensor that is compared with another one has no truth
+            return False
+
+    def trains(self) -> bool:
+        """Whether one of these modules is in training mode, and each still where it was."""
+        return any(map(_training, self._dicts)) and _all_is(self._now(self._children), self._child)
+
+    def why_not(self) -> str | None:
+        """What about the modules stands against running past them."""
+        if any(map(_training, self._dicts)):
+            return IN_TRAINING
+        if nn_module._has_any_global_hook():
+            return "a global module hook is set"
+        if any(self._hooks) and any(_active(hook) for hooks in self._hooks for hook in hooks.values()):
+            return "a hook observes a module inside"
+        replaced = [d["forward"] for d in self._dicts if "forward" in d]
+        if any(not isinstance(forward, FusedActivations) for forward in replaced):
+            return "the forward of a module inside was replaced"
+        for config in self._configs:
+            if config._attn_implementation not in _ATTENTION:
+                return f"attention runs as {config._attn_implementation!r}"
+        return None
+
+
+def _all_is(now: Iterator[Any], then: list[Any]) -> bool:
+    end = object()
+    return all(map(is_, now, then)) and next(now, end) is end
+
+
+def _active(hook: Any) -> bool:
+    """False for the hook by which transformers records hidden states, while nothing is being recorded."""
+    module = sys.modules.get("transformers.utils.output_capturing")
+    if module is None or getattr(hook, "__module__", None) != module.__name__:
+        return True
+    collector = getattr(module, "_active_collector", None)
+    return collector is None or bool(collector.get())
+
+
+def layers_in(modules: Modules) -> tuple[nn.Module, ...]:
+    """The layers of a stack, of one class. :class:`UnknownLayer` where they are not."""
+    layers: tuple[nn.Module, ...] = tuple(modules.root._modules.values())  # type: ignore[arg-type]
+    if not layers:
+        raise UnknownLayer("it has no layers")
+    if len({type(layer) for layer in layers}) > 1:
+        raise UnknownLayer("its layers are of several classes")
+    return layers
+
+
+class StackWeights:
+    """The parameters of a stack as they were: ``copied`` into packed forms, or ``read`` where they lie. Of the copied
+    ones, those whose id is in ``always`` are compared at every call.
+
+    :mod:`sparseprune.tensor_state` says when a copy is trusted; what is read must only lie where it lay.
+    """
+
+    def __init__(
+        self, sparse: Sequence[SparseLinear], read: Iterable[Tensor | None], copied: Iterable[Tensor], always: set[int]
+    ) -> None:
+        self._sparse = sparse
+        self._read = list({id(t): t for t in read if t is not None}.values())
+        self._addresses = list(map(Tensor.data_ptr, self._read))
+        self._generations = Generations(())
+        self._copied = TensorStates(list({id(t): t for t in copied}.values()), always)
+
+    def packed(self) -> Self:
+        """To be called once the packed forms are there."""
+        self._generations = Generations(self._sparse)
+        return self
+
+    def fresh(self) -> bool:
+        """Whether all of them hold what they held. For the tensors; that they are still the modules' own is for
+        :meth:`Modules.same` to say.
+        """
+        if not self._generations.same() or list(map(Tensor.data_ptr, self._read)) != self._addresses:
+            return False
+        return self._copied.unchanged()
+
+
+class Weights(StackWeights):
+    """Those of an encoder, whose program reads no weight where it lies; dense ones are compared at every call."""
+
+    def __init__(self, layers: Sequence[LayerParts]) -> None:
+        modules = {id(p.module): p.module for layer in layers for p in layer.projections}
+        norms = [n for layer in layers for n in (layer.attention_norm, layer.ffn_norm) if n is not None]
+        biases = [p.bias for layer in layers for p in layer.projections if p.bias is not None]
+        # A part of a bias is copied; a whole one is read.
+        sliced = [p for layer in layers for p in layer.projections if p.bias is not None and p.outputs != len(p.bias)]
+        dense: list[Tensor] = [p.bias for p in sliced if p.bias is not None]
+        copied: list[Tensor] = []
+        for module in modules.values():
+            if isinstance(module, SparseLinear):
+                copied += module.sources()
+            else:
+                packed = isinstance(module, nn.MultiheadAttention)
+                dense.append(getattr(module, "in_proj_weight" if packed else "weight"))
+        read = biases + [t for n in norms for t in (n.weight, n.bias) if isinstance(t, Tensor)]
+        sparse = [m for m in modules.values() if isinstance(m, SparseLinear)]
+        super().__init__(sparse, read, copied + dense, {id(t) for t in dense})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A program bound to its tensors. groups: for each layer, which call it shares; in_tuples: layers give tuples;
+    names: of a layer's arguments, the hidden states first.
+    """
+
+    modules: Modules
+    weights: StackWeights
+    layers: tuple[nn.Module, ...]
+    groups: tuple[int, ...]
+    built: StackProgram
+    program: Any
+    in_tuples: bool
+    names: tuple[str, ...]
+
+
+class StackCall:
+    """One call of a stack: what its layers were to get, and the result."""
+
+    def __init__(self, bound: Any, dry: bool) -> None:
+        self.bound, self.dry = bound, dry
+        self.done, self._next = False, 0
+        self._hidden: Any = None
+
+    def layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the layer ``index`` gives: the hidden states as they came, or behind the last one the result."""
+        bound = self.bound
+        if args:
+            hidden, args = args[0], args[1:]
+        else:
+            hidden = kwargs.pop(bound.names[0], None)
+        if index != self._next or (index and hidden is not self._hidden):
+            raise Unsupported("its forward does more between two layers than hand on hidden states")
+        if len(args) >= len(bound.names):
+            raise Unsupported("its layers get more arguments than they name")
+        self._hidden, self._next = hidden, index + 1
+        self._note(index, args, kwargs)
+        if self._next == len(bound.layers):
+            hidden = self._finish(hidden)
+            self.done = True
+        return (hidden,) if bound.in_tuples else hidden
+
+    def undo(self) -> None:
+        """Takes back what the program changed beside its result."""
+
+    def _note(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keeps what the layer ``index`` was to get beside the hidden states. :class:`Unsupported` where the program
+        has no place for it.
+        """
+        raise NotImplementedError
+
+    def _finish(self, hidden: Any) -> Tensor:
+        raise NotImplementedError

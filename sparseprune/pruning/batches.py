@@ -1,0 +1,197 @@
+"""A batch, whatever its form: what a model is called with, where its input is real, and its targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "LABELS",
+    "TARGETS",
+    "Batch",
+    "LabelledBatch",
+    "as_tensors",
+    "device_of",
+    "logits_of",
+    "moved",
+    "real_rows_of",
+    "split_batch",
+    "token_embedding",
+    "unlabelled",
+]
+
+#: Keys that are targets. They never reach a model: a loss inside its forward pass would only cost time.
+TARGETS = ("labels", "label", "label_ids", "start_positions", "end_positions")
+#: Those of them that hold the label of a row or of its tokens.
+LABELS = ("labels", "label", "label_ids")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``inputs``: a tensor, a tuple or list of positional arguments, or a mapping of keywords."""
+
+    inputs: Any
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        if isinstance(self.inputs, Mapping):
+            return ()
+        return tuple(self.inputs) if isinstance(self.inputs, tuple | list) else (self.inputs,)
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return dict(self.inputs) if isinstance(self.inputs, Mapping) else {}
+
+    def call(self, model: nn.Module) -> Any:
+        """What the model returns."""
+        return model(*self.args, **self.kwargs)
+
+    def run(self, model: nn.Module) -> Tensor:
+        """The model's output tensor, or its ``.logits``."""
+        return logits_of(self.call(model))
+
+    @property
+    def mask(self) -> Tensor | None:
+        """bool `[B, T]`, True = real token, where the batch says so."""
+        found = self.inputs.get("attention_mask") if isinstance(self.inputs, Mapping) else None
+        return None if found is None else found.bool()
+
+    @cached_property
+    def positions(self) -> Tensor | None:
+        """The mask where it is `[B, T]` and leaves anything out, else None: all of the input is real."""
+        mask = self.inputs.get("attention_mask") if isinstance(self.inputs, Mapping) else None
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.bool().all()):
+            return None
+        return mask.bool()
+
+    @property
+    def first_float(self) -> Tensor | None:
+        """The first floating-point input tensor: the condition of models without an embedding."""
+        values = self.inputs.values() if isinstance(self.inputs, Mapping) else self.inputs
+        candidates = [values] if isinstance(values, Tensor) else list(values)
+        return next((v for v in candidates if isinstance(v, Tensor) and v.is_floating_point()), None)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device; what is there already is not copied."""
+        return Batch(moved(self.inputs, lambda value: value.to(device)))
+
+
+@dataclass(frozen=True)
+class LabelledBatch(Batch):
+    """A batch with its targets."""
+
+    targets: Tensor
+
+
+def as_tensors(value: Any) -> Any:
+    """The value with a tensor for each array of numbers in its lists and mappings: float32 for float64, which is what
+    numpy makes of numbers by itself.
+    """
+    if isinstance(value, numpy.ndarray) and value.dtype.kind in "biuf":
+        own = numpy.require(value, value.dtype.newbyteorder("="), ["C", "W"])  # as torch takes them
+        made = torch.as_tensor(own)
+        return made.float() if made.dtype == torch.float64 else made
+    if isinstance(value, Mapping):
+        return {key: as_tensors(item) for key, item in value.items()}
+    if type(value) in (tuple, list) and any(isinstance(part, numpy.ndarray | Mapping | tuple | list) for part in value):
+        return type(value)(as_tensors(part) for part in value)
+    return value
+
+
+def split_batch(batch: Any, device: torch.device) -> LabelledBatch:
+    """The batch in memory of its own, arrays as tensors. TypeError on anything but ``(inputs, targets)`` or a mapping
+    with ``labels`` (or ``label``), and on text.
+    """
+
+    def own(value: Tensor) -> Tensor:
+        # A copy: a BLAS may round by where a tensor begins, which must not hang on what the loader cut it from, and
+        # what a checkpoint holds of a view is the whole of that.
+        return value.to(device, non_blocking=True, copy=True)
+
+    batch = as_tensors(batch)
+    if isinstance(batch, Mapping):
+        key = [name for name in LABELS if name in batch]
+        if len(key) != 1:
+            raise TypeError(f"a batch that is a dict expected one key 'labels' or 'label', got {sorted(batch)}")
+        inputs = {name: moved(value, own) for name, value in batch.items() if name != key[0]}
+        _check_no_text(inputs)
+        return LabelledBatch(inputs, _labels(batch[key[0]], own))
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        _check_no_text(batch[0])
+        return LabelledBatch(moved(batch[0], own), _labels(batch[1], own))
+    raise TypeError(f"a batch expected (inputs, targets) or a dict with 'labels', got {type(batch).__name__}")
+
+
+def unlabelled(batch: Any) -> Batch:
+    """A batch of a dict (keywords, targets left out), a tuple or list (its first entry) or a tensor."""
+    if isinstance(batch, tuple | list) and batch:
+        batch = batch[0]
+    batch = as_tensors(batch)
+    if isinstance(batch, Mapping):
+        batch = {key: value for key, value in batch.items() if key not in TARGETS}
+    _check_no_text(batch)
+    return Batch(batch)
+
+
+def _labels(value: Any, own: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"labels of a batch expected a tensor, got {type(value).__name__}; torch.tensor makes one")
+    return own(value if value.is_floating_point() or value.is_complex() else value.long())
+
+
+def _check_no_text(inputs: Any) -> None:
+    parts = inputs.items() if isinstance(inputs, Mapping) else [("the inputs", inputs)]
+    for name, value in parts:
+        first = value[0] if isinstance(value, tuple | list) and value else value
+        if isinstance(first, str):
+            raise TypeError(f"a batch expected tensors, got text in {name}; pass tokenizer=, or tokenise it first")
+
+
+def logits_of(out: Any) -> Tensor:
+    """A model's output where it is a tensor, else its ``.logits``; TypeError on anything else."""
+    logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"the model's output expected a tensor or an object with .logits, got {type(out).__name__}")
+    return logits
+
+
+def token_embedding(model: nn.Module) -> nn.Embedding | None:
+    """The model's embedding of token ids, where it names one (``get_input_embeddings``)."""
+    get = getattr(model, "get_input_embeddings", None)
+    if not callable(get):
+        return None
+    try:
+        found = get()
+    except NotImplementedError:
+        return None
+    return found if isinstance(found, nn.Embedding) else None
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first tensor is; the CPU where it has none."""
+    found = next((t for t in (*model.parameters(), *model.buffers())), None)
+    return torch.device("cpu") if found is None else found.device
+
+
+def real_rows_of(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x: `[B, T, K]` with mask `[B, T]`: the real positions `[M, K]`; any other shape: all rows `[M, K]`."""
+    if mask is not None and x.dim() > 2 and x.shape[:-1] == mask.shape:
+        return x[mask]
+    return x.reshape(-1, x.shape[-1])
+
+
+def moved(value: Any, move: Any) -> Any:
+    """The value with ``move`` of each tensor in its lists and mappings."""
+    if isinstance(value, Tensor):
+        return move(value)
+    if isinstance(value, Mapping):
+        return {key: moved(item, move) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(moved(item, move) for item in value)
+    return value

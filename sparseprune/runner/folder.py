@@ -1,0 +1,122 @@
+"""A run's folder: one process at a time, whole files, and what a run that was cut short left to go on from."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from .._arguments import check_folder
+from .._files import remove_unfinished, write_text
+from .config import RunConfig, differences
+
+__all__ = ["DENSE", "TRAINING", "check_place", "clear", "enter", "occupied", "write_json"]
+
+#: Checkpoints of the dense training and of the pruning; both go when the run is finished.
+DENSE, TRAINING = "dense.ckpt", "training.ckpt"
+
+_RECORD, _SETTINGS, _LOCK = "run.json", "settings.json", "run.lock"
+_WRITTEN = (DENSE, TRAINING, _RECORD, _SETTINGS, "history.json", "dense.safetensors", "pruned.safetensors",
+            "vocabulary.json", "encoder.json", "curves.png", "layers.png", "tradeoff.png")  # fmt: skip
+
+
+def check_place(out: str | Path, name: str) -> Path:
+    """The folder ``out/name``, of which nothing is made yet. ValueError on a name that leads elsewhere, OSError where
+    nothing can be written.
+    """
+    if not name or name in (".", "..") or Path(name).name != name or "\0" in name:
+        raise ValueError(f"run: name expected a plain folder name, without separators, got {name!r}")
+    folder = Path(out) / name
+    check_folder(folder, "out")
+    return folder
+
+
+@contextlib.contextmanager
+def occupied(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Makes the folder and holds it; BlockingIOError where another process does.
+
+    The system lets the lock of a dead process go, so whatever lock file it left is taken over.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _LOCK
+    file = _locked(path, say)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # before it is let go: whoever opened it meanwhile sees that it is another file
+        file.close()
+
+
+def _locked(path: Path, say: Callable[[str], None]) -> IO[str]:
+    while True:
+        file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115  # it stays open while it is held
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                say(f"{path.parent}: no locks here ({error.strerror}); take care that no second run uses this folder")
+                return file
+            file.close()
+            raise BlockingIOError(
+                f"{path.parent}: in use by {holder}; wait for it, or give this run another --name"
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()  # its holder had finished and removed it between our opening and our locking
+
+
+def enter(folder: Path, config: RunConfig, say: Callable[[str], None]) -> None:
+    """Writes the settings, and tells what becomes of what was there. The checkpoints of an unfinished run of the same
+    settings stay; those of any other go.
+    """
+    for name in _WRITTEN:
+        remove_unfinished(folder / name)
+    settings, wanted = folder / _SETTINGS, config.to_json()
+    finished = (folder / _RECORD).exists()
+    if settings.exists() and settings.read_bytes() == wanted.encode() and not finished:
+        if not any((folder / name).exists() for name in (DENSE, TRAINING)):
+            say(f"{folder}: an unfinished run of these settings, without a checkpoint yet; it starts again")
+        return
+    if finished:
+        say(f"{folder}: the finished run here is replaced")
+    elif any((folder / name).exists() for name in (DENSE, TRAINING)):
+        say(f"{folder}: the unfinished run here had other settings and is replaced{_what_differs(settings, config)}")
+    for leftover in (TRAINING, DENSE, _RECORD, "history.json"):
+        folder.joinpath(leftover).unlink(missing_ok=True)
+    write_text(settings, wanted)
+
+
+def _what_differs(settings: Path, config: RunConfig) -> str:
+    try:
+        old = RunConfig.from_json(settings.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f" (its {settings.name} cannot be read: {' '.join(str(error).split())})"
+    return f" ({'; '.join(differences(old, config))})"
+
+
+def clear(folder: Path) -> None:
+    """Removes what only an unfinished run needs."""
+    for leftover in (TRAINING, DENSE):
+        folder.joinpath(leftover).unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=_plain_number))
+
+
+def _plain_number(value: Any) -> Any:
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

@@ -1,0 +1,81 @@
+"""The file that a training run goes on from: one, written by the first process beside its place and renamed into it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._files import remove_unfinished, save_checkpoint
+from ..pruning.processes import Processes
+
+__all__ = ["digest", "parse", "random_state", "read", "set_random_state", "write"]
+
+_FORMAT = 6
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 over names and bytes of a model's state: a resumed run must see the same teacher."""
+    found = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def random_state(device: torch.device) -> dict[str, Tensor | None]:
+    """Of torch's generators: the CPU's, and that of the GPU that trains."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def set_random_state(state: Mapping[str, Tensor | None], device: torch.device) -> None:
+    """What :func:`random_state` gave, as far as this device has it: a run may go on on another one."""
+    cpu, cuda = state["cpu"], state["cuda"]
+    assert cpu is not None
+    torch.set_rng_state(cpu)
+    if device.type == "cuda" and cuda is not None:
+        torch.cuda.set_rng_state(cuda, device)
+
+
+def write(path: Path, state: Mapping[str, Any]) -> None:
+    """state: ``config`` and ``teacher``, which say whose run it is; ``tensors``; ``processes``, one entry each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, {"format": _FORMAT, **state})
+
+
+def read(path: Path, processes: Processes) -> bytes | None:
+    """The file as the first process sees it; None where there is none."""
+    own = None
+    if processes.index == 0:
+        remove_unfinished(path)
+        own = path.read_bytes() if path.exists() else None
+    return processes.gather(own)[0]
+
+
+def parse(
+    path: Path, saved: bytes, config: str, teacher: nn.Module, processes: Processes
+) -> dict[str, Any]:
+    """What was written, on the CPU whatever device it was on. ValueError, with the remedy, where it cannot be read or
+    is another run's.
+    """
+    try:
+        state = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable training checkpoint ({type(error).__name__}); delete it") from error
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise ValueError(f"{path}: expected a training checkpoint of format {_FORMAT}; delete it to start again")
+    if state["config"] != config:
+        raise ValueError(f"{path}: written under another configuration; delete it or restore the configuration")
+    if state["teacher"] != digest(teacher):
+        raise ValueError(f"{path}: written with another teacher; delete it to start again")
+    if len(state["processes"]) != processes.size:
+        raise ValueError(
+            f"{path}: written by {len(state['processes'])} processes, expected {processes.size}; start as many, or "
+            "delete it to start again"
+        )
+    return state

@@ -1,0 +1,96 @@
+"""What the student is trained on beside the game: task, distillation, hidden states."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..pruning.rows import IGNORED
+
+__all__ = [
+    "LossLike",
+    "accuracy_counts",
+    "distillation",
+    "is_classification",
+    "make_loss",
+    "real_rows",
+    "smoothed",
+    "task_loss",
+]
+
+LossLike = type[nn.Module] | Callable[[Tensor, Tensor], Tensor]
+
+
+def make_loss(loss: LossLike) -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss given as a class is instantiated, anything else callable is taken as it is; TypeError on the rest."""
+    made: Any = loss() if isinstance(loss, type) else loss
+    if not callable(made):
+        raise TypeError(f"loss expected a loss class or a callable, got {type(loss).__name__}")
+    return made
+
+
+def smoothed(loss: Callable[[Tensor, Tensor], Tensor], share: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """``loss`` with label smoothing (Szegedy et al. 2016). ValueError where it is no plain cross-entropy."""
+    if not share:
+        return loss
+    if not isinstance(loss, nn.CrossEntropyLoss) or loss.label_smoothing:
+        raise ValueError(
+            f"label_smoothing expected nn.CrossEntropyLoss without any of its own, got {loss!r}; smooth in your loss"
+        )
+    made = copy.deepcopy(loss)
+    made.label_smoothing = share
+    return made
+
+
+def is_classification(logits: Tensor, targets: Tensor) -> bool:
+    """Integer targets with one dimension less than the logits: a class for each row or token."""
+    return not targets.is_floating_point() and targets.dim() == logits.dim() - 1
+
+
+def task_loss(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor) -> Tensor:
+    """logits `[..., C]`, targets `[...]` of classes: both flattened first; other targets go to the loss as they are.
+    0 where every target is ignored, which a mean cannot tell.
+    """
+    logits = logits.float()
+    if is_classification(logits, targets):
+        if not bool((targets != IGNORED).any()):
+            return logits.sum() * 0.0
+        return loss(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+    return loss(logits, targets)
+
+
+def real_rows(logits: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows `[M, C]` that count: for token classes those that are no padding and not ignored; else all."""
+    if logits.dim() == 3 and targets.shape == logits.shape[:2]:
+        keep = targets != IGNORED
+        return logits[keep if mask is None else keep & mask]
+    if logits.dim() == 3 and mask is not None and mask.shape == logits.shape[:2]:
+        return logits[mask]
+    return logits.reshape(-1, logits.shape[-1]) if logits.dim() > 1 else logits.reshape(-1, 1)
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float, classes: bool) -> Tensor:
+    """student, teacher: `[M, C]`; tau^2 KL(teacher || student) (Hinton et al. 2015), or the mean square without
+    classes; 0 without rows.
+    """
+    if not len(student):
+        return student.sum() * 0.0
+    if not classes:
+        return F.mse_loss(student.float(), teacher.float())
+    log_student = F.log_softmax(student.float() / temperature, dim=-1)
+    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+@torch.no_grad()
+def accuracy_counts(logits: Tensor, targets: Tensor) -> tuple[int, int]:
+    """(right, counted) over all rows or tokens whose target is not ignored; (0, 0) without classes."""
+    if not is_classification(logits, targets):
+        return 0, 0
+    keep = targets != IGNORED
+    return int(((logits.argmax(-1) == targets) & keep).sum()), int(keep.sum())
