@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -24,6 +26,45 @@ TOLERANCES = {
     "bfloat16": (2e-2, 2e-2),
     "float16": (2e-3, 2e-3),
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shuffle", type=int, metavar="SEED",
+        help="run the files in an order drawn from SEED, and the tests within each, so that fixtures of a file stay",
+    )  # fmt: skip
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seed = config.getoption("--shuffle")
+    if seed is None:
+        return
+    order = random.Random(seed)
+    files: dict[str, list[pytest.Item]] = {}
+    for item in sorted(items, key=lambda item: item.nodeid):
+        files.setdefault(str(item.path), []).append(item)
+    drawn = list(files.values())
+    order.shuffle(drawn)
+    for tests in drawn:
+        order.shuffle(tests)
+    items[:] = [item for tests in drawn for item in tests]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What the imports left is not looked through again by every collection of the tests."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    gc.unfreeze()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        terminalreporter.write_line(f"the same order again: --shuffle {seed}")
 
 
 def need(present: bool, what: str) -> None:
@@ -49,6 +90,22 @@ def close():
         )
 
     return check
+
+
+@pytest.fixture
+def fussy_blas(monkeypatch):
+    """Dense products that hang on how their tensors lie, as those of a BLAS on some CPUs do: on the order of the
+    dimensions in memory, and on where in its memory a tensor begins. For tests that compare to the bit.
+    """
+    import torch.nn.functional as F
+
+    plain = F.linear
+
+    def linear(input, weight, bias=None):
+        off = sum(t.storage_offset() * t.element_size() % 64 + (not t.is_contiguous()) for t in (input, weight))
+        return plain(input, weight, bias) * (1 + 1e-5 * off)
+
+    monkeypatch.setattr(F, "linear", linear)
 
 
 @pytest.fixture

@@ -7,7 +7,16 @@ import json
 import pytest
 import torch
 
-from sparseprune.data import Augment, TokenLoader, Vocabulary, detect_unit, load_files, load_set, read_examples
+from sparseprune.data import (
+    Augment,
+    TokenLoader,
+    Vocabulary,
+    detect_unit,
+    load_files,
+    load_set,
+    read_examples,
+    read_names,
+)
 
 
 def write(path, *lines):
@@ -46,12 +55,14 @@ def test_names_indices_and_pairs(tmp_path):
     other = write(
         tmp_path / "b.jsonl", json.dumps({"text": "so so", "label": "neg"}), json.dumps({"text": "ok", "label": 1})
     )
-    data = load_files(train, other, train)
+    with pytest.raises(ValueError, match=r"b.jsonl:2: label '1' is not among the 2 known labels"):
+        load_files(train, other, train)  # which of the two a number stands for is not said
+    data = load_files(train, other, train, label_names=["neg", "pos"])
     assert data.label_names == ["neg", "pos"]
     assert data.train.labels == [1, 0, 1]
     assert data.valid.labels == [0, 1]
     numbered = write(tmp_path / "n.tsv", "a\t0", "b\t2")
-    assert load_files(numbered, numbered, numbered).label_names == ["0", "1", "2"]
+    assert load_files(numbered, numbered, numbered).label_names == ["0", "2"]
     pairs = write(tmp_path / "p.jsonl", json.dumps({"premise": "a b", "hypothesis": "c", "label": "yes"}))
     assert load_files(pairs, pairs, pairs).train.texts == [("a b", "c")]
     assert read_examples(numbered, ["x", "y", "z"]).labels == [0, 2]
@@ -67,25 +78,112 @@ def test_names_indices_and_pairs(tmp_path):
         ("l.tsv", "text\t \n", ValueError, "l.tsv:1: the label is empty"),
         ("j.jsonl", "{not json\n", ValueError, "j.jsonl:1: not valid JSON"),
         ("k.jsonl", '{"text": "a"}\n', ValueError, "k.jsonl:1: expected keys"),
-        ("b.jsonl", '{"text": "a", "label": true}\n', ValueError, "b.jsonl:1: expected keys"),
+        ("b.jsonl", '{"text": "a", "label": true}\n', ValueError, "label expected a name or a whole number, got true"),
+        ("f.jsonl", '{"text": "a", "label": 2.0}\n', ValueError, "f.jsonl:1: label '2' is not among the 2 known"),
+        ("z.jsonl", '{"text": "a", "label": null}\n', ValueError, "label expected a name or a whole number, got null"),
+        ("y.jsonl", '{"text": null, "label": 1}\n', ValueError, "y.jsonl:1: expected a string under text, got null"),
         ("o.tsv", "a\tb\tpos\n", ValueError, "o.tsv:1: expected 1 text"),
+        ("m.tsv", "a\tpos\nb\tc\tneg\n", ValueError, "m.tsv:2: expected 1 text(s) as in line 1, got 2"),
+        ("t.tsv", "a\tpos\n \tneg\n", ValueError, "t.tsv:2: the text is empty"),
+        ("q.tsv", '"a\tb"\tc\tpos\n', ValueError, "q.tsv:1: expected text<TAB>label or text<TAB>text<TAB>label, got 4"),
+        ("q.tsv", '"a\n', ValueError, "TSV has no quoting"),
+        ("z.tsv", "a\0b\tpos\n", ValueError, "z.tsv:1: expected UTF-8 text, got a NUL byte"),
+        ("u.tsv", "a\tpos\n\ufeffb\tneg\n", ValueError, "u.tsv:2: a byte order mark in the middle"),
+        ("c.csv", "a,pos\n", ValueError, "c.csv: expected one text"),
+        ("r.tsv", "a\tpos\rb\tneg\r", ValueError, "r.tsv: expected lines that end in"),
+        ("s.jsonl", '{"text": "a", "label": "pos"}\n{"text": "\\ud800", "label": "pos"}\n', ValueError,
+         "s.jsonl:2: half of a surrogate pair"),
+        ("s.jsonl", '{"text": "a", "label": "\\udfff"}\n', ValueError, "s.jsonl:1: half of a surrogate pair"),
+        ("n.jsonl", '{"text": "a\\u0000", "label": "pos"}\n', ValueError, "n.jsonl:1: expected UTF-8 text, got a NUL"),
+        ("d.jsonl", "[" * 100_000, ValueError, "d.jsonl:1: JSON that cannot be read"),
+        ("d.jsonl", '{"text": "a", "label": ' + "1" * 5000 + "}", ValueError, "d.jsonl:1: JSON that cannot be read"),
+        ("k.jsonl", '{"text": "a", "premise": "b", "hypothesis": "c", "label": "pos"}\n', ValueError,
+         "k.jsonl:1: expected one text or pair, got text and premise+hypothesis"),
+        ("h.tsv", "sentence\tlabel\nb\tneg\n", ValueError, "h.tsv:1: expected an example, got what looks like"),
+        ("i.tsv", "a\t99999999\n", ValueError, "i.tsv:1: label '99999999' is not among"),
     ],
 )
 def test_bad_files_give_one_clear_line(tmp_path, name, text, error, said):
     train = write(tmp_path / "train.tsv", "x\tpos", "y\tneg")
     path = tmp_path / (name or "absent.tsv")
     if name:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8", newline="")
     with pytest.raises(error) as caught:
         load_files(train, path, train)
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_other_encodings_are_refused(tmp_path):
-    path = tmp_path / "latin.tsv"
-    path.write_bytes("caf\u00e9\t1\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="UTF-8"):
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "gb18030"])
+def test_other_encodings_are_refused(tmp_path, encoding):
+    path = tmp_path / "other.tsv"
+    path.write_bytes("plain\t1\ncaf\u00e9\t1\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"other.tsv:[12]: expected UTF-8"):
         load_files(path, path, path)
+
+
+def test_a_mark_at_the_start_and_dos_line_ends_are_no_part_of_the_text(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_bytes("\ufeffa b\t1\r\nc\t2\r\n".encode())
+    data = load_files(path, path, path)
+    assert data.train.texts == [("a b",), ("c",)] and data.label_names == ["1", "2"]
+
+
+def test_quotes_in_a_tsv_belong_to_the_text(tmp_path):
+    path = write(tmp_path / "a.tsv", '"a ""b"" c"\tx', 'd"\ty')
+    assert load_files(path, path, path).train.texts == [('"a ""b"" c"',), ('d"',)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "indices"),
+    [
+        (["2021", "2020"], ["2020", "2021"], [1, 0]),
+        (["10", "9", "12345678"], ["9", "10", "12345678"], [1, 0, 2]),
+        (["1" * 6000, "2"], ["2", "1" * 6000], [1, 0]),
+        (["-1", "1"], ["-1", "1"], [0, 1]),
+    ],
+)
+def test_distinct_labels_are_the_classes(tmp_path, labels, names, indices):
+    path = write(tmp_path / "a.tsv", *(f"text {i}\t{label}" for i, label in enumerate(labels)))
+    data = load_files(path, path, path)
+    assert data.label_names == names and data.train.labels == indices
+
+
+def test_label_names_from_a_file_are_counted_from_zero(tmp_path):
+    path = write(tmp_path / "a.tsv", "a\t2", "b\tx", "c\t0")
+    names = read_names(write(tmp_path / "labels.txt", "x", "y", "z", ""))
+    assert load_files(path, path, path, label_names=names).train.labels == [2, 0, 0]
+    for lines, said in ((["x", "", "y"], "labels.txt:2: expected a label name"), (["x", "x"], "line 1 already")):
+        with pytest.raises(ValueError, match=said):
+            read_names(write(tmp_path / "labels.txt", *lines))
+
+
+def test_a_header_in_all_files_is_refused_whatever_it_says(tmp_path):
+    train = write(tmp_path / "train.tsv", "was gesagt wurde\tAbsicht", "a\tx", "b\ty")
+    other = write(tmp_path / "valid.tsv", "was gesagt wurde\tAbsicht", "c\tx")
+    with pytest.raises(ValueError, match=r"train.tsv:1: .*names of the columns .*Absicht.*remove that line"):
+        load_files(train, other, other)
+    fair = write(tmp_path / "fair.tsv", "text\tlabel", "a\tlabel", "b\ty")  # a class that happens to be called so
+    assert load_files(fair, fair, fair).label_names == ["label", "y"]
+
+
+def test_words_by_tabs_or_spaces_with_as_many_columns_in_a_sentence(tmp_path):
+    path = write(tmp_path / "a.conll", "New York\tNNP\tB", "is\tVB\tO", "", "-DOCSTART- -X- O", "", "big\tJJ\tO")
+    data = load_files(path, path, path)
+    assert data.train.texts == [("New York", "is"), ("big",)] and data.label_names == ["B", "O"]
+    write(path, "a NN O", "b O")
+    with pytest.raises(ValueError, match=r"a.conll:2: expected 3 columns as in the sentence so far, got 2"):
+        load_files(path, path, path)
+    write(tmp_path / "b.conll", "a O", "", "b NEW")
+    write(path, "a O", "", "b B")
+    with pytest.raises(ValueError, match=r"b.conll:3: label 'NEW' of 'b' is not among"):
+        load_files(path, path, tmp_path / "b.conll")
+
+
+def test_large_seeds_and_empty_cuts():
+    made = TokenLoader([[4, 5]] * 9, [0] * 9, 2, shuffle=True, seed=2**32 - 1, augment=Augment(mask=0.5))
+    assert len(list(made)) == 5
+    with pytest.raises(ValueError, match="at least one example"):
+        load_set("crosswoz_zh").head(0, 5)
 
 
 def test_vocabulary_words_characters_and_round_trip():
@@ -176,3 +274,6 @@ def test_loader_refuses_what_it_cannot_batch():
         TokenLoader([[]], [0])
     with pytest.raises(ValueError, match="token types"):
         TokenLoader([[1]], [0], augment=Augment(drop=0.1), types=[[0]])
+    for bad, kind in (([[1, 2.0]], "float"), ([[[1], [2]]], "list"), ([torch.tensor([1, 2])], "Tensor")):
+        with pytest.raises(ValueError, match=f"flat list of whole numbers, got {kind} in one"):
+            TokenLoader(bad, [0])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
-import pytest
-
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def test_linear_128_10_learns_and_is_pruned_exactly():
-    train = runpy.run_path(str(EXAMPLES / "linear_128_10.py"))["train"]
-    figures = train(density=0.25, epochs=4)
-    assert figures["density"] == pytest.approx(0.25, abs=1e-6)
-    assert figures["accuracy"] > 0.35  # ten classes
-    assert figures == train(density=0.25, epochs=4)
+def test_the_article_learns_and_is_pruned_exactly(capsys):
+    main = runpy.run_path(str(EXAMPLES / "article.py"))["main"]
+    figures = main(retention=0.25, epochs=1)
+    assert figures["pruned"]["density"] == 0.25
+    assert figures["dense"]["accuracy"] > 0.25 and figures["pruned"]["accuracy"] > 0.25  # ten classes
+    out = capsys.readouterr().out
+    assert "Epoch 1  Loss" in out and "U 0.2500" in out and "Pruning is finished" in out
+    assert figures == main(retention=0.25, epochs=1)

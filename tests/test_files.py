@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -40,3 +42,89 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
     remove_unfinished(tmp_path / "run.ckpt")
     assert sorted(os.listdir(tmp_path)) == others
     remove_unfinished(tmp_path / "nowhere" / "run.ckpt")
+
+
+def test_a_link_is_followed_and_stays_one(tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "blob", tmp_path / "here" / "a.txt"
+    target.write_text("old")
+    link.symlink_to(os.path.relpath(target, link.parent))
+    with replacing(link) as temporary:
+        assert temporary.parent == target.parent and temporary.suffix == ".txt"
+        temporary.write_text("new")
+    assert link.is_symlink() and target.read_text() == "new"
+    target.unlink()
+    write_text(link, "made through a link to nothing")
+    assert link.is_symlink() and target.read_text().startswith("made")
+    (tmp_path / "there" / ".blob.abcd_123.txt").touch()
+    remove_unfinished(link)
+    assert os.listdir(tmp_path / "there") == ["blob"]
+
+
+def test_what_is_no_regular_file_stays(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "null").symlink_to("/dev/null")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    before = sorted(os.listdir(tmp_path))
+    for path, message in (
+        ("/dev/null", "got a device"),
+        (tmp_path / "null", "got a device"),
+        (tmp_path / "fifo", "got a FIFO"),
+        (tmp_path / "folder", "got a folder"),
+        (str(tmp_path / "folder") + "/", "got a folder"),
+        (tmp_path / "loop", "symbolic links"),
+        (tmp_path / "nowhere" / "a", "make it first"),
+        (tmp_path / "file" / "a", "Not a directory"),
+        ("~nobody-at-all/a", "home"),
+    ):
+        with pytest.raises(OSError, match=message):
+            write_text(path, "x")
+    assert sorted(os.listdir(tmp_path)) == before
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_permissions_of_a_file_stay(tmp_path):
+    path = tmp_path / "a"
+    for mode in (0o600, 0o755, 0o660):
+        write_text(path, "old")
+        path.chmod(mode)
+        write_text(path, "new")
+        assert stat.S_IMODE(path.stat().st_mode) == mode and path.read_text() == "new"
+
+
+def test_a_read_only_file_stays(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    write_text(path, "old")
+    path.chmod(0o444)
+    if os.geteuid() == 0:  # whom permissions do not bind
+        monkeypatch.setattr(os, "access", lambda found, mode: not (mode & os.W_OK and os.fspath(found) == str(path)))
+    with pytest.raises(PermissionError, match="read-only"):
+        write_text(path, "x")
+    assert path.read_text() == "old"
+
+
+def test_home_and_long_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_text("~/a.txt", "x")
+    assert (tmp_path / "a.txt").read_text() == "x"
+    for name in ("n" * 251 + ".txt", "ü" * 127, "n" * 54 + "." + "s" * 200):
+        with replacing(tmp_path / name) as temporary:
+            temporary.write_text("x")
+        left = temporary.with_name(temporary.name)
+        left.touch()
+        remove_unfinished(tmp_path / name)
+        assert not left.exists() and (tmp_path / name).read_text() == "x"
+
+
+def test_writers_at_once_leave_one_whole_file(tmp_path):
+    path = tmp_path / "a.txt"
+    code = (
+        "import sys\nfrom sparseprune._files import write_text\n"
+        "for _ in range(50): write_text(sys.argv[1], sys.argv[2] * 100_000)\n"
+    )
+    writers = [subprocess.Popen([sys.executable, "-P", "-c", code, str(path), letter]) for letter in "ab"]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert path.read_text() in ("a" * 100_000, "b" * 100_000) and os.listdir(tmp_path) == ["a.txt"]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import sparseprune as sp
+from sparseprune import optim
 
 
 def pruned_model(dtype=torch.float32):
@@ -148,3 +149,13 @@ def test_schedulers_closures_and_deepcopy():
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert len(copy.deepcopy(optimizer).masks()) == 1
+
+
+def test_a_step_is_not_recorded_in_a_cuda_graph(monkeypatch):
+    """Its number and learning rate would be those of the recording in every replay. Asked of the parameters' device."""
+    model = pruned_model()
+    optimizer = sp.AdamW(model.parameters())
+    optimizer.step()
+    monkeypatch.setattr(optim, "capturing", lambda device: device.type == "cpu")
+    with pytest.raises(RuntimeError, match=r"AdamW: step\(\) expected outside of a CUDA graph"):
+        optimizer.step()

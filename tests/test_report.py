@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import sparseprune as sp
@@ -42,3 +44,56 @@ def test_the_report_agrees_with_the_file(tmp_path):
     file = sp.checkpoint.describe(tmp_path / "a.safetensors")
     assert [x.sparse_bytes for x in report.layers] == [x.sparse_bytes for x in file.layers]
     assert report.dense_bytes == file.dense_bytes
+
+
+def state_file(layout, folder, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 64), nn.Linear(64, 32))
+    for layer in model[1:]:
+        layer.weight.data[:4, -1] = 1.0  # the width is read off the highest index kept
+    sp.prune_(model, 0.8, granularity=options.pop("granularity", "element"), scope="layer")
+    sp.sparsify_(model, layout=layout, fuse=False, **options)
+    path = folder / "model.safetensors"
+    save_file(model.state_dict(), path, metadata={"format": "pt"})
+    return model, path
+
+
+@pytest.mark.parametrize(
+    ("layout", "label", "options"),
+    [("csr", "csr", {}), ("bsr", "bsr4x1", {"granularity": "4x1", "blocksize": (4, 1)})],
+)
+def test_a_state_dict_of_a_sparsified_model_is_recognised(layout, label, options, tmp_path):
+    model, path = state_file(layout, tmp_path, **options)
+    own, file = sp.sparsity_report(model), sp.checkpoint.describe(path)
+    for name in ("1", "2"):
+        assert file[name].nnz == own[name].nnz and file[name].layout == label and file[name].shape == own[name].shape
+        assert file[name].density == own[name].density < 0.21
+    linears = 2 * 32 * 64 + 64 + 32
+    assert file["0"].layout == "dense" and file.parameters == own.parameters == linears + 50 * 32
+    assert file.dense_bytes == own.dense_bytes and file.sparse_bytes == path.stat().st_size - header(path)
+    assert "layers 1, 2 are a SparseLinear's own tensors" in str(file) and "sparseprune.save" in file.note
+    assert file.to_dict()["note"] == file.note
+
+
+def test_a_pattern_is_read_off_a_state_dict(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32))
+    sp.prune_(model, granularity=sp.NM(2, 4))
+    sp.sparsify_(model, layout="nm", fuse=False)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    file = sp.checkpoint.describe(tmp_path / "model.safetensors")
+    assert [(layer.layout, layer.shape, layer.density) for layer in file.layers] == [
+        ("nm2:4", (64, 32), 0.5), ("nm2:4", (32, 64), 0.5),
+    ]  # fmt: skip
+
+
+def test_names_alone_make_no_sparse_layer(tmp_path):
+    tensors = {"a.values": torch.ones(3), "b.weight": torch.eye(4), "experts.up": torch.ones(2, 8, 8)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    file = sp.checkpoint.describe(tmp_path / "a.safetensors")
+    assert [layer.name for layer in file.layers] == ["b"] and file.note == "" and file.density == 0.25
+    assert file.other_weights == {"experts.up": f"[2, 8, 8], {128 / 147:.3f} of all parameters"}
+
+
+def header(path):
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")

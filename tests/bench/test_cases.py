@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from sparseprune import _native, bench
-from sparseprune.bench import command, peers, plots, tables
-from sparseprune.bench.cases import SUITES, Case, Contest, Entry, prune_like
-from sparseprune.bench.peaks import Work, measure_peaks
+from sparseprune.bench import command, decoding, peers, plots, run, tables
+from sparseprune.bench.cases import SUITES
+from sparseprune.bench.contest import Case, Contest, Entry
+from sparseprune.bench.peaks import Peaks, Work, measure_peaks
+from sparseprune.bench.pruned import prune_like
 from sparseprune.bench.run import WrongResult, load_results, measure, save_results
 
 needs_core = pytest.mark.skipif(_native.C is None, reason=str(_native.why_no_c()))
@@ -22,10 +24,16 @@ SMALL = [
     Case("linear", (48, 40), 0.9, "8x1", 9),
     Case("linear", (48, 40), 0.5, "4x4", 5),
     Case("linear", (48, 40), 0.5, "2:4", 7),
+    Case("decoding", (48, 40), 0.5, "element", 1),
     Case("training", (32, 24), 0.8, "element", 5),
     Case("training", (32, 24), 0.8, "16x1", 5),
     *(Case(suite, (1003,), 0.9) for suite in ("kth", "topk", "mask", "threshold", "adamw")),
 ]
+
+
+@pytest.fixture(autouse=True)
+def few_copies(monkeypatch):
+    monkeypatch.setattr(decoding, "BYTES_IN_TURN", 1 << 14)
 
 
 @needs_core
@@ -69,6 +77,27 @@ def contest(**wrong):
     return made
 
 
+@needs_core
+def test_decoding_reads_every_weight_from_memory_and_says_what_one_call_takes(monkeypatch):
+    case = Case("decoding", (48, 40), 0.5, "element", 1)
+    made = SUITES["decoding"].build(case, [], False)
+    for name, entry in made.entries.items():
+        assert entry.work.in_turn == entry.calls >= 2
+        assert entry.calls * entry.work.bytes >= decoding.BYTES_IN_TURN, name
+    seconds = {name: [2.0] for name in made.entries}
+    monkeypatch.setattr(run, "interleave", lambda runs, *_, **__: bench.Comparison(seconds, dict.fromkeys(runs, 1)))
+    results = measure(made, None)["results"]
+    for name, entry in made.entries.items():
+        assert results[name]["ms"]["median"] == pytest.approx(2000 / entry.calls)
+        assert results[name]["ratio"]["median"] == pytest.approx(entry.calls / made.entries[made.baseline].calls)
+
+
+def test_the_bandwidth_is_that_of_all_that_is_read_in_turn():
+    peaks = Peaks(1e9, 1e9, 1.0, torch.empty(0), {14: 100.0, 20: 10.0})
+    assert peaks.limit_seconds(Work(0.0, 1 << 14)) == ((1 << 14) / 100e9, "memory")
+    assert peaks.limit_seconds(Work(0.0, 1 << 14, in_turn=64)) == ((1 << 14) / 10e9, "memory")
+
+
 def test_a_wrong_result_has_no_time():
     record = measure(contest(ours_csr="3 instead of 4"), None, rounds=1, min_time=0.0)
     assert record["wrong"] == {"ours csr": "3 instead of 4"} and "ours csr" not in record["results"]
@@ -105,8 +134,6 @@ def test_refuses_the_reference(monkeypatch, capsys):
         ("--shapes 30x8 --structures 16x1", "must divide"),
         ("--structures 2x", "element, RxC or N:M"),
         ("--structures 2:4 --sparsities 0.9", "no case is left"),
-        ("--rounds 0", "--rounds expected"),
-        ("--threads 0", "--threads expected"),
     ],
 )
 def test_bad_options_get_one_line(asked, said, capsys):
@@ -115,7 +142,11 @@ def test_bad_options_get_one_line(asked, said, capsys):
     assert len(lines) == 1 and said in lines[0]
 
 
-@pytest.mark.parametrize("asked", ["--sparsities 1.5", "--sparsities nan", "--shapes 3072", "--tokens 0", "--tokens a"])
+@pytest.mark.parametrize(
+    "asked",
+    ["--sparsities 1.5", "--sparsities nan", "--shapes 3072", "--tokens 0", "--tokens a", "--rounds 0", "--threads 0",
+     "--min-time inf"],
+)  # fmt: skip
 def test_bad_numbers_are_refused_by_the_parser(asked, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(asked.split())

@@ -1,4 +1,4 @@
-"""benchmarks/compare.py and benchmarks/goals.py, on made-up results."""
+"""benchmarks/compare.py and benchmarks/limits.py, on made-up results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def record(ratio, spread=0.01, shape=(3072, 768), tokens=128, structure="element
         "tier": "avx2",
         "cold": False,
         "load": 0.1,
-        "results": {"ours csr": {"ratio": quartiles, "ms": quartiles, "ours": True}},
+        "results": {"ours csr": {"ratio": quartiles, "ms": quartiles, "ours": True, "share": 0.5}},
         "absent": {},
         "wrong": {},
     }
@@ -67,10 +67,10 @@ def test_compare_refuses_what_has_nothing_in_common(files, capsys, tmp_path):
     assert len(lines) == 2 and "nothing" not in lines[1] and "missing.json" in lines[1]
 
 
-def test_goals():
-    goals = load("goals")
+def test_shares_of_limits():
+    limits = load("limits")
     shapes = ((768, 768), (3072, 768), (768, 3072), (4096, 4096))
-    text = goals.compare_with_goals([record(9.0, shape=shape) for shape in shapes])
-    assert "element 90%, 3072x768, N=128" in text and "90% (missed)" in text
-    assert "element 90%, geometric mean of four shapes, N=128" in text and "100%" in text
-    assert "no goal" in goals.compare_with_goals([])
+    text = limits.shares_of_limits([record(9.0, shape=shape) for shape in shapes])
+    assert "element 90%, 3072x768, N=128" in text and "50%" in text
+    assert "element 90%, geometric mean of four shapes, N=128" in text
+    assert "none of the products" in limits.shares_of_limits([])

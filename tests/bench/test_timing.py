@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparseprune import bench
-from sparseprune.bench import timing
+from sparseprune.bench import machine, timing
 
 
 class Clock:
@@ -42,6 +42,7 @@ def clock(monkeypatch):
 def store(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "timings.json"
     monkeypatch.setenv("SPARSEPRUNE_CACHE", str(path))
+    monkeypatch.setattr(machine, "load", lambda: 0.5)
     return path
 
 
@@ -148,6 +149,38 @@ def test_cache_spares_the_measurement(clock, store):
     # another token count is measured on its own
     with pytest.raises(AssertionError, match="measured again"):
         bench.choose_fastest({"dense": never, "csr": never}, tokens=(4, 8), key=key)
+
+
+def test_a_busy_machine_is_said_and_its_timings_are_made_again_on_a_quiet_one(clock, store, monkeypatch):
+    times = {"dense": {4: 1.0}, "csr": {4: 0.25}}
+    cores = os.cpu_count()
+    monkeypatch.setattr(machine, "load", lambda: 3.0 * cores)
+    first = choose(clock, times, tokens=(4,), min_time=0.0, key=key)
+    assert first.doubt == f"timed under load {3.0 * cores:.1f} on {cores} cores"
+    again = choose(clock, times, tokens=(4,), min_time=0.0, key=key)
+    assert again.cached and again.doubt == first.doubt
+    monkeypatch.setattr(machine, "load", lambda: 1.1 * cores)  # what went before on all cores is no other's work
+    quiet = choose(clock, times, tokens=(4,), min_time=0.0, key=key)
+    assert not quiet.cached and quiet.doubt == ""
+    monkeypatch.setattr(machine, "load", lambda: 3.0 * cores)
+    assert choose(clock, times, tokens=(4,), min_time=0.0, key=key).doubt == ""  # timed when it was quiet
+
+
+def test_rounds_that_disagree_are_said(clock, monkeypatch):
+    monkeypatch.setattr(machine, "load", lambda: None)
+    calls = iter([1.0, 1.0, *[0.5, 2.0] * 3])  # two warm-up calls first
+
+    def sparse(count):
+        def run():
+            clock.now += next(calls)
+
+        return run
+
+    def dense(count):
+        return clock.kernel(1.0)
+
+    found = bench.choose_fastest({"dense": dense, "csr": sparse}, tokens=(4,), min_time=0.0, rounds=6)
+    assert found.doubt == "csr ran from 0.50 to 2.00 times as fast as dense at 4 tokens"
 
 
 def test_cache_can_be_turned_off(clock, store, monkeypatch):

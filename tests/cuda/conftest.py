@@ -1,4 +1,7 @@
-"""The CUDA kernels as tests see them: the .cu text under the emulator, or the built module on a card."""
+"""The CUDA kernels as tests see them: the .cu text under the emulator, or the built module on a card.
+
+The folder is put on the path, so that its tests can share ``cuda_tensors``.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
@@ -40,8 +45,15 @@ def build_emulator(
     options = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", *flags]
     options += [f"-I{path}" for path in includes]
     objects, commands = [], []
+    replaced = dict(replaced or {})
+    headers = [name for name in replaced if name.endswith(".cuh")]
+    for name in headers:
+        (folder / name).write_text(replaced[name], encoding="utf-8")
     for source in [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda" / "bindings.cpp"]:
-        text = (replaced or {}).get(source.name)
+        text = source.read_text(encoding="utf-8")
+        if source.name not in replaced and any(f'#include "{name}"' in text for name in headers):
+            replaced[source.name] = text  # compiled beside the header, which is then the one it finds
+        text = replaced.get(source.name)
         if text is None and ready is not None:
             objects.append(ready / (source.name + ".o"))
             continue

@@ -61,7 +61,7 @@ def test_differences_are_paired_by_cell_and_seed(ablation):
     records = [record("gan", d, s, 0.8 + 0.01 * s) for d in "ab" for s in range(3)]
     records += [record("scores_kd", d, s, 0.78 + 0.01 * s) for d in "ab" for s in range(2)]
     cells = ablation.paired(records, "gan", "scores_kd", "accuracy")
-    assert {k: len(v) for k, v in cells.items()} == {("a", 0.95, "element"): 2, ("b", 0.95, "element"): 2}
+    assert {k: len(v) for k, v in cells.items()} == {("a", 0.95, "element", 0): 2, ("b", 0.95, "element", 0): 2}
     mean, low, high, n = ablation.interval(cells, draws=500)
     assert n == 4 and mean == pytest.approx(0.02) and low == pytest.approx(0.02) and high == pytest.approx(0.02)
     assert ablation.interval({})[3] == 0
@@ -75,8 +75,56 @@ def test_differences_are_paired_by_cell_and_seed(ablation):
     rows = [
         line for line in ablation.table(records + alone, by_cell=True).splitlines() if line.startswith("| `gan` - `s")
     ]
-    assert len(rows) == 3 and rows[0].startswith("| `gan` - `scores_kd`, a 0.95 | 2 | 1 | +2.000 [+2.000, +2.000]")
+    assert len(rows) == 3
+    assert rows[0].startswith("| `gan` - `scores_kd`, a 0.95 | 2 | 1 | +2.000 [range +2.000, +2.000]")
     assert rows[1].startswith("| `gan` - `scores_kd`, b 0.95 16x1 | 1 | 1 | +10.000 [no interval: one seed]")
+    few = [{**r, "texts": 100, "fresh_discriminator": None} for r in records if r["data"] == "a"]
+    both = ablation.table(records + few, by_cell=True)
+    assert "| a | 0.95 100 texts | `gan` | 3 |" in both
+    assert both.count("| `gan` - `scores_kd`, a 0.95 100 texts | 2 |") == 1
+
+
+def test_few_seeds_have_a_range_and_no_interval(ablation, tmp_path):
+    pairs = [0.0, 0.01, 0.05, 0.02, 0.02]
+    records = [record("gan", "a", s, 0.8 + gain) for s, gain in enumerate(pairs)]
+    records += [record("scores_kd", "a", s, 0.8) for s in range(5)]
+    assert ablation.spread(ablation.paired(records, "gan", "scores_kd", "accuracy"))[0] == "interval"
+    few = [r for r in records if r["seed"] < 3]
+    what, mean, low, high, n = ablation.spread(ablation.paired(few, "gan", "scores_kd", "accuracy"))
+    assert what == "range" and n == 3 and (mean, low, high) == pytest.approx((0.02, 0.0, 0.05))
+    assert "| 3 | 1 | +2.000 [range +0.000, +5.000]" in ablation.table(few)
+    assert "range" not in ablation.table(records)
+    pytest.importorskip("matplotlib")
+    ablation.plot(few, tmp_path / "few.png")
+    assert (tmp_path / "few.png").stat().st_size > 1000
+
+
+def test_an_arm_that_cannot_be_is_refused_before_the_first_run(ablation, tmp_path, monkeypatch):
+    monkeypatch.setitem(ablation.CRITERIA, "uncertainty_kd", "never_registered")
+    monkeypatch.setattr(ablation, "Cell", lambda *_: pytest.fail("trained before the arms were looked at"))
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(ValueError, match="'never_registered'; call register_criterion first"):
+        ablation.main(["--arms", "gmp_kd", "uncertainty_kd", "--size", "tiny", "--results", str(path)])
+    assert not path.exists()
+
+
+def test_a_registered_criterion_is_an_arm(ablation):
+    made, base = (ablation.arm_config(arm, 0.95, 3, ablation.SIZES["tiny"]) for arm in ("uncertainty_kd", "gmp_kd"))
+    assert made.method == "uncertainty" and replace(made, method="magnitude") == base
+    for arm in ablation.CRITERIA:
+        assert {(arm, "gmp_kd"), (arm, "scores_kd")} <= set(ablation.CONTRASTS)
+
+
+def test_the_games_on_logits_differ_in_where_they_look_alone(ablation):
+    setting = ablation.SIZES["unlabelled"]
+    for arm, base in ablation.ON_LOGITS.items():
+        made, plain = (ablation.arm_config(a, 0.95, 3, setting, 1.5) for a in (arm, base))
+        assert made == replace(plain, features="logits") != plain
+    assert ablation.arm_config("scores_kd_matched", 0.95, 3, setting, 1.5).steps == 300
+    assert ablation.arm_config("scores_kd", 0.95, 3, setting).ce == 0
+    spec = ablation.arm_config("gan", 0.7, 0, ablation.SIZES["structured"], 1.0, "heads+neurons").granularity
+    assert spec == {"*ffn*": "neurons", "*": "heads"}
+    assert list(ablation.MATCHED) == [arm for arm in ablation.ARMS if "matched" in arm]
 
 
 def test_a_line_cut_short_is_run_again(ablation, tmp_path):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
 
 from sparseprune.gan import DiscriminatorConfig
-from sparseprune.gan.discriminator import (
-    Discriminator,
-    adversarial_loss,
-    discriminator_loss,
-    gradient_penalty,
-    pair_accuracy,
-)
-from sparseprune.gan.features import normalise, orthonormal, rows_of
-from sparseprune.gan.game import Game
+from sparseprune.gan.discriminator import Discriminator
+from sparseprune.gan.game import Game, orthonormal
+from sparseprune.gan.losses import LOSSES, adversarial_loss, discriminator_loss, gradient_penalty, pair_accuracy
 from sparseprune.gan.monitor import Balance, Monitor
+from sparseprune.pruning.batches import real_rows_of as rows_of
+from sparseprune.training.features import normalise
 
 
 def game(**settings):
@@ -34,7 +32,7 @@ def test_depth_width_and_norm_shape_the_network(depth, width, norm):
         assert torch.linalg.matrix_norm(linears[0].weight, 2) < 1.6
 
 
-@pytest.mark.parametrize("kind", ["hinge", "lsgan", "wgan-gp", "relativistic"])
+@pytest.mark.parametrize("kind", LOSSES)
 def test_both_sides_of_each_loss_pull_apart(kind):
     real, fake = torch.tensor([2.0, 1.0]), torch.tensor([-1.0, -2.0])
     assert discriminator_loss(kind, real, fake) < discriminator_loss(kind, fake, real)
@@ -43,7 +41,17 @@ def test_both_sides_of_each_loss_pull_apart(kind):
     assert (scores.grad < 0).all()  # the student gains by being rated higher
 
 
-@pytest.mark.parametrize("kind", ["hinge", "lsgan", "wgan-gp", "relativistic"])
+def test_a_loss_that_is_not_there_is_no_other_loss():
+    scores = torch.zeros(2)
+    for side in (discriminator_loss, adversarial_loss):
+        with pytest.raises(ValueError, match="one of hinge, lsgan, wgan-gp, relativistic, got 'minimax'"):
+            side("minimax", scores, scores)
+    with pytest.raises(ValueError, match="expected the teacher's scores"):
+        adversarial_loss("relativistic", scores)
+    assert set(get_args(get_type_hints(DiscriminatorConfig)["loss"])) == set(LOSSES)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
 def test_a_real_difference_is_found_and_none_is_not(kind):
     norm = "layer" if kind == "wgan-gp" else "spectral"
     for shift, low, high in ((0.0, 0.45, 0.55), (1.5, 0.9, 1.0)):
@@ -54,7 +62,7 @@ def test_a_real_difference_is_found_and_none_is_not(kind):
             moved = hidden.clone()
             moved[..., 0] += shift
             rows = played.rows([hidden, hidden], [moved, moved], hidden, torch.ones(8, 3, dtype=torch.bool))
-            seen = played.play(rows, progress=1.0)
+            seen = played.train_critic(rows, progress=1.0)
         assert low <= seen["accuracy"] <= high, (kind, shift, seen)
 
 
@@ -66,7 +74,7 @@ def test_shuffled_labels_teach_nothing_and_frozen_never_moves():
         for _ in range(100):
             hidden = torch.randn(8, 3, 12)
             rows = played.rows([hidden, hidden], [hidden + 1.0 * (torch.arange(12) == 0), hidden], hidden, None)
-            seen = played.play(rows, progress=1.0)
+            seen = played.train_critic(rows, progress=1.0)
         moved = any(not torch.equal(a, b) for a, b in zip(before, played.critic.parameters()))
         assert moved == (mode == "shuffled")
         assert seen["accuracy"] < 0.8
@@ -122,7 +130,7 @@ def test_a_discriminator_that_rests_too_long_starts_again():
     events = []
     for _ in range(200):
         rows = played.rows([hidden, hidden], [hidden + 2.0 * (torch.arange(12) == 0)] * 2, hidden, None)
-        events.append(played.play(rows, progress=1.0)["event"])
+        events.append(played.train_critic(rows, progress=1.0)["event"])
     assert any(e and "too strong" in e for e in events) and played.resets >= 1
 
 

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import pytest
 
-from sparseprune import NM, Block, Cubic, RetentionSchedule
+from sparseprune import NM, Block, CubicSchedule, RetentionSchedule
 from sparseprune.gan import DiscriminatorConfig, GANConfig
 
 
 def test_json_both_ways():
     config = GANConfig(
-        schedule=Cubic(0.05),
+        schedule=CubicSchedule(0.05),
         granularity={"*.ffn.*": Block(16, 1), "*": "element"},
         features=("layers.0", "layers.1"),
         discriminator=DiscriminatorConfig(depth=2, width=64, norm="layer", loss="wgan-gp"),
         max_seconds=30.0,
     )
     assert GANConfig.from_json(config.to_json()) == config
-    assert GANConfig.from_json(GANConfig(schedule=Cubic(0.5), granularity=NM(2, 4)).to_json()).granularity == NM(2, 4)
+    assert GANConfig.from_json(
+        GANConfig(schedule=CubicSchedule(0.5), granularity=NM(2, 4)).to_json()
+    ).granularity == NM(2, 4)
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"density": 0.2}, "density 0.2 differs from the schedule's final density 0.1"),
-        ({"method": "magic"}, "method expected one of gan, scores, magnitude, movement"),
+        ({"method": "magic"}, "method expected one of scores, magnitude, movement"),
+        ({"kappa": 0}, "a run without an adversary; use DistillPruner"),
         ({"warmup": 0.7}, "warmup < prune_until"),
         ({"lr": float("nan")}, "lr expected"),
         ({"ce": 0, "kd": 0, "hidden": 0}, "nothing is left to train on"),

@@ -61,13 +61,15 @@ def test_the_sanitizer_sees_an_overrun(sanitized):
     code = (
         "import torch; from sparseprune import layouts, native, ops; "
         "packed = ops.pack(layouts.from_dense(torch.ones(64, 64), 'csr')); "
-        "native.matmul.linear(torch.ones(4, 64), packed, torch.ones(3))"
+        "native.linear.linear(torch.ones(4, 64), packed, torch.ones(3))"
     )
     result = run(sanitized, "-c", code)
     assert result.returncode != 0 and "AddressSanitizer" in result.stderr, result.stderr[-2000:]
 
 
-@pytest.mark.parametrize("tests", ["test_matmul.py", "test_selection.py", "test_selection_masking.py"])
+@pytest.mark.parametrize(
+    "tests", ["test_linear.py", "test_selection.py", "test_selection_masking.py", "../ops/test_decoder.py"]
+)
 def test_every_kernel_stays_inside_its_buffers(sanitized, tests):
     path = ROOT / "tests" / "native" / tests
     result = run(sanitized, "-m", "pytest", "-v", "-s", "-x", "-p", "no:cacheprovider", "-k", "not flat", str(path))

@@ -9,7 +9,7 @@ import torch
 
 from sparseprune import _native, reference
 from sparseprune.native import selection
-from sparseprune.native._checks import DTYPE_CODES
+from sparseprune.native._inputs import DTYPE_CODES
 
 DTYPES = tuple(DTYPE_CODES)
 SHAPES = [(1,), (7,), (64,), (1000,), (8192,), (8193,), (63, 331), (300, 300)]

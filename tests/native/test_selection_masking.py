@@ -9,7 +9,7 @@ import torch
 
 from sparseprune import reference
 from sparseprune.native import masking
-from sparseprune.native._checks import DTYPE_CODES
+from sparseprune.native._inputs import DTYPE_CODES
 
 DTYPES = tuple(DTYPE_CODES)
 SIZES = (0, 1, 7, 8, 16, 63, 1000, 70_001)

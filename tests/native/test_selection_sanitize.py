@@ -1,5 +1,5 @@
-"""The selection, masking, AdamW and LayerNorm kernels under AddressSanitizer and UndefinedBehaviorSanitizer, fuzzed for
-a bounded time in every tier that this CPU runs, and in the 16-lane text under AVX2 flags.
+"""The selection, masking, AdamW, LayerNorm and int8 kernels under AddressSanitizer and UndefinedBehaviorSanitizer,
+fuzzed for a bounded time in every tier that this CPU runs, and in the 16-lane text under AVX2 flags.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def test_fuzz_under_the_sanitizers(tmp_path, need_tool):
     sources = {HERE / "kernels_fuzz.cpp": [], TIERS / "generic.cpp": []}
     if platform.machine().lower() in ("x86_64", "amd64"):
         sources |= {TIERS / "avx2.cpp": AVX2, HERE / "avx2x16.cpp": AVX2, TIERS / "avx512.cpp": AVX512}
+        sources |= {TIERS / "avx512vnni.cpp": [*AVX512, "-mavx512vnni"]}
 
     def build(source: Path) -> Path:
         target = tmp_path / f"{source.stem}.o"

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
+import sparseprune as sp
 from sparseprune.nn.filters import prunable_linears, select_linears, take_slow_path_
 
 
@@ -92,6 +95,132 @@ def test_what_cannot_be_pruned_is_left_out_whatever_the_filter_says():
     selection = select_linears(model, lambda module, fqn: True)
     assert list(selection.selected) == ["plain"]
     assert set(selection.skipped) == {"lazy", "meta", "normed", "attention.out_proj"}
+
+
+def two():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"a": nn.Linear(4, 6), "b": nn.Linear(6, 6)})
+
+
+def with_weight(weight):
+    model = two()
+    model["a"].weight = nn.Parameter(weight(model["a"].weight.detach()), requires_grad=False)
+    return model
+
+
+def without_bias():
+    model = two()
+    del model["a"].bias
+    return model
+
+
+def flattened():
+    model = two()
+    weight = model["a"].weight.detach()
+    del model["a"].weight
+    model["a"].__dict__["weight"] = weight
+    return model
+
+
+class Wrapped(torch.Tensor):
+    """A tensor subclass that holds another, as quantised and sharded weights are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, *_):
+        return cls(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise NotImplementedError(func)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (lambda: with_weight(lambda w: w.to_sparse_csr()), r"stored as torch.sparse_csr, expected dense; .*to_dense"),
+        (lambda: with_weight(Wrapped), "is a Wrapped, no plain tensor; prune before quantising or sharding"),
+        (lambda: with_weight(lambda w: w.to(torch.complex128)), "torch.complex128, not floating point$"),
+        (lambda: with_weight(lambda w: w.to(torch.uint8)), "torch.uint8, not floating point; prune before quantising"),
+        (lambda: with_weight(lambda w: w.to(torch.float8_e4m3fn)), "torch.float8_e4m3fn, which has no arithmetic"),
+        (lambda: with_weight(lambda w: w.flatten()[:7]), r"expected \[6, 4\], got \[7\], a shard perhaps; prune"),
+        (lambda: with_weight(lambda w: w[:1].expand(6, 4)), "are one place in memory .*; clone it first"),
+        (without_bias, "it has lost its bias .*; prune before wrapping"),
+        (flattened, "a view into another parameter .*; prune before wrapping"),
+    ],
+)
+def test_weights_that_are_no_plain_matrix_say_what_they_are(model, why):
+    model = model()
+    selection = select_linears(model, lambda module, fqn: True)
+    assert list(selection.selected) == ["b"]
+    assert re.search(why, selection.skipped["a"]), selection.skipped
+    untouched = model["b"].weight.detach().clone()
+    del model["b"]
+    with pytest.raises(ValueError, match=r"none of these can be selected:\n  a: "):
+        select_linears(model)
+    assert untouched.ne(0).all()
+
+
+def test_two_wrapped_weights_are_not_taken_for_tied():
+    model = two()
+    for layer in model.values():
+        layer.weight = nn.Parameter(Wrapped(layer.weight.detach()), requires_grad=False)
+    with pytest.raises(ValueError, match="a: its weight is a Wrapped") as error:
+        select_linears(model)
+    assert "tied" not in str(error.value)
+
+
+def test_sparse_and_quantised_modules_are_named():
+    model = two()
+    sp.prune_(model, 0.5)
+    sp.sparsify_(model, layout="csr", filter_fn=lambda module, fqn: fqn == "a")
+    selection = select_linears(model)
+    assert list(selection.selected) == ["b"]
+    assert selection.skipped == {"a": "a SparseLinear already; densify_(model) gives it back its Linear"}
+    sp.sparsify_(model, layout="csr")
+    for again in (lambda: sp.prune_(model, 0.5), lambda: sp.sparsify_(model)):
+        with pytest.raises(ValueError, match=r"2 Linears are sparse already; call densify_\(model\) first.*:\n  a: "):
+            again()
+    with_head = nn.ModuleDict({"a": model["a"], "classifier": nn.Linear(4, 2)})
+    with pytest.raises(ValueError, match="1 Linears are sparse already, the others are left out; call densify_"):
+        sp.sparsify_(with_head)
+    quantised = nn.Module()
+    quantised.in_features, quantised._packed_params = 4, object()
+    with pytest.raises(ValueError, match=r"0: torch.nn.modules.module.Module, quantised; prune before quantising"):
+        select_linears(nn.Sequential(quantised))
+
+
+def test_conv1d_without_linears_points_to_use_linears():
+    class Conv1D(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nf, self.weight = 8, nn.Parameter(torch.randn(4, 8))
+
+    found = r"has no nn\.Linear .*expose_linears_\(model\).*:\n  no Linear: \*\.weight: 2 x \[4, 8\] of Conv1D"
+    with pytest.raises(ValueError, match=found):
+        select_linears(nn.Sequential(Conv1D(), Conv1D()))
+    head = nn.ModuleDict({"body": Conv1D(), "classifier": nn.Linear(8, 2)})
+    with pytest.raises(ValueError, match=r"classifier: a head\n  no Linear: body\.weight: .*expose_linears_ gives it"):
+        select_linears(head)
+
+
+@pytest.mark.parametrize("wrong", ["a", ["a"], 3])
+def test_a_filter_that_is_no_function_and_a_model_that_is_none(wrong):
+    with pytest.raises(ValueError, match=r"filter_fn expected a function .* got .*; for name patterns pass .*matching"):
+        sp.prune_(two(), 0.5, filter_fn=wrong)
+    with pytest.raises(ValueError, match=r"expected an nn.Module, got OrderedDict"):
+        sp.prune_(two().state_dict(), 0.5)
 
 
 @pytest.mark.parametrize("padded", [False, True])

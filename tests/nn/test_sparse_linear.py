@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparseprune import SparseLinear, explain
-from sparseprune.nn.linear import why_not_direct
+import sparseprune as sp
+from sparseprune import SparseLinear, _native, explain
+from sparseprune.activations import ACTIVATIONS
+from sparseprune.nn.direct import why_not_direct
+from sparseprune.nn.forms import Form, Purpose
 
 LAYOUTS = {
     "csr": {"layout": "csr"},
@@ -70,7 +73,7 @@ def test_gradients(pair, close):
     close(grads, linear.weight.grad * stored)
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
 @pytest.mark.parametrize("training", [False, True])
 def test_activation_and_residual(activation, training, close):
     linear = pruned()
@@ -385,8 +388,8 @@ def test_explain_names_the_kernel_and_the_reasons():
         assert "direct call" in explain(sparse, torch.randn(2, 60))
     text = explain(sparse, torch.randn(2, 60))
     assert "a gradient is needed" in text and "native" in text and "triton" in text
-    with pytest.raises(TypeError, match="expected a SparseLinear"):
-        explain(nn.Linear(2, 2), torch.randn(2, 2))
+    with pytest.raises(TypeError, match=r"expected a SparseLinear or an nn\.Linear and its input, got ReLU"):
+        explain(nn.ReLU(), torch.randn(2, 2))
 
 
 @pytest.mark.parametrize(
@@ -437,8 +440,9 @@ def test_each_call_size_has_its_form(values, tolerance, dense_from):
         for x, y in outputs:  # one function, whatever form ran it
             each = torch.cat([sparse(row[None]) for row in x])
             torch.testing.assert_close(y, each, rtol=1e-4, atol=1e-4)
-    forms = {"inference 1", "inference 128" if dense_from is None else "unpacked"}
-    assert set(sparse._packs) - {"forward", "backward"} == forms
+    assert sparse._forms.used == {
+        Form(Purpose.INFERENCE, 1), Form(Purpose.INFERENCE, 128, unpacked=dense_from is not None)
+    }  # fmt: skip
     assert sparse.packed_nbytes > (0 if dense_from is None else 4 * 37 * 61)
     with torch.no_grad():
         assert ("F.linear" in explain(sparse, torch.randn(67, 61))) == (dense_from is not None)
@@ -471,3 +475,18 @@ def test_a_float64_input_keeps_its_precision():
         y = sparse(x)
         expected = F.linear(x, linear.weight.double(), linear.bias.double())
     assert y.dtype == torch.float64 and torch.allclose(y, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(_native.C is None, reason="needs the compiled core")
+@pytest.mark.parametrize("options", [{}, {"value_dtype": "bfloat16"}, {"value_dtype": "int8"},
+                                     {"value_dtype": "int8", "activations": "int8"}])  # fmt: skip
+def test_a_compiled_graph_rounds_as_a_call_does(options):
+    torch.compiler.reset()
+    linear = nn.Linear(64, 48)
+    sp.prune_(nn.Sequential(linear), 0.7)
+    layer = sp.SparseLinear.from_linear(linear, **options).eval().requires_grad_(False)
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        expected = layer(x)  # packs, before anything is compiled
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
+    torch.compiler.reset()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+import random
 
 import pytest
 import torch
@@ -53,7 +55,7 @@ def llama():
 
 
 def encoder():
-    from sparseprune.encoder import TextEncoder
+    from sparseprune.runner.text_encoder import TextEncoder
 
     return TextEncoder(vocab_size=99, num_labels=3, hidden=64, ffn=128, layers=2).eval()
 
@@ -133,6 +135,29 @@ def test_auto_measures_and_says_why(monkeypatch):
     assert str(report).count("\n") >= 4 and report.to_dict()["layers"][0]["name"] == "0"
 
 
+def test_a_report_says_that_it_was_timed_on_a_busy_machine_and_comes_back_from_json(monkeypatch):
+    from sparseprune.bench import machine
+
+    def made(load):
+        monkeypatch.setattr(machine, "load", lambda: load)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).eval()
+        sp.prune_(model, 0.9)
+        return sp.sparsify_(model, tokens=4)
+
+    monkeypatch.setenv("SPARSEPRUNE_CACHE", "0")
+    busy = made(1000.0)
+    assert busy["0"].doubt.startswith("timed under load 1000.0 on ")
+    warning = str(busy).splitlines()[-1]
+    assert warning.startswith("warning: timed under load 1000.0 on ") and "2 choices may be wrong" in warning
+    assert busy.outline() == [f"{len(busy.converted)} of 2 layers sparse", warning]
+    assert "under load" not in str(made(0.0))
+    again = sp.nn.SparsifyReport.from_dict(json.loads(json.dumps(busy.to_dict())))
+    assert again == busy and str(again) == str(busy)
+    with pytest.raises(ValueError, match="expected what SparsifyReport"):
+        sp.nn.SparsifyReport.from_dict({"layers": [{"name": "0"}]})
+
+
 def test_auto_keeps_dense_where_dense_wins(monkeypatch):
     monkeypatch.setenv("SPARSEPRUNE_CACHE", "0")
     from sparseprune import bench
@@ -168,7 +193,7 @@ def test_a_layout_that_does_not_fit_leaves_the_model_alone():
     [
         (nn.Linear(4, 4), {}, "SparseLinear.from_linear"),
         (nn.Sequential(nn.Linear(4, 4)), {"layout": "coo"}, "layout expected one of"),
-        (nn.Sequential(nn.Linear(4, 4)), {"values": "int4"}, "values expected one of"),
+        (nn.Sequential(nn.Linear(4, 4)), {"value_dtype": "int4"}, "value_dtype expected one of"),
         (nn.Sequential(nn.Linear(4, 4)), {"tokens": 0}, "tokens expected"),
         (nn.Sequential(nn.Linear(4, 4)), {"tokens": ()}, "tokens expected"),
         (nn.Sequential(nn.Linear(4, 4)), {"filter_fn": lambda m, n: False}, "nothing selected"),
@@ -248,7 +273,7 @@ def test_a_hook_prevents_fusion():
 
 def test_auto_gives_each_call_size_what_is_faster(monkeypatch):
     from sparseprune import bench
-    from sparseprune.nn import sparsify
+    from sparseprune.nn.sparsify import sparsify, timing
 
     ratios = {1: 2.0, 128: 0.8}
 
@@ -259,8 +284,8 @@ def test_auto_gives_each_call_size_what_is_faster(monkeypatch):
         return bench.Choice("csr", ratios[rows], "", {"csr": {rows: ratios[rows]}})
 
     monkeypatch.setattr(bench, "choose_fastest", choose)
-    monkeypatch.setattr(sparsify, "_CACHED", 0)
-    monkeypatch.setattr(sparsify, "_IN_TURN", 3 * 4 * 24 * 40)
+    monkeypatch.setattr(sparsify, "CACHED", 0)
+    monkeypatch.setattr(timing, "_IN_TURN", 3 * 4 * 24 * 40)
     model = prune(nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8)), 0.5).eval()
     x = torch.randn(3, 50, 24)
     with torch.no_grad():
@@ -276,3 +301,227 @@ def test_auto_gives_each_call_size_what_is_faster(monkeypatch):
     assert sp.sparsify_(model, tokens=(1, 128)).converted == []
     ratios.update({1: 0.9, 128: 3.0})  # dense for the small calls only: one form cannot say that, so the layer stays
     assert sp.sparsify_(model, tokens=(1, 128)).converted == []
+
+
+@pytest.mark.parametrize("tokens", [1, (1, 8, 128)], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [{"value_dtype": "float32"}, {"value_dtype": "bfloat16"}, {"value_dtype": "int8"}, {"activations": "int8"}],
+    ids=lambda how: "-".join(how.values()),
+)
+def test_no_layer_that_auto_makes_sparse_is_slower_than_dense(monkeypatch, how, tokens):
+    """Whatever is measured: the times are drawn, and the call of each size that was timed must run what was faster."""
+    from sparseprune import bench
+    from sparseprune.bench import choose
+
+    monkeypatch.setenv("SPARSEPRUNE_CACHE", "0")
+    drawn, measured = random.Random(5), []
+
+    def interleave(ready, *_, **__):
+        measured.append({name: drawn.uniform(0.5, 2.0) for name in ready})
+        return bench.Comparison({name: [seconds] for name, seconds in measured[-1].items()}, dict.fromkeys(ready, 1))
+
+    monkeypatch.setattr(choose, "interleave", interleave)
+    counts = (tokens,) if isinstance(tokens, int) else tokens
+    kept_dense = made_sparse = 0
+    for sparsity in (0.5, 0.7, 0.9) * 8:
+        measured.clear()
+        model = prune(nn.Sequential(nn.Linear(64, 48)), 1 - sparsity).eval()
+        chosen = sp.sparsify_(model, tokens=tokens, **{"value_dtype": "int8", **how})["0"]
+        assert len(measured) == len(counts)
+        kept_dense += chosen.layout == "dense"
+        if chosen.layout == "dense":
+            continue
+        made_sparse += 1
+        dense_from = model[0].dense_from or max(counts) + 1
+        assert any(times["dense"] >= 1.1 * times[chosen.layout] for times in measured)
+        for rows, times in zip(counts, measured):
+            assert rows >= dense_from or times[chosen.layout] <= times["dense"], (rows, times)
+    assert kept_dense and made_sparse
+
+
+class TwoCallers(nn.Module):
+    """A block whose Linear and activation are called from outside it too."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block, self.last = block, nn.Linear(16, 16)
+
+    def forward(self, x):
+        linear, activation = self.block.children()
+        return self.last(self.block(x) + linear(x) + activation(x))
+
+
+class Feed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense, self.act = nn.Linear(16, 16), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.dense(x))
+
+
+def twice():
+    linear, activation = nn.Linear(16, 16), nn.ReLU()
+    return nn.Sequential(linear, activation, linear, activation)
+
+
+@pytest.mark.parametrize(
+    "make", [twice, lambda: TwoCallers(nn.Sequential(nn.Linear(16, 16), nn.ReLU())), lambda: TwoCallers(Feed())]
+)
+def test_other_callers_of_what_was_fused_get_what_they_got(make, close):
+    torch.manual_seed(0)
+    model, x = prune(make(), 0.5).eval(), torch.randn(5, 16)
+    dense = copy.deepcopy(model)
+    report = sp.sparsify_(model, layout="csr")
+    with torch.no_grad():
+        for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            close(each(x), dense(x))
+    assert any(isinstance(m, TwoCallers) for m in model.modules()) == bool(report.fusions)
+    sp.densify_(model)
+    assert not [m for m in model.modules() if "forward" in vars(m)]
+    close(model(x), dense(x))
+
+
+@pytest.mark.parametrize("make", [Feed, lambda: nn.Sequential(nn.Linear(16, 16), nn.ReLU())])
+def test_what_changes_after_fusing_is_seen(make, close):
+    model, x = prune(nn.Sequential(make()), 0.5).eval(), torch.randn(5, 16)
+    report = sp.sparsify_(model, layout="csr")
+    assert [f.reason for f in report.fusions] == [""]
+    linear, activation = model[0].children()
+    name = list(model[0]._modules)[1]
+    seen = []
+    with torch.no_grad():
+        before = linear(x)
+        handles = [
+            m.register_forward_hook(lambda module, args, out: seen.append((module, out))) for m in (linear, activation)
+        ]
+        close(model(x), before.relu())
+        assert [m for m, _ in seen] == [linear, activation]
+        close(seen[0][1], before)
+        for handle in handles:
+            handle.remove()
+        model(x)
+        assert len(seen) == 2
+        model[0]._modules[name] = nn.Tanh()
+        close(model(x), before.tanh())
+        model[0]._modules[name] = nn.Sequential(nn.Dropout(0.5), nn.ReLU())
+        model[0]._modules[name].train()
+        assert not torch.equal(model(x), model(x))
+
+
+def output_block():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(hidden_size=16, intermediate_size=16, hidden_dropout_prob=0.5)
+    from transformers.models.bert.modeling_bert import BertOutput
+
+    model = prune(nn.ModuleDict({"output": BertOutput(config)}), 0.5).eval()
+    dense = copy.deepcopy(model)["output"]
+    sp.sparsify_(model, layout="csr")
+    assert type(model["output"]).__name__ == "FusedOutput"
+    return model["output"], dense
+
+
+def test_a_fused_output_sees_dropout_hooks_and_other_modules(close):
+    block, dense = output_block()
+    x, residual, seen = torch.randn(4, 16), torch.randn(4, 16), []
+    with torch.no_grad():
+        close(block(x, residual), dense(x, residual))
+        block.dropout.train()  # and nothing else, as for estimates of uncertainty
+        assert not torch.equal(block(x, residual), block(x, residual))
+        block.dropout.eval()
+        handle = block.dense.register_forward_hook(lambda module, args, out: seen.append(out) or out * 2)
+        close(block(x, residual), dense.LayerNorm(2 * dense.dense(x) + residual))
+        assert len(seen) == 1
+        handle.remove()
+        block.LayerNorm = nn.LayerNorm(16, elementwise_affine=False)
+        close(block(x, residual), block.LayerNorm(dense.dense(x) + residual))
+
+
+def test_a_fused_output_has_the_dtype_of_its_layer_norm_under_autocast():
+    block, dense = output_block()
+    x, residual = torch.randn(4, 16), torch.randn(4, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, expected = block(x, residual), dense(x, residual)
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_hooks_go_on_watching(close):
+    """Hooks that change what goes in and comes out, and the handles that remove them; gradients' hooks too."""
+    torch.manual_seed(0)
+    model, x, seen = prune(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), 0.5), torch.randn(4, 16), []
+    plain = copy.deepcopy(model)
+    handles = [
+        model[0].register_forward_hook(lambda module, args, out: out * 2),
+        model[1].register_forward_pre_hook(lambda module, args, kwargs: ((args[0] + 1,), kwargs), with_kwargs=True),
+        model[1].register_full_backward_hook(lambda module, grads, out: seen.append(out[0].shape)),
+    ]
+    expected = model(x)
+    sp.sparsify_(model, layout="csr")
+    assert all(isinstance(m, sp.SparseLinear) for m in model)
+    close(model(x), expected)
+    model(x).sum().backward()
+    assert seen == [(4, 16)]
+    sp.densify_(model)
+    close(model(x), expected)
+    sp.sparsify_(model, layout="csr")
+    for handle in handles:
+        handle.remove()
+    close(model(x), plain(x))
+
+
+class Tripled(nn.Linear):
+    def forward(self, input):
+        return super().forward(input) * 3
+
+
+def test_a_linear_with_a_forward_of_its_own_stays(close):
+    model, x = prune(nn.Sequential(nn.Linear(16, 16), Tripled(16, 16), nn.Linear(16, 16)), 0.5), torch.randn(4, 16)
+    model[2].forward = lambda input: input + 1
+    expected = model(x)
+    report = sp.sparsify_(model, layout="csr")
+    assert [type(m) for m in model] == [sp.SparseLinear, Tripled, nn.Linear]
+    assert "forward of its own" in report["1"].reason and "was replaced" in report["2"].reason
+    close(model(x), expected)
+
+
+class Noting(Feed):
+    calls = 0
+
+    def forward(self, x):
+        self.calls, self.last = self.calls + 1, x
+        return super().forward(x)
+
+
+def test_what_a_fused_block_notes_at_itself_stays():
+    model, x = prune(nn.Sequential(Noting()), 0.5).eval(), torch.randn(2, 16)
+    assert [f.reason for f in sp.sparsify_(model, layout="csr").fusions] == [""]
+    calls = model[0].calls
+    model(x), model(x)
+    assert model[0].calls == calls + 2 and model[0].last is x and model[0]._modules["dense"].nnz
+    assert isinstance(model[0].dense, sp.SparseLinear) and isinstance(model[0].act, nn.ReLU)
+
+
+class Gated(nn.Module):
+    """As Llama's feed-forward: one activation between two Linears that read the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(24, 40), nn.Linear(24, 40), nn.Linear(40, 24)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+def test_an_activation_is_fused_with_one_linear(close):
+    model = prune(nn.Sequential(Gated()), 0.5).eval()
+    x = torch.randn(3, 24)
+    with torch.no_grad():
+        expected = model(x)
+        report = sp.sparsify_(model, layout="csr")
+        assert [(f.name, f.what) for f in report.fusions] == [("0.gate", "silu")]
+        close(model(x), expected)
+        model[0].gate.register_forward_hook(lambda module, args, result: None)
+        close(model(x), expected)

@@ -155,8 +155,8 @@ def test_errors_name_what_was_expected():
         ops.packed_linear(torch.randn(5, 23), ops.pack(weight))
     with pytest.raises(RuntimeError, match="trained_linear"):
         ops.packed_linear(x.requires_grad_(), ops.pack(weight))
-    with pytest.raises(ValueError, match="values expected one of"):
-        ops.pack(weight, values="int4")
+    with pytest.raises(ValueError, match="value_dtype expected one of"):
+        ops.pack(weight, value_dtype="int4")
     with pytest.raises(ValueError, match="must divide in_features"):
         bsr = sparse_weight(16, 24, "bsr4x4")
         ops.bsr_linear(torch.randn(5, 23), bsr.crow_indices, bsr.col_indices, bsr.values)

@@ -163,3 +163,10 @@ def test_float64_runs_on_the_reference():
     w = torch.randn(40, dtype=torch.float64)
     assert ops.kth_magnitude(w, 3).dtype == torch.float64
     assert int(ops.nm_mask(w, 1, 4).sum()) == 10
+
+
+def test_a_threshold_that_is_a_number_is_rounded_to_the_dtype_of_w_alone():
+    w = torch.tensor([0.1], dtype=torch.float64)
+    mask, kept, count = ops.threshold_mask(w, 0.1)
+    assert mask.tolist() == [True] and torch.equal(kept, w) and int(count) == 1
+    assert ops.threshold_mask(w.half(), 0.1)[0].tolist() == [True]

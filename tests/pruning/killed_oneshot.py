@@ -127,7 +127,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     moments = random.Random(0)
     found: dict[str, Any] = {}
-    for criterion in ("wanda", "sparsegpt", "best"):
+    for criterion in ("wanda", "sparsegpt", "admm"):
         passes: list[int] = []
         whole = run(criterion, folder / f"{criterion}_whole", passes)
         found[criterion] = {"whole": whole, "killed": []}

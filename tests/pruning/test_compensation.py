@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparseprune.encoder import TextEncoder
 from sparseprune.nn import SparseLinear
-from sparseprune.pruning import NM, Block
-from sparseprune.pruning.compensation import collect_inputs, collect_outputs, compensate, refit_survivors
+from sparseprune.pruning import NM, Block, collect_inputs, collect_outputs, compensate, refit_survivors
+from sparseprune.runner.text_encoder import TextEncoder
 
 
 def correlated(count, width, rank=6, seed=0, noise=0.1):
@@ -66,7 +65,7 @@ def test_rank_zero_wins_where_there_is_nothing_of_low_rank():
 
 
 def test_the_truncated_svd_is_the_weighted_optimum():
-    from sparseprune.pruning.compensation import _low_rank
+    from sparseprune.pruning.compensation.refit import low_rank_factors as _low_rank
 
     w, x = weight(), correlated(300, 32)
     h = (x.T @ x / len(x) + 0.01 * torch.eye(32)).double()

@@ -6,7 +6,17 @@ from dataclasses import FrozenInstanceError, dataclass, field
 import pytest
 
 from sparseprune._config import Config
-from sparseprune.pruning import NM, Block, Cubic, Element, Heads, Mixture, PruneConfig, RetentionSchedule, Schedule
+from sparseprune.pruning import (
+    NM,
+    Block,
+    CubicSchedule,
+    Element,
+    Heads,
+    Mixture,
+    PruneConfig,
+    RetentionSchedule,
+    Schedule,
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +31,7 @@ class Outer(Config):
     sizes: tuple[int, ...] = (1, 2)
     pair: tuple[int, float] | None = None
     inner: Inner = field(default_factory=Inner)
-    schedule: Schedule = field(default_factory=lambda: Cubic(0.1))
+    schedule: Schedule = field(default_factory=lambda: CubicSchedule(0.1))
     extra: dict[str, float] = field(default_factory=dict)
     limit: float | None = None
     flag: bool = False
@@ -46,11 +56,14 @@ def test_json_and_back():
         ({"sizes": [1, 2.5]}, r"Outer.sizes\[1\]: expected int"),
         ({"pair": [1]}, r"Outer.pair: expected 2 entries"),
         ({"inner": {"depth": None}}, r"Inner.depth: expected int"),
-        ({"inner": {"kind": "Cubic", "final_density": 0.1}}, r"Outer.inner: expected Inner, got kind 'Cubic'"),
+        (
+            {"inner": {"kind": "CubicSchedule", "final_density": 0.1}},
+            r"Outer.inner: expected Inner, got kind 'CubicSchedule'",
+        ),
         ({"schedule": {"kind": "os.system"}}, r"Outer.schedule: unknown kind 'os.system'"),
-        ({"schedule": {"kind": "Cubic", "final_density": 2}}, r"final_density expected in"),
+        ({"schedule": {"kind": "CubicSchedule", "final_density": 2}}, r"final_density expected in"),
         ({"version": 99}, r"version 99"),
-        ({"kind": "Inner", "rate": None}, r"Inner: unknown key 'rate'"),
+        ({"kind": f"{__name__}.Inner", "rate": None}, r"Inner: unknown key 'rate'"),
     ],
 )
 def test_bad_json_is_one_clear_error(change, message):
@@ -90,12 +103,31 @@ def test_a_prune_config_goes_round(granularity):
 
 
 def test_density_follows_the_schedule():
-    assert PruneConfig(schedule=Cubic(0.2), density=0.2).density == 0.2
+    assert PruneConfig(schedule=CubicSchedule(0.2), density=0.2).density == 0.2
     with pytest.raises(ValueError, match="final density"):
-        PruneConfig(schedule=Cubic(0.2), density=0.3)
+        PruneConfig(schedule=CubicSchedule(0.2), density=0.3)
     with pytest.raises(ValueError, match="begin < end"):
         PruneConfig(begin=5, end=5)
     with pytest.raises(ValueError, match="every"):
         PruneConfig(every=0)
     with pytest.raises(ValueError, match="scope"):
         PruneConfig(scope="world")
+
+
+def test_a_class_of_the_users_own_may_have_the_name_of_one_of_ours():
+    ours, theirs = PruneConfig(granularity=Block(4, 1)), CubicSchedule
+
+    def own_class():
+        @dataclass(frozen=True)
+        class CubicSchedule(Schedule):
+            final_density: float = 0.3
+            more: int = 1
+
+        return CubicSchedule
+
+    own = own_class()
+    again = PruneConfig.from_json(ours.to_json())
+    assert again == ours and type(again.schedule) is theirs
+    config = PruneConfig(schedule=own(more=4))
+    assert PruneConfig.from_json(config.to_json()) == config
+    assert config.to_dict()["schedule"]["kind"] == f"{__name__}.{own.__qualname__}"

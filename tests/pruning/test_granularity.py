@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparseprune.encoder import TextEncoder
 from sparseprune.nn.filters import prunable_linears
 from sparseprune.pruning import (
     NM,
@@ -25,6 +24,7 @@ from sparseprune.pruning import (
     make_granularity,
     weighted_counts,
 )
+from sparseprune.runner.text_encoder import TextEncoder
 
 
 def small(hidden=16, ffn=24, layers=2, heads=4):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import sparseprune as sp
+from sparseprune.pruning import Element
 from sparseprune.pruning.oneshot import reconstruct as module
-from sparseprune.pruning.oneshot.patterns import Pattern
 from sparseprune.pruning.oneshot.reconstruct import fast_bfloat16, reconstruct
+from sparseprune.pruning.oneshot.repeated import Capture
 from sparseprune.pruning.oneshot.store import ChunkStore, Shelf, Shelved
-from sparseprune.pruning.oneshot.structure import Capture
 from sparseprune.pruning.oneshot.task import BlockTask
 
 
@@ -50,7 +50,7 @@ def task_of(
         masks[name] = sp.ops.topk_mask(linear.weight.detach().float().abs(), linear.weight.numel() // 2)
         linear.weight.data.mul_(masks[name])
     keep = {name: int(mask.sum()) for name, mask in masks.items()}
-    patterns = dict.fromkeys(linears, Pattern())
+    patterns = dict.fromkeys(linears, Element())
     return BlockTask("", block, linears, keep, patterns, "layer", 0, captured, store(inputs), store(targets)), masks
 
 
@@ -200,7 +200,7 @@ def test_pads_do_not_count_and_bfloat16_weights_learn() -> None:
     assert torch.equal(*results)
 
 
-def test_best_trains_its_blocks_unless_told_not_to() -> None:
+def test_admm_trains_its_blocks_unless_told_not_to() -> None:
     """On the same data the pruned model comes closer to the dense one; epochs=0 is ADMM alone."""
     torch.manual_seed(0)
     model = nn.Sequential(*(Block() for _ in range(3)))
@@ -211,7 +211,7 @@ def test_best_trains_its_blocks_unless_told_not_to() -> None:
     for epochs in (0, 1, 4):
         pruned = copy.deepcopy(model)
         options = {"epochs": epochs, "rate": 0.02, "chunk_tokens": 64}
-        report = sp.prune_(pruned, 0.7, criterion="best", data=data, criterion_options=options)
+        report = sp.prune_(pruned, 0.7, criterion="admm", data=data, criterion_options=options)
         assert report.kept == report.total - round(0.7 * report.total)
         assert all(torch.equal(pruned.get_submodule(f).weight != 0, mask) for f, mask in report.masks.items())
         with torch.no_grad():
@@ -222,7 +222,7 @@ def test_best_trains_its_blocks_unless_told_not_to() -> None:
 @pytest.mark.parametrize("options", [{"epochs": -1}, {"rate": 0.0}])
 def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="epochs of at least 0 and a rate above 0"):
-        sp.prune_(Block(), 0.5, criterion="best", data=torch.randn(64, 12), criterion_options=options)
+        sp.prune_(Block(), 0.5, criterion="admm", data=torch.randn(64, 12), criterion_options=options)
 
 
 def test_bfloat16_is_a_property_of_the_device() -> None:

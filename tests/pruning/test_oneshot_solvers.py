@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparseprune.pruning.granularity import NM, Block, Element, InWeight
 from sparseprune.pruning.oneshot import admm as admm_module
-from sparseprune.pruning.oneshot import patterns as patterns_module
+from sparseprune.pruning.oneshot import choosing as choosing_module
 from sparseprune.pruning.oneshot.admm import _transpose_, admm_, loss_change, on_the_mask_
-from sparseprune.pruning.oneshot.methods import wanda_scores
-from sparseprune.pruning.oneshot.patterns import Pattern, choose, choose_sliced, row_slices, select_rows, spread
+from sparseprune.pruning.oneshot.choosing import choose, choose_sliced, row_slices, select_rows, spread
+from sparseprune.pruning.oneshot.solvers import wanda_scores
 from sparseprune.pruning.oneshot.sparsegpt import damp_, factor_, inverse_factor, sparsegpt_
 from sparseprune.pruning.oneshot.store import SpilledMatrix
 
@@ -29,13 +31,13 @@ def problem(rows: int, columns: int, samples: int = 200, seed: int = 0) -> tuple
 Solved = list[tuple[Tensor, Tensor]]
 
 
-def sparsegpt(weights: list[Tensor], hessian: Tensor, keeps: list[int], pattern: Pattern, **options: Any) -> Solved:
+def sparsegpt(weights: list[Tensor], hessian: Tensor, keeps: list[int], pattern: InWeight, **options: Any) -> Solved:
     """(weights, mask) of copies pruned in place."""
     pruned = [weight.clone() for weight in weights]
     return list(zip(pruned, sparsegpt_(pruned, hessian.clone, keeps, pattern, **options)))
 
 
-def admm(weights: list[Tensor], hessian: Tensor, keeps: list[int], pattern: Pattern, **options: Any) -> Solved:
+def admm(weights: list[Tensor], hessian: Tensor, keeps: list[int], pattern: InWeight, **options: Any) -> Solved:
     pruned = [weight.clone() for weight in weights]
     return list(zip(pruned, admm_(pruned, hessian.clone, keeps, pattern, **options)))
 
@@ -68,17 +70,17 @@ def test_rows_keep_their_largest_and_ties_go_to_the_lower_index() -> None:
     assert select_rows(scores, [2, 1]).tolist() == [[False, True, True], [True, False, False]]
 
 
-@pytest.mark.parametrize("pattern", [Pattern(), Pattern("block", r=2, c=3), Pattern("nm", n=1, m=3)])
+@pytest.mark.parametrize("pattern", [Element(), Block(2, 3), NM(1, 3)])
 @pytest.mark.parametrize("scope", ["row", "layer"])
-def test_choose_counts_whole_units(pattern: Pattern, scope: str) -> None:
+def test_choose_counts_whole_units(pattern: InWeight, scope: str) -> None:
     scores = torch.rand(8, 9)
-    keep = 5 if pattern.kind == "block" else 24
+    keep = 5 if isinstance(pattern, Block) else 24
     mask = choose(scores, pattern, keep, scope)
-    assert int(mask.sum()) == keep * pattern.r * pattern.c
-    if pattern.kind == "block":
+    assert int(mask.sum()) == keep * math.prod(pattern.blocksize)
+    if isinstance(pattern, Block):
         whole = mask.view(4, 2, 3, 3).permute(0, 2, 1, 3).flatten(2)
         assert bool((whole.all(-1) | ~whole.any(-1)).all())
-    if pattern.kind == "nm":
+    if isinstance(pattern, NM):
         assert bool((mask.view(8, 3, 3).sum(-1) == 1).all())
 
 
@@ -97,7 +99,7 @@ def test_one_column_sweep_is_least_squares_given_the_mask() -> None:
     weight, hessian = problem(4, 6)
     order = torch.tensor([1e-4, 2e-4, 3e-4, 50.0, 60.0, 70.0])
     weight = weight.sign() * order  # the first three columns go in every row
-    ((pruned, mask),) = sparsegpt([weight], hessian, [12], Pattern(), damping=1e-7, blocksize=6)
+    ((pruned, mask),) = sparsegpt([weight], hessian, [12], Element(), damping=1e-7, blocksize=6)
     assert mask.tolist() == [[False] * 3 + [True] * 3] * 4
     exact = least_squares(weight, hessian, mask)
     torch.testing.assert_close(pruned.double(), exact, rtol=1e-3, atol=1e-4)
@@ -109,7 +111,7 @@ def test_sweep_matches_the_textbook_loop() -> None:
     """
     weight, hessian = problem(5, 12, seed=3)
     damp = damped(hessian, 0.01)
-    ((pruned, mask),) = sparsegpt([weight], hessian, [30], Pattern(), damping=0.01, blocksize=4)
+    ((pruned, mask),) = sparsegpt([weight], hessian, [30], Element(), damping=0.01, blocksize=4)
     expected = weight.double().clone()
     for j in range(12):
         inverse = torch.linalg.inv(damp[j:, j:].double())
@@ -118,10 +120,10 @@ def test_sweep_matches_the_textbook_loop() -> None:
     torch.testing.assert_close(pruned.double(), expected.masked_fill(~mask, 0), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("pattern", [Pattern(), Pattern("block", r=2, c=2), Pattern("nm", n=2, m=4)])
-def test_sweep_counts_are_exact_and_it_beats_zeroing(pattern: Pattern) -> None:
+@pytest.mark.parametrize("pattern", [Element(), Block(2, 2), NM(2, 4)])
+def test_sweep_counts_are_exact_and_it_beats_zeroing(pattern: InWeight) -> None:
     weight, hessian = problem(8, 24)
-    keep = 24 if pattern.kind == "block" else 96
+    keep = 24 if isinstance(pattern, Block) else 96
     ((pruned, mask),) = sparsegpt([weight], hessian, [keep], pattern, blocksize=10)
     assert int(mask.sum()) == 96
     assert bool((pruned[~mask] == 0).all())
@@ -131,9 +133,9 @@ def test_sweep_counts_are_exact_and_it_beats_zeroing(pattern: Pattern) -> None:
 def test_layers_of_one_input_are_solved_as_if_alone() -> None:
     first, hessian = problem(4, 16)
     second = torch.randn(6, 16)
-    together = sparsegpt([first, second], hessian, [20, 60], Pattern())
+    together = sparsegpt([first, second], hessian, [20, 60], Element())
     for weight, keep, (pruned, mask) in zip((first, second), (20, 60), together):
-        ((alone, alone_mask),) = sparsegpt([weight], hessian, [keep], Pattern())
+        ((alone, alone_mask),) = sparsegpt([weight], hessian, [keep], Element())
         assert torch.equal(mask, alone_mask)
         torch.testing.assert_close(pruned, alone)
 
@@ -141,7 +143,7 @@ def test_layers_of_one_input_are_solved_as_if_alone() -> None:
 def test_dead_inputs_and_rank_deficient_hessians() -> None:
     weight, hessian = problem(4, 8, samples=3)
     hessian[2] = hessian[:, 2] = 0
-    ((pruned, mask),) = sparsegpt([weight], hessian, [16], Pattern())
+    ((pruned, mask),) = sparsegpt([weight], hessian, [16], Element())
     assert bool(torch.isfinite(pruned).all()) and int(mask.sum()) == 16
     upper = inverse_factor(hessian.clone, 0.01)
     torch.testing.assert_close(upper.T @ upper @ damped(hessian, 0.01), torch.eye(8), rtol=1e-3, atol=1e-3)
@@ -175,7 +177,7 @@ def test_a_factor_in_place_is_the_factor_and_says_when_there_is_none() -> None:
 def test_layer_that_admm_does_not_improve_keeps_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian = problem(8, 24)
     second = torch.randn(4, 24)
-    arguments = ([weight, second], hessian, [96, 36], Pattern())
+    arguments = ([weight, second], hessian, [96, 36], Element())
     swept = sparsegpt(*arguments)
     change = iter((1.0, -1.0))
     monkeypatch.setattr(admm_module, "loss_change", lambda *_: next(change))
@@ -184,12 +186,12 @@ def test_layer_that_admm_does_not_improve_keeps_the_sweep(monkeypatch: pytest.Mo
     torch.testing.assert_close(solved[0][0], swept[0][0])
 
 
-@pytest.mark.parametrize("pattern", [Pattern(), Pattern("block", r=2, c=2), Pattern("nm", n=2, m=4)])
+@pytest.mark.parametrize("pattern", [Element(), Block(2, 2), NM(2, 4)])
 @pytest.mark.parametrize("scope", ["row", "layer"])
-def test_admm_counts_are_exact_and_it_beats_the_sweep(pattern: Pattern, scope: str, tmp_path: Path) -> None:
+def test_admm_counts_are_exact_and_it_beats_the_sweep(pattern: InWeight, scope: str, tmp_path: Path) -> None:
     weight, hessian = problem(8, 24)
     second = torch.randn(4, 24)
-    keeps = [24, 9] if pattern.kind == "block" else [96, 36]
+    keeps = [24, 9] if isinstance(pattern, Block) else [96, 36]
     arguments = ([weight, second], hessian, keeps, pattern)
     swept = sparsegpt(*arguments, scope=scope)
     solved = admm(*arguments, scope=scope)
@@ -198,7 +200,7 @@ def test_admm_counts_are_exact_and_it_beats_the_sweep(pattern: Pattern, scope: s
     assert not list(tmp_path.iterdir())
     damp = damped(hessian, 0.01)
     for original, (old, _), (new, mask), keep in zip((weight, second), swept, solved, keeps):
-        expected = original.numel() // 2 if pattern.kind == "nm" else keep * pattern.r * pattern.c
+        expected = original.numel() // 2 if isinstance(pattern, NM) else keep * math.prod(pattern.blocksize)
         assert int(mask.sum()) == expected
         assert bool((new[~mask] == 0).all())
         assert loss(new, original, damp) <= loss(old, original, damp) * (1 + 1e-5)
@@ -210,7 +212,7 @@ def test_admm_comes_close_to_the_best_of_all_masks() -> None:
     for seed in range(6):
         weight, hessian = problem(1, 8, seed=seed)
         damp = damped(hessian, 0.01)
-        ((got, _),) = admm([weight], hessian, [4], Pattern(), polish=20)
+        ((got, _),) = admm([weight], hessian, [4], Element(), polish=20)
         best = min(
             loss(least_squares(weight, damp, mask), weight, damp)
             for kept in itertools.combinations(range(8), 4)
@@ -225,14 +227,14 @@ def test_admm_comes_close_to_the_best_of_all_masks() -> None:
 @pytest.mark.parametrize(
     ("pattern", "shape", "keep"),
     [
-        (Pattern(), (37, 23), 301),
-        (Pattern("block", r=5, c=3), (35, 21), 17),
-        (Pattern("nm", n=1, m=3), (37, 21), 0),
+        (Element(), (37, 23), 301),
+        (Block(5, 3), (35, 21), 17),
+        (NM(1, 3), (37, 21), 0),
     ],
     ids=str,
 )
 def test_slices_of_rows_choose_and_solve_as_the_whole(
-    pattern: Pattern, shape: tuple[int, int], keep: int, scope: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    pattern: InWeight, shape: tuple[int, int], keep: int, scope: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Odd shapes, in slices whose rows divide nothing, with and without files, against one slice."""
     weight, hessian = problem(*shape)
@@ -241,7 +243,7 @@ def test_slices_of_rows_choose_and_solve_as_the_whole(
     whole = admm([weight], hessian, [keep], pattern, scope=scope)
     swept = sparsegpt([weight], hessian, [keep], pattern, scope=scope)
     for numbers in (1, 7 * shape[1], 2**20):
-        monkeypatch.setattr(patterns_module, "SLICE", numbers)
+        monkeypatch.setattr(choosing_module, "SLICE", numbers)
         monkeypatch.setattr(admm_module, "SLICE", numbers)
         monkeypatch.setattr(admm_module, "POLISHED", numbers)
         assert torch.equal(choose_sliced(lambda rows: magnitude[rows], weight, pattern, keep, scope), expected)
@@ -256,13 +258,13 @@ def test_slices_of_rows_choose_and_solve_as_the_whole(
 def test_weights_of_any_dtype_and_layout_are_solved_in_float32(solve: Any) -> None:
     weight, hessian = problem(9, 14)
     weight = weight.bfloat16()
-    ((expected, mask),) = solve([weight.float()], hessian, [60], Pattern())
+    ((expected, mask),) = solve([weight.float()], hessian, [60], Element())
     for given in (weight, weight.t().contiguous().t()):
-        ((got, found),) = solve([given], hessian, [60], Pattern())
+        ((got, found),) = solve([given], hessian, [60], Element())
         assert got.dtype == torch.bfloat16 and got.stride() == given.stride()
         assert torch.equal(found, mask) and torch.equal(got, expected.bfloat16())
     turned = weight.float().t().contiguous().t()
-    ((got, found),) = solve([turned], hessian, [60], Pattern())
+    ((got, found),) = solve([turned], hessian, [60], Element())
     assert torch.equal(found, mask) and torch.equal(got, expected)
 
 

@@ -9,8 +9,16 @@ import torch
 from torch import nn
 
 import sparseprune as sp
-from sparseprune.encoder import TextEncoder
-from sparseprune.pruning import Criterion, MaskSet, criterion_names, make_criterion, prune_, register_criterion
+from sparseprune.pruning import (
+    Criterion,
+    MaskSet,
+    criteria,
+    criterion_names,
+    make_criterion,
+    prune_,
+    register_criterion,
+)
+from sparseprune.runner.text_encoder import TextEncoder
 
 
 def two():
@@ -29,8 +37,8 @@ def test_the_count_is_exact_and_the_report_agrees(sparsity):
     total = 13 * 7 + 7 * 11
     assert report.total == total and report.kept == total - round(sparsity * total)
     assert sum(zeros(model).values()) == total - report.kept
-    assert {r.fqn: r.total - r.kept for r in report.layers} == zeros(model)
-    assert report.density == report.masks.density() == pytest.approx(report.kept / total)
+    assert {r.name: r.total - r.kept for r in report.layers} == zeros(model)
+    assert report.density == report.masks.density == pytest.approx(report.kept / total)
     assert report.sparsity == 1 - report.density
     data = json.loads(json.dumps(report.to_dict()))
     assert data["kept"] == report.kept and data["mask_hash"] == report.masks.mask_hash()
@@ -64,7 +72,7 @@ def test_dtypes_and_mixtures_of_them():
 def test_a_linear_is_its_own_model():
     linear = nn.Linear(128, 10)
     report = prune_(linear, 0.9)
-    assert int((linear.weight != 0).sum()) == 128 and report.layers[0].fqn == ""
+    assert int((linear.weight != 0).sum()) == 128 and report.layers[0].name == ""
     assert "(the model)" in str(report)
 
 
@@ -113,14 +121,50 @@ def test_a_function_is_a_criterion():
 
 def test_gradient_criteria_take_the_gradients_that_are_there():
     model = two()
-    with pytest.raises(ValueError, match="movement: no gradient seen for 0, 2; run backward"):
+    with pytest.raises(ValueError, match="'movement' needs gradients, got none on layers 0, 2; call backward"):
         prune_(model, 0.5, "movement")
+    with pytest.raises(ValueError, match="movement: no gradient seen for 0, 2; run backward"):
+        prune_(model, 0.5, make_criterion("movement"))
     assert sum(zeros(model).values()) == 0
     model(torch.randn(5, 13)).square().sum().backward()
     expected = {f: -(m.weight.grad * m.weight).detach() for f, m in (("0", model[0]), ("2", model[2]))}
     report = prune_(model, 0.5, "movement", scope="layer")
     for fqn, scores in expected.items():
         assert scores[report.masks[fqn]].min() >= scores[~report.masks[fqn]].max()
+
+
+def test_a_registered_criterion_without_gradients_says_so(monkeypatch):
+    class Own(Criterion):
+        name = "own"
+        needs_gradients = True
+
+        def __init__(self):
+            self.seen = {}
+
+        def observe(self, weights, gradients):
+            self.seen.update(gradients)
+
+        def scores(self, context):
+            return {fqn: w.abs() * self.seen[fqn].abs() for fqn, w in context.weights.items()}
+
+    monkeypatch.setattr(criteria, "_CRITERIA", dict(criteria._CRITERIA))
+    register_criterion("own", Own)
+    model = two()
+    with pytest.raises(ValueError, match="criterion 'own' needs gradients, got none on layers 0, 2; call backward"):
+        prune_(model, 0.8, "own")
+    model(torch.randn(5, 13)).square().sum().backward()
+    seen = Own()
+    seen.observe({}, {fqn: model.get_submodule(fqn).weight.grad.clone() for fqn in ("0", "2")})
+    model[2].weight.grad = None
+    with pytest.raises(ValueError, match="needs gradients, got none on layers 2; call backward"):
+        prune_(model, 0.8, "own")
+    model.zero_grad()
+    assert prune_(model, 0.8, seen).kept == 168 - round(0.8 * 168)  # has observed by itself, and needs no more
+
+
+def test_a_class_is_no_criterion():
+    with pytest.raises(ValueError, match=r"got a class, Magnitude; pass Magnitude\(\)"):
+        prune_(two(), 0.5, criteria.Magnitude)
 
 
 def test_criteria_by_name():
@@ -155,7 +199,7 @@ def test_a_criterion_that_needs_data_says_so_and_may_update_survivors():
     with pytest.raises(ValueError, match="criterion 'doubling' needs data"):
         prune_(two(), 0.5, Doubling())
     model, plain = two(), two()
-    prune_(model, 0.5, Doubling(), data=2.0)
+    prune_(model, 0.5, Doubling(), data=torch.tensor(2.0))
     prune_(plain, 0.5)
     assert torch.equal(model[0].weight, 2 * plain[0].weight)
 
@@ -180,6 +224,59 @@ def test_weights_that_are_nan_name_their_layer():
     model[2].weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="scores of 2 hold NaN"):
         prune_(model, 0.5)
+
+
+@pytest.mark.parametrize("result", [lambda w: None, lambda w: w[0], lambda w: w.to(torch.complex64), lambda w: 3.0])
+def test_a_function_that_returns_no_scores_names_the_layer(result):
+    model = two()
+    with pytest.raises(ValueError, match=r"scores of '0' expected a real tensor \[7, 13\], got .*; return one score"):
+        prune_(model, 0.5, lambda linear, fqn: result(linear.weight.detach()))
+    assert sum(zeros(model).values()) == 0
+
+
+@pytest.mark.parametrize("criterion", ["admm", "sparsegpt", "wanda"])
+def test_modes_that_would_stop_or_change_the_work_are_refused_before_it(criterion):
+    model, data = two(), torch.randn(64, 13)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"got torch.inference_mode; call it outside"):
+        prune_(model, 0.5, criterion, data=data)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype), pytest.raises(ValueError, match=r"got torch.autocast .*call it out"):
+            prune_(model, 0.5, criterion, data=data)
+    assert sum(zeros(model).values()) == 0
+    with torch.no_grad():
+        assert prune_(model, 0.5, criterion, data=data).density == 0.5
+
+
+def test_magnitude_needs_no_mode_but_weights_that_can_be_written():
+    model = two()
+    with torch.inference_mode(), torch.autocast("cpu"):
+        assert prune_(model, 0.5).density == 0.5
+        born = two()
+    with pytest.raises(ValueError, match="'0' expected to be writable, got an inference tensor; build or load"):
+        prune_(born, 0.5)
+    with torch.inference_mode():
+        assert prune_(born, 0.5).density == 0.5
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.35, 0.9, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_odd_weights_are_counted_exactly(sparsity, dtype):
+    """Transposed, strided, frozen, shared, empty, of one weight."""
+    torch.manual_seed(0)
+    shared = nn.Linear(9, 9)
+    model = nn.ModuleDict({
+        "transposed": nn.Linear(5, 7), "strided": nn.Linear(6, 4), "frozen": nn.Linear(3, 8).requires_grad_(False),
+        "shared": shared, "again": shared, "single": nn.Linear(1, 1), "hollow": nn.Linear(3, 2),
+    }).to(dtype)  # fmt: skip
+    model["transposed"].weight = nn.Parameter(torch.randn(5, 7).to(dtype).t())
+    model["strided"].weight = nn.Parameter(torch.randn(4, 12).to(dtype)[:, ::2])
+    model["hollow"].weight, model["hollow"].out_features = nn.Parameter(torch.zeros(0, 3, dtype=dtype)), 0
+    total = 35 + 24 + 24 + 81 + 1
+    report = prune_(model, sparsity)
+    assert report.total == total and report.kept == total - round(sparsity * total)
+    assert [row.name for row in report.layers] == ["transposed", "strided", "frozen", "shared", "single", "hollow"]
+    found = sum(int(model[row.name].weight.count_nonzero()) for row in report.layers)
+    assert found == report.kept - report.zeros and not model["transposed"].weight.is_contiguous()
 
 
 def test_mask_sets(tmp_path):

@@ -45,7 +45,7 @@ def train(model, optimizer, pruner, steps, start=0):
 
 
 TOTAL = 12 * 16 + 16 * 8
-CONFIG = PruneConfig(schedule=sp.Cubic(0.1), begin=3, end=20, every=4)
+CONFIG = PruneConfig(schedule=sp.CubicSchedule(0.1), begin=3, end=20, every=4)
 CRITERIA = ["magnitude", "movement", "soft_movement", "uncertainty", "random"]
 
 
@@ -54,7 +54,7 @@ CRITERIA = ["magnitude", "movement", "soft_movement", "uncertainty", "random"]
 def test_counts_are_exact_at_every_step_and_zeros_stay(optimiser, criterion):
     model = build()
     optimizer = optimisers()[optimiser](model.parameters())
-    config = PruneConfig(schedule=sp.Cubic(0.1), criterion=criterion, begin=3, end=20, every=4)
+    config = PruneConfig(schedule=sp.CubicSchedule(0.1), criterion=criterion, begin=3, end=20, every=4)
     pruner = Pruner(model, config).prepare(optimizer)
     names = list(model.state_dict())
     seen = train(model, optimizer, pruner, 30)
@@ -72,22 +72,24 @@ def test_counts_are_exact_at_every_step_and_zeros_stay(optimiser, criterion):
 
 
 @pytest.mark.parametrize("granularity", [sp.Block(4, 1), sp.NM(1, 4), {"0": sp.Block(1, 4), "*": "element"}], ids=str)
-@pytest.mark.parametrize("schedule", [sp.Linear(0.25), sp.OneShot(0.25, at=0.5), sp.Constant(0.25)], ids=str)
+@pytest.mark.parametrize(
+    "schedule", [sp.LinearSchedule(0.25), sp.OneShotSchedule(0.25, at=0.5), sp.ConstantSchedule(0.25)], ids=str
+)
 def test_granularities_and_schedules_end_where_they_should(granularity, schedule):
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     pruner = Pruner(model, PruneConfig(schedule, granularity=granularity, end=10, every=3)).prepare(optimizer)
     seen = train(model, optimizer, pruner, 12)
     assert seen[-1][1] == 0.75 * TOTAL
-    if isinstance(schedule, sp.Constant):
+    if isinstance(schedule, sp.ConstantSchedule):
         assert all(z == 0.75 * TOTAL for _, z in seen)
-    if isinstance(schedule, sp.OneShot):
+    if isinstance(schedule, sp.OneShotSchedule):
         assert [z for _, z in seen[:5]] == [0] * 5
 
 
 def test_a_final_density_that_nm_cannot_give_is_refused():
     with pytest.raises(ValueError, match=r"NM\(n=2, m=4\) fixes the sparsity at 0.5"):
-        Pruner(build(), PruneConfig(sp.Cubic(0.1), granularity=sp.NM(2, 4)))
+        Pruner(build(), PruneConfig(sp.CubicSchedule(0.1), granularity=sp.NM(2, 4)))
 
 
 def test_a_pruned_weight_comes_back_with_its_value_until_the_masks_are_fixed():
@@ -98,7 +100,7 @@ def test_a_pruned_weight_comes_back_with_its_value_until_the_masks_are_fixed():
 
     model = build()
     before = [m.weight.detach().clone() for m in (model[0], model[2])]
-    config = PruneConfig(sp.Constant(0.5), criterion=alternating, scope="layer", end=4, every=1)
+    config = PruneConfig(sp.ConstantSchedule(0.5), criterion=alternating, scope="layer", end=4, every=1)
     pruner = Pruner(model, config).prepare()
     pruner.step()
     first = pruner.masks
@@ -124,7 +126,9 @@ def test_momentum_does_not_move_what_is_behind_the_mask():
 
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    pruner = Pruner(model, PruneConfig(sp.Constant(0.5), rolling, scope="layer", begin=2, end=90)).prepare(optimizer)
+    pruner = Pruner(model, PruneConfig(sp.ConstantSchedule(0.5), rolling, scope="layer", begin=2, end=90)).prepare(
+        optimizer
+    )
     train(model, optimizer, pruner, 2)
     train(model, optimizer, pruner, 1, 2)
     aside = {fqn: values.clone() for fqn, values in pruner._behind.items()}
@@ -138,7 +142,7 @@ def test_momentum_does_not_move_what_is_behind_the_mask():
 def test_movement_is_the_sum_over_the_steps_at_the_values_behind_the_mask():
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    pruner = Pruner(model, PruneConfig(sp.Constant(0.5), "movement", end=100, every=1000)).prepare(optimizer)
+    pruner = Pruner(model, PruneConfig(sp.ConstantSchedule(0.5), "movement", end=100, every=1000)).prepare(optimizer)
     expected = torch.zeros_like(model[0].weight)
     dense = model[0].weight.detach().clone()
     for step in range(4):
@@ -156,7 +160,7 @@ def test_movement_is_the_sum_over_the_steps_at_the_values_behind_the_mask():
 @pytest.mark.parametrize("optimiser", ["sp.AdamW", "AdamW"])
 @pytest.mark.parametrize("stop", [2, 9, 20, 23])
 def test_a_resume_is_bit_identical(criterion, optimiser, stop):
-    config = PruneConfig(schedule=sp.Cubic(0.2), criterion=criterion, begin=3, end=20, every=4)
+    config = PruneConfig(schedule=sp.CubicSchedule(0.2), criterion=criterion, begin=3, end=20, every=4)
 
     def start(seed):
         model = build(seed)
@@ -194,7 +198,7 @@ def test_a_state_that_does_not_fit_is_refused():
 def test_model_and_pruner_can_be_copied_and_pickled_on_the_way():
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    config = PruneConfig(schedule=sp.Cubic(0.1), criterion="movement", end=20, every=4)
+    config = PruneConfig(schedule=sp.CubicSchedule(0.1), criterion="movement", end=20, every=4)
     pruner = Pruner(model, config).prepare(optimizer)
     train(model, optimizer, pruner, 10)
     assert type(copy.deepcopy(model)) is type(pickle.loads(pickle.dumps(model))) is nn.Sequential

@@ -5,7 +5,14 @@ from itertools import pairwise
 
 import pytest
 
-from sparseprune.pruning import Constant, Cubic, Factors, Linear, OneShot, RetentionSchedule
+from sparseprune.pruning import (
+    ConstantSchedule,
+    CubicSchedule,
+    Factors,
+    LinearSchedule,
+    OneShotSchedule,
+    RetentionSchedule,
+)
 
 STEPS = (1, 2, 3, 4, 5, 6, 10, 20)
 TABLE_R = (".19", ".3458", ".578938", ".840075", "1.008027", "1.050337", "1.090753", "1.191547")
@@ -65,11 +72,11 @@ def test_literal_leaves_the_densities_at_step_197():
 
 
 EVERY = [
-    Cubic(0.1),
-    Cubic(0.1, initial_density=0.5),
-    Linear(0.2),
-    OneShot(0.3, at=0.4),
-    Constant(0.25),
+    CubicSchedule(0.1),
+    CubicSchedule(0.1, initial_density=0.5),
+    LinearSchedule(0.2),
+    OneShotSchedule(0.3, at=0.4),
+    ConstantSchedule(0.25),
     RetentionSchedule(),
     RetentionSchedule(0.1, 0.1),
     RetentionSchedule(0.01, 0.1),
@@ -91,10 +98,10 @@ def test_every_schedule_falls_from_one_to_its_final_density(schedule):
 
 
 def test_known_points():
-    assert Cubic(0.1).density(0.5) == pytest.approx(1 - (0.9 - 0.9 * 0.5**3))
-    assert Linear(0.2).density(0.25) == pytest.approx(0.8)
-    assert [OneShot(0.3, at=0.4).density(p) for p in (0.4, 0.41)] == [1, 0.3]
-    assert Constant(0.25).density(0.001) == 0.25
+    assert CubicSchedule(0.1).density(0.5) == pytest.approx(1 - (0.9 - 0.9 * 0.5**3))
+    assert LinearSchedule(0.2).density(0.25) == pytest.approx(0.8)
+    assert [OneShotSchedule(0.3, at=0.4).density(p) for p in (0.4, 0.41)] == [1, 0.3]
+    assert ConstantSchedule(0.25).density(0.001) == 0.25
 
 
 def test_retention_hits_its_densities_and_runs_straight_in_log_density_between():
@@ -108,11 +115,11 @@ def test_retention_hits_its_densities_and_runs_straight_in_log_density_between()
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Cubic(0.0), "final_density expected in"),
-        (lambda: Linear(math.nan), "final_density expected in"),
-        (lambda: Cubic(0.5, initial_density=0.4), "never rises"),
-        (lambda: OneShot(0.5, at=1.0), "at expected in"),
-        (lambda: Constant(1.5), "final_density expected in"),
+        (lambda: CubicSchedule(0.0), "final_density expected in"),
+        (lambda: LinearSchedule(math.nan), "final_density expected in"),
+        (lambda: CubicSchedule(0.5, initial_density=0.4), "never rises"),
+        (lambda: OneShotSchedule(0.5, at=1.0), "at expected in"),
+        (lambda: ConstantSchedule(1.5), "final_density expected in"),
         (lambda: RetentionSchedule(r0=0.0), "r0 expected in"),
         (lambda: RetentionSchedule(z_min=-0.1), "z_min expected in"),
         (lambda: RetentionSchedule(r0=0.5, z_min=0.6), "never rises"),

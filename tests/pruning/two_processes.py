@@ -20,7 +20,7 @@ def replicated(rank: int, world: int) -> dict[str, object]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    config = PruneConfig(schedule=sp.Cubic(0.1), criterion="movement", end=12, every=3)
+    config = PruneConfig(schedule=sp.CubicSchedule(0.1), criterion="movement", end=12, every=3)
     pruner = Pruner(model, config).prepare(optimizer)
     for step in range(14):
         generator = torch.Generator().manual_seed(step * world + rank)
@@ -43,7 +43,7 @@ def sharded(rank: int) -> dict[str, object]:
     torch.manual_seed(rank)
     model = nn.Sequential(nn.Linear(12, 9 + rank))
     dense = model[0].weight.detach().clone()
-    pruner = Pruner(model, PruneConfig(sp.Constant(0.1), end=2, every=1), distributed="sharded").prepare()
+    pruner = Pruner(model, PruneConfig(sp.ConstantSchedule(0.1), end=2, every=1), distributed="sharded").prepare()
     pruner.step()
     pruner.finalize()
     return {"dense": dense, "mask": pruner.masks["0"]}

@@ -16,6 +16,10 @@
 
 namespace sparseprune {
 const Kernels& avx2x16_kernels();
+namespace {
+const Kernels* current;
+}
+const Kernels& kernels() { return *current; }  // what cpu/dispatch.cpp chooses elsewhere
 }
 
 using namespace sparseprune;
@@ -181,13 +185,13 @@ void layer_norm(const Kernels& k) {
   for (int64_t i = 0; i < x.n; ++i) x[i] = normal();
   for (int64_t i = 0; i < residual.n; ++i) residual[i] = normal();
   for (int64_t i = 0; i < d; ++i) weight[i] = 1;
-  k.matmul.add_layer_norm(x.get(), stride, added ? residual.get() : nullptr, d, weight.get(), bias.get(), 1e-5f, n, d, y.get());
+  k.norms.add_layer_norm(x.get(), stride, added ? residual.get() : nullptr, d, weight.get(), bias.get(), 1e-5f, n, d, y.get());
   for (int64_t i = 0; i < n; ++i) {
     double sum = 0;
     for (int64_t j = 0; j < d; ++j) sum += y[i * d + j];
     check(std::fabs(sum) < 1e-3 * static_cast<double>(d), k.tier, "add_layer_norm", d);
   }
-  k.decode.rms_norm(x.get(), stride, weight.get(), 1e-5f, n, d, y.get());
+  k.norms.rms_norm(x.get(), stride, weight.get(), 1e-5f, n, d, y.get());
   for (int64_t i = 0; i < n; ++i) {
     double sum = 0;
     for (int64_t j = 0; j < d; ++j) sum += y[i * d + j] * y[i * d + j];
@@ -204,12 +208,122 @@ void rounded(const Kernels& k) {
   for (int64_t i = 0; i < rows; ++i) bias[i] = static_cast<float>(i);
   for (int64_t i = 0; i < w.n; ++i) w[i] = 0x3f80;
   const bool shifted = pick(0, 1);
-  k.decode.rounded_linear(w.get(), rows, columns, x.get(), stride, n, shifted ? bias.get() : nullptr, y.get());
+  k.rounded.rounded_linear(w.get(), kBfloat16, nullptr, rows, columns, x.get(), stride, n, shifted ? bias.get() : nullptr, y.get());
   for (int64_t t = 0; t < n; ++t) {
     float sum = 0;
     for (int64_t j = 0; j < columns; ++j) sum += x[t * stride + j];
     for (int64_t r = 0; r < rows; ++r) {
       check(y[t * rows + r] == sum + (shifted ? static_cast<float>(r) : 0.0f), k.tier, "rounded_linear", r);
+    }
+  }
+}
+// Quads of whole numbers, x on a grid of its own: every product is exact.
+void quads(const Kernels& k) {
+  const int heights[] = {1, 2, 4, 8, 16};
+  const int height = heights[pick(0, 4)];
+  const int64_t groups = pick(1, 20), rows = groups * height, columns = 4 * pick(1, 60), n = pick(0, 150), block = 4 * pick(1, 20);
+  const int64_t per_block = pick(1, groups), k_blocks = (columns + block - 1) / block;
+  std::vector<uint16_t> index;
+  std::vector<int8_t> values;
+  std::vector<int32_t> slots;
+  std::vector<int> dense(static_cast<size_t>(rows * columns), 0);
+  for (int64_t first = 0; first < groups; first += per_block) {
+    const int64_t here = std::min(per_block, groups - first);
+    for (int64_t b = 0; b < k_blocks; ++b) {
+      for (int64_t g = 0; g < here; ++g) {
+        slots.push_back(static_cast<int32_t>(index.size()));
+        slots.push_back(static_cast<int32_t>(g));
+        for (int64_t q = 0; q < std::min(block, columns - b * block) / 4; ++q) {
+          if (pick(0, 2)) continue;
+          index.push_back(static_cast<uint16_t>(q));
+          for (int64_t v = 0; v < height; ++v) {
+            for (int64_t j = 0; j < 4; ++j) {
+              values.push_back(static_cast<int8_t>(pick(-64, 64)));
+              dense[static_cast<size_t>(((first + g) * height + v) * columns + b * block + q * 4 + j)] = values.back();
+            }
+          }
+        }
+      }
+    }
+  }
+  slots.push_back(static_cast<int32_t>(index.size()));
+  slots.push_back(0);
+  Exact<uint16_t> held_index(static_cast<int64_t>(index.size()));
+  Exact<int8_t> held_values(static_cast<int64_t>(values.size()));
+  std::copy(index.begin(), index.end(), held_index.get());
+  std::copy(values.begin(), values.end(), held_values.get());
+  Exact<float> scale(2 * rows), x(n * columns), y(n * rows), bias(rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    scale[r] = 1.0f;
+    for (int64_t c = 0; c < columns; ++c) scale[rows + r] += static_cast<float>(dense[static_cast<size_t>(r * columns + c)]);
+    bias[r] = static_cast<float>(r);
+  }
+  for (int64_t t = 0; t < n; ++t) {
+    for (int64_t c = 0; c < columns; ++c) x[t * columns + c] = static_cast<float>(pick(-100, 155));
+    x[t * columns] = -100.0f;
+    x[t * columns + columns - 1] = 155.0f;  // steps of one, the zero at 100
+  }
+  const Packed w = {kQuads, rows, columns, height, block, k_blocks, per_block * height, held_values.get(), kInt8, held_index.get(),
+                    slots.data(), scale.get()};
+  k.linear.linear(w, x.get(), columns, n, y.get(), {scale.get(), bias.get(), nullptr, 0, 0});
+  for (int64_t t = 0; t < n; ++t) {
+    for (int64_t r = 0; r < rows; ++r) {
+      int64_t sum = 0;
+      for (int64_t c = 0; c < columns; ++c) sum += dense[static_cast<size_t>(r * columns + c)] * static_cast<int64_t>(x[t * columns + c]);
+      check(y[t * rows + r] == static_cast<float>(sum) + bias[r], k.tier, "a product of quads", r);
+    }
+  }
+}
+
+// A bit a column and the kept values in order, whole numbers of each dtype, with the slack that the packing leaves behind them;
+// x whole numbers, for bitmask8 on a grid of its own: every sum is exact.
+void bitmasks(const Kernels& k) {
+  const int dtypes[] = {kFloat32, kBfloat16, kInt8, kInt8};
+  const int64_t which = pick(0, 3), rows = pick(0, 40), columns = pick(which == 3 ? 1 : 0, 400), n = pick(0, 70);
+  const int64_t row_bytes = (columns + 63) / 64 * 8, keep = pick(0, 9);
+  std::vector<int> dense(static_cast<size_t>(rows * columns), 0);
+  std::vector<int> values;
+  Exact<uint8_t> bits(rows * row_bytes);
+  Exact<int32_t> slots(rows + 1);
+  Exact<float> scale(2 * rows), x(n * columns), y(n * rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    slots[r] = static_cast<int32_t>(values.size());
+    scale[r] = 1.0f;
+    for (int64_t c = 0; c < columns; ++c) {
+      if (pick(0, 8) >= keep) continue;
+      bits[r * row_bytes + c / 8] |= static_cast<uint8_t>(1 << (c % 8));
+      values.push_back(static_cast<int>(pick(-64, 64)));
+      dense[static_cast<size_t>(r * columns + c)] = values.back();
+      scale[rows + r] += static_cast<float>(values.back());
+    }
+  }
+  slots[rows] = static_cast<int32_t>(values.size());
+  const int64_t kept = static_cast<int64_t>(values.size()), held = kept + 64;
+  Exact<float> wide(which == 0 ? held : 0);
+  Exact<uint16_t> half(which == 1 ? held : 0);
+  Exact<int8_t> narrow(which >= 2 ? held : 0);
+  for (int64_t i = 0; i < kept; ++i) {
+    const float v = static_cast<float>(values[static_cast<size_t>(i)]);
+    uint32_t u;
+    std::memcpy(&u, &v, 4);
+    if (which == 0) wide[i] = v;
+    if (which == 1) half[i] = static_cast<uint16_t>(u >> 16);
+    if (which >= 2) narrow[i] = static_cast<int8_t>(v);
+  }
+  for (int64_t t = 0; t < n; ++t) {
+    for (int64_t c = 0; c < columns; ++c) x[t * columns + c] = static_cast<float>(pick(-100, 155));
+    if (columns > 1) x[t * columns] = -100.0f, x[t * columns + columns - 1] = 155.0f;
+    if (columns == 1) x[t] = 255.0f;
+  }
+  const void* data = which == 0 ? static_cast<void*>(wide.get()) : which == 1 ? static_cast<void*>(half.get()) : narrow.get();
+  const Packed w = {which == 3 ? kBitmask8 : kBitmask, rows, columns, 1, columns, columns ? 1 : 0, rows, data, dtypes[which],
+                    reinterpret_cast<const uint16_t*>(bits.get()), slots.get(), scale.get()};
+  k.linear.linear(w, x.get(), columns, n, y.get(), {which >= 2 ? scale.get() : nullptr, nullptr, nullptr, 0, 0});
+  for (int64_t t = 0; t < n; ++t) {
+    for (int64_t r = 0; r < rows; ++r) {
+      int64_t sum = 0;
+      for (int64_t c = 0; c < columns; ++c) sum += dense[static_cast<size_t>(r * columns + c)] * static_cast<int64_t>(x[t * columns + c]);
+      check(y[t * rows + r] == static_cast<float>(sum), k.tier, which == 3 ? "a product of bitmask8" : "a product of bits", r);
     }
   }
 }
@@ -227,17 +341,24 @@ int main(int argc, char** argv) {
   }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     tiers.push_back(&avx512_kernels());
+    if (__builtin_cpu_supports("avx512vnni")) tiers.push_back(&avx512vnni_kernels());
   }
+#endif
+#if defined(__aarch64__)
+  tiers.push_back(&neon_kernels());
 #endif
   const auto start = std::chrono::steady_clock::now();
   int64_t rounds = 0;
   while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds || rounds < 8) {
     for (const Kernels* k : tiers) {
+      current = k;
       selection(*k);
       structures(*k);
       masking(*k);
       layer_norm(*k);
       rounded(*k);
+      quads(*k);
+      bitmasks(*k);
     }
     ++rounds;
   }

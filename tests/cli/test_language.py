@@ -1,0 +1,149 @@
+"""``sparseprune prune --text`` and ``sparseprune export``: language models from the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import sparseprune as sp
+from sparseprune.cli import main
+from sparseprune.runner.language import read_text
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+TEXT = " ".join(["the cat sees a bird", "a dog sees the old house", "the old dog", "a bird"] * 60)
+SMALL = ["--context", "16", "--windows", "8", "--judged-windows", "4", "--new-tokens", "2"]
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A folder with a tiny causal model and its tokenizer; the tests stand beside it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPARSEPRUNE_CACHE", "0")
+    words = {word: i for i, word in enumerate(["[UNK]", *dict.fromkeys(TEXT.split())])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained("lm")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=64, initializer_range=0.1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained("lm")
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+def test_a_run_leaves_its_folder(model, capsys):
+    pytest.importorskip("matplotlib")
+    command = ["prune", "--model", "lm", "--text", "text.txt", "--criterion", "wanda", "--density", "0.6", *SMALL]
+    assert main([*command, "--layout", "csr"]) == 0
+    said = capsys.readouterr().out
+    assert "perplexity" in said and "density 0.6" in said
+    folder = model / "runs" / "language"
+    assert {"run.json", "settings.json", "pruned.safetensors", "model", "tradeoff.png"} <= {
+        p.name for p in folder.iterdir()
+    }
+    record = json.loads((folder / "run.json").read_text())
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    layers = [m for m in again.modules() if isinstance(m, sp.SparseLinear)]
+    assert len(layers) == record["sparse_layers"] == 14
+    total = sum(m.in_features * m.out_features for m in layers)
+    assert sum(m.nnz for m in layers) == total - round(0.4 * total) and record["pruned_parameters"] == total
+    from sparseprune.language import perplexity, token_windows
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    ids = torch.tensor(tokenizer(TEXT)["input_ids"])
+    held_out = token_windows(ids[int(len(ids) * 0.8) // 16 * 16 :], 16, 4)
+    assert perplexity(again, held_out).value == pytest.approx(record["perplexity_as_it_runs"], rel=1e-4)
+    dense = transformers.AutoModelForCausalLM.from_pretrained("lm")
+    assert perplexity(dense, held_out).value == pytest.approx(record["dense"]["perplexity"], rel=1e-4)
+    assert record["pruned"]["bytes"] == (folder / "pruned.safetensors").stat().st_size
+    assert main(["report", "runs/language"]) == 0 and "density 0.6" in capsys.readouterr().out
+    # Again: what was there is replaced, and an unfinished run says that it starts anew.
+    (folder / "run.json").unlink()
+    assert main([*command, "--criterion", "magnitude"]) == 0
+    assert "an unfinished run is here" in capsys.readouterr().out
+
+
+def test_a_pattern_and_other_text_to_judge_on(model, capsys):
+    (model / "other.txt").write_text(TEXT[len(TEXT) // 2 :])
+    command = [
+        "prune",
+        "--model",
+        "lm",
+        "--text=text.txt",
+        "--judged-on",
+        "other.txt",
+        "--granularity",
+        "2:4",
+        "--quiet",
+    ]
+    assert main([*command, "--criterion", "magnitude", "--name", "nm", *SMALL]) == 0
+    assert capsys.readouterr().out == ""
+    assert json.loads((model / "runs" / "nm" / "run.json").read_text())["density"] == 0.5
+
+
+def test_a_folder_of_datasets(model):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": ["the cat", "a dog"]}).save_to_disk("rows")
+    assert read_text("rows") == "the cat\na dog"
+    datasets.Dataset.from_dict({"words": ["the cat"]}).save_to_disk("others")
+    with pytest.raises(ValueError, match=r"column 'text', got words"):
+        read_text("others")
+
+
+def test_mistakes_are_one_line(model, capsys):
+    (model / "empty.txt").write_text(" ")
+    for arguments, match in (
+        (["prune", "--model", "lm", "--text", "none.txt"], "no such file"),
+        (["prune", "--model", "lm", "--text", "empty.txt"], "expected text, got none"),
+        (["prune", "--model", "lm", "--text", "text.txt", "--context", "9999"], "do not fill one window"),
+        (["prune", "--text", "text.txt"], "--model"),
+        (["prune", "--model", "lm", "--text", "text.txt", "--device", "nowhere"], "device expected auto, cpu, cuda"),
+        (["export", "lm", "lm"], "expected another folder than the source"),
+        (["export", "none", "there"], "no such file or folder"),
+        (["export", "lm", "no/such/folder/m.onnx"], "there is no folder"),
+    ):
+        assert main(arguments) == 2, arguments
+        said = capsys.readouterr().err
+        assert match in said and said.count("\n") == 1, said
+
+
+def test_export_for_transformers(model, capsys):
+    dense = transformers.AutoModelForCausalLM.from_pretrained("lm")
+    sp.prune_(dense, 0.8)
+    sp.sparsify_(dense, layout="csr")
+    dense.save_pretrained("sparse")
+    transformers.AutoTokenizer.from_pretrained("lm").save_pretrained("sparse")
+    assert main(["export", "sparse", "plain", "--dense"]) == 0 and "0 layers run sparse" in capsys.readouterr().out
+    plain = transformers.AutoModelForCausalLM.from_pretrained("plain")
+    assert "quantization_config" not in (model / "plain" / "config.json").read_text()
+    assert transformers.AutoTokenizer.from_pretrained("plain").vocab_size == plain.config.vocab_size
+    assert main(["export", "sparse", "small", "--value-dtype", "int8"]) == 0 and "14 layers" in capsys.readouterr().out
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+        small = transformers.AutoModelForCausalLM.from_pretrained("small")
+        torch.testing.assert_close(small(ids).logits, dense(ids).logits, rtol=0.1, atol=0.1)
+    assert (model / "small" / "model.safetensors").stat().st_size < (
+        model / "sparse" / "model.safetensors"
+    ).stat().st_size
+
+
+def test_export_to_onnx(model, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    made = transformers.AutoModelForCausalLM.from_pretrained("lm")
+    sp.prune_(made, 0.5)
+    sp.sparsify_(made, layout="csr")
+    made.save_pretrained("sparse")
+    assert main(["export", "sparse", "model.onnx"]) == 0
+    assert "ONNX Runtime answers as torch" in (said := capsys.readouterr().out) and "multiplies zeros like any" in said
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    session = onnxruntime.InferenceSession(str(model / "model.onnx"))
+    (got,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(got), made(ids).logits, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,62 @@
+"""Measured tables on pages are those of the result files, and plots speak to a reader who knows no code name."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+from pages import ROOT, text
+
+PAGES = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs" / "lab").glob("*.md"))]
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    """The folder as a package, though it is no part of the installed one and the checkout is on no path."""
+    folder = ROOT / "benchmarks"
+    spec = importlib.util.spec_from_file_location(
+        "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    monkeypatch.setitem(sys.modules, "benchmarks", importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(sys.modules["benchmarks"])
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- table:" in text(page)])
+def test_the_tables_of_a_page_are_those_of_the_result_files(page):
+    from benchmarks.render import render
+
+    content = text(page)
+    assert render(content) == content, "python -m benchmarks.render puts the tables in"
+    before, mark, after = content.partition(" -->\n")
+    assert render(f"{before}{mark}| wrong |\n{after}") == content
+
+
+def test_a_page_without_a_table_stays():
+    from benchmarks.render import render
+
+    assert render("# A page\n\nno table\n") == "# A page\n\nno table\n"
+    with pytest.raises((OSError, ValueError)):
+        render("<!-- table: nothing whole 2 avx512 -->\n<!-- end -->\n")
+
+
+def test_plots_say_arms_and_contestants_in_words():
+    from benchmarks.ablation import ARMS, spoken
+    from sparseprune.bench import plots
+
+    assert spoken("gmp_kd+low_rank") == "magnitude + low-rank term"
+    assert not [arm for arm in ARMS if "_" in spoken(arm) or "gmp" in spoken(arm)]
+    assert plots.spoken("ours bsr 16x1") == "ours, 16x1 blocks" and plots.spoken("ours csr") == "ours, single weights"
+    assert plots.spoken("program, 4x4") == "ours, one call, 4x4 blocks" and plots.spoken("ours nm 2:4") == "ours, 2:4"
+
+
+def test_bars_start_at_zero(tmp_path, monkeypatch):
+    from sparseprune.bench import plots
+
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    times = {"torch dense": (20.0, 1.0), "program, 16x1": (4.0, 5.0)}
+    plots.bars({"a batch": times, "a sentence": times}, tmp_path / "bars.png")
+    for axis in drawn[0].axes:
+        assert axis.get_xlim()[0] == 0 and [bar.get_width() for bar in axis.patches] == [20.0, 4.0]
+        assert [label.get_text() for label in axis.texts] == ["20 ms", "4 ms, 5.0 times"]

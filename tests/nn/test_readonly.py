@@ -1,0 +1,84 @@
+"""SparseLinear.weight is for reading: a write is refused, never lost."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sparseprune as sp
+
+
+def layer():
+    torch.manual_seed(0)
+    linear = nn.Linear(8, 6)
+    sp.prune_(linear, 0.5)
+    return linear, sp.SparseLinear.from_linear(linear)
+
+
+def add(w):
+    w += 1
+
+
+def add_to_data(w):
+    w.data += 1
+
+
+def set_data(w):
+    w.data = torch.zeros(6, 8)
+
+
+def set_item(w):
+    w[0, 0] = 1.0
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        add, add_to_data, set_data, set_item, lambda w: w.zero_(), lambda w: w.data.add_(1), lambda w: w[0].fill_(1),
+        lambda w: w.detach().mul_(2), lambda w: w.t().copy_(torch.zeros(8, 6)), lambda w: w.chunk(2)[1].zero_(),
+        lambda w: w.view(-1).zero_(), lambda w: torch.add(w, 1, out=w), lambda w: nn.init.normal_(w),
+        lambda w: F.relu(w, inplace=True), lambda w: torch._foreach_add_([w], 1), lambda w: w.contiguous().zero_(),
+        lambda w: w.requires_grad_(True),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_every_kind_of_write_is_refused_with_a_remedy(write, mode):
+    linear, sparse = layer()
+    with mode(), pytest.raises(RuntimeError, match=r"expected to be read, got a write.*densify_"):
+        write(sparse.weight)
+    assert torch.equal(sparse.weight, linear.weight)
+
+
+def test_reading_gives_plain_tensors():
+    linear, sparse = layer()
+    weight = sparse.weight
+    assert weight.shape == (6, 8) and weight.dtype == torch.float32 and torch.equal(weight, linear.weight)
+    x = torch.randn(3, 8, requires_grad=True)
+    y = F.linear(x, weight, sparse.bias)
+    y.sum().backward()
+    assert type(y) is torch.Tensor and torch.equal(y, linear(x)) and x.grad is not None
+    own = weight.clone()
+    own.zero_()
+    assert type(own) is type(weight + 1) is type(weight.double()) is type(copy.deepcopy(weight)) is torch.Tensor
+    target = torch.zeros(6, 8)
+    target.copy_(weight)
+    assert torch.equal(target, linear.weight) and type(weight.numpy()).__name__ == "ndarray"
+    assert type(pickle.loads(pickle.dumps(weight))) is torch.Tensor
+    file = io.BytesIO()
+    torch.save(weight, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True), linear.weight)
+    assert type(sparse.to_linear().weight) is nn.Parameter and type(sparse.dense()) is torch.Tensor
+
+
+def test_a_compiled_call_may_look_at_it():
+    linear, sparse = layer()
+    call = torch.compile(lambda x: F.linear(x, sparse.weight, sparse.bias), backend="eager", fullgraph=True)
+    x = torch.randn(3, 8)
+    assert torch.equal(call(x), linear(x))
