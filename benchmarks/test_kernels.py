@@ -1,6 +1,6 @@
-"""Every kernel beside its torch baseline, for pytest-benchmark: ``pytest benchmarks --benchmark-enable``.
+"""Every kernel beside its torch baseline, for pytest-benchmark: ``pytest benchmarks --benchmark-only``.
 
-Without ``--benchmark-enable`` each contestant runs once and its result is checked. pytest-benchmark times one
+With ``--benchmark-disable`` each contestant runs once and its result is checked. pytest-benchmark times one
 contestant after another; ``sparseprune bench`` and ``python -m benchmarks.run`` interleave them, and their ratios are
 the ones to trust.
 """
@@ -11,7 +11,8 @@ import functools
 
 import pytest
 
-from sparseprune.bench.cases import SUITES, Case, Contest
+from sparseprune.bench.cases import SUITES
+from sparseprune.bench.contest import Case, Contest
 from sparseprune.bench.peers import PEERS
 from sparseprune.bench.run import refuse_reference
 
