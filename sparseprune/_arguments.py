@@ -9,14 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["Given", "Parser", "check_file", "check_folder", "real", "whole"]
+__all__ = ["Given", "Parser", "check_file", "check_folder", "one_line", "real", "whole"]
+
+
+def one_line(text: object) -> str:
+    """The text of a message in one line, whatever was given to the command and is told back in it."""
+    return " ".join(str(text).split())
 
 
 class Parser(argparse.ArgumentParser):
     """An error is one line on stderr and exit status 2; the usage is what --help is for."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}; see {self.prog} --help\n")
 
 
 class Given(argparse.Action):

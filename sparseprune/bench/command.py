@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .._arguments import Parser, check_folder, real, whole
+from .._arguments import Parser, check_folder, one_line, real, whole
 from . import machine, plots, tables
 from .cases import SUITES
 from .contest import BASELINE, Case
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse_reference(arguments.allow_reference)
         _check_outputs(arguments)
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"sparseprune bench: error: {error}", file=sys.stderr)
+        print(f"sparseprune bench: error: {one_line(error)}", file=sys.stderr)
         return 2
     before = torch.get_num_threads()
     if arguments.threads is not None:
@@ -80,12 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments, cases, peers)
     except WrongResult as error:
-        print(f"sparseprune bench: error: {error}", file=sys.stderr)
+        print(f"sparseprune bench: error: {one_line(error)}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         raise  # nobody reads the figures any more: no error to tell of
     except (OSError, RuntimeError) as error:
-        print(f"sparseprune bench: error: {error}", file=sys.stderr)
+        print(f"sparseprune bench: error: {one_line(error)}", file=sys.stderr)
         return 2
     finally:
         torch.set_num_threads(before)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from .. import __version__
-from .._arguments import Parser
+from .._arguments import Parser, one_line
 from . import commands
 
 __all__ = ["main", "parser"]
@@ -90,7 +90,7 @@ def _run(given: list[str]) -> int:
 
 def _complain(text: str) -> None:
     if sys.stderr is not None:  # print would turn to standard output
-        print(" ".join(text.split()), file=sys.stderr)
+        print(one_line(text), file=sys.stderr)
 
 
 def _drop_output() -> None:

@@ -130,6 +130,7 @@ def test_refuses_the_reference(monkeypatch, capsys):
     ("asked", "said"),
     [
         ("--suite linaer", "--suite expected"),
+        ("--suite=mask\nall", "got mask all"),
         ("--peers torch,tensorflow", "--peers expected"),
         ("--shapes 30x8 --structures 16x1", "must divide"),
         ("--structures 2x", "element, RxC or N:M"),
@@ -137,7 +138,7 @@ def test_refuses_the_reference(monkeypatch, capsys):
     ],
 )
 def test_bad_options_get_one_line(asked, said, capsys):
-    assert bench.main(asked.split()) == 2
+    assert bench.main(asked.split(" ")) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and said in lines[0]
 

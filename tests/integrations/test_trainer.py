@@ -256,6 +256,7 @@ def test_learned_scores_follow_adam(script):
     assert torch.equal(other.state["a"]["score"], criterion.state["a"]["score"]) and other.steps == 3
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_same_masks(torchrun, tmp_path):
     torchrun(SCRIPT, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

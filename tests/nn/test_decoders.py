@@ -485,6 +485,6 @@ def test_a_pretrained_model_writes_the_same(need_package):
         with programs(model) as notes:
             for text in (start + end for start in starts for end in ends):
                 ids = tokenizer(text, return_tensors="pt").input_ids
-                found, expected = (m.generate(ids, max_new_tokens=16, do_sample=False) for m in (model, layers))
+                found, expected = (m.generate(ids, max_new_tokens=8, do_sample=False) for m in (model, layers))
                 assert torch.equal(found, expected), (values, text)
-        assert notes.count(None) > 200
+        assert notes.count(None) > 100

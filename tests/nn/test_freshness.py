@@ -399,7 +399,10 @@ def test_what_is_written_while_it_is_made_is_made_again():
     assert TensorState(tensor).unchanged(tensor) and not TensorState(tensor).unchanged(tensor + 1)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("fsdp1", marks=pytest.mark.slow), "fsdp2", "replicated"])
+KINDS = ("fsdp1", "fsdp2", "replicated")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k != "fsdp2" else ()) for k in KINDS])
 def test_two_processes_evaluate_between_steps(torchrun, kind):
     found = torchrun(Path(__file__).with_name("two_processes.py"), kind)
     assert found.count("wrong 0\n") == 2, found

@@ -414,7 +414,9 @@ class Live(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("criterion", [*CRITERIA, "admm, epochs=0"])
+@pytest.mark.parametrize(
+    "criterion", [pytest.param(c, marks=pytest.mark.slow if c == "admm" else ()) for c in (*CRITERIA, "admm, epochs=0")]
+)
 def test_memory_is_less_than_a_block_above_a_chunk(
     criterion: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

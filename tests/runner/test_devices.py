@@ -82,10 +82,8 @@ def killed_at(patch, step):
 
 
 # Steps: before a checkpoint of the pruning, while masks move, while it heals.
-@pytest.mark.parametrize(("first", "step"), [
-    ("cuda", 7), *(pytest.param(first, step, marks=pytest.mark.slow) for first, step in
-                   [("cpu", 2), ("cpu", 7), ("cpu", 17), ("cuda", 2), ("cuda", 17)]),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "step"), [("cuda", 2), ("cuda", 7), ("cpu", 7), ("cpu", 17)])
 def test_a_killed_run_goes_on_on_another_device(monkeypatch, tmp_path, capsys, first, step):
     """As if it had stayed: the card computes what the CPU does."""
     from sparseprune.runner.config import method_config

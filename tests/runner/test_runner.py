@@ -136,6 +136,7 @@ def test_low_rank_terms_are_counted_saved_and_measured(tmp_path, monkeypatch):
     assert record["pruned"]["parameters"] < record["dense"]["parameters"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_masks(tmp_path):
     one = tiny(layout="dense", train_limit=160)
     hashes = [run(one, out=tmp_path, name=name, quiet=True).record["mask_hash"] for name in ("a", "b")]

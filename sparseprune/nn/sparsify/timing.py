@@ -16,11 +16,14 @@ MIN_RATIO = 1.1  # over dense, from which on another form is taken
 FEW = 8  # rows of x, up to which reading the weight is what takes the time
 CACHED = 32 << 20
 _IN_TURN = 64 << 20
+_MOST = 1024
 
 
 def copies_in_turn(nbytes: int) -> int:
-    """How many copies of a weight of this size, called in turn, come from memory every time."""
-    return max(1, _IN_TURN // max(1, nbytes))
+    """How many copies of a weight of this size, called in turn, come from memory every time; of a tiny one, whose call
+    is not long for its bytes, no more than a thousand.
+    """
+    return min(_MOST, max(1, _IN_TURN // max(1, nbytes)))
 
 
 def copies_on_gpu(nbytes: int, kept: int, cache: int) -> int:
