@@ -136,7 +136,7 @@ def torchrun(tmp_path_factory):
     checkout; ``launcher``: other arguments to Python that start them.
     """
 
-    def run(script, *arguments, timeout: float = 120.0, launcher: list[str] | None = None) -> str:
+    def run(script, *arguments, timeout: float = 600.0, launcher: list[str] | None = None) -> str:
         launcher = launcher or ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [sys.executable, *launcher, *(str(part) for part in (script, *arguments))]
         started = subprocess.Popen(

@@ -179,7 +179,7 @@ def inputs(tmp_path_factory):
 def probe(module: Path, inputs: Path, case: str, preload: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, str(PROBE), str(module), str(inputs), case]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **(preload or {})}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
 
 
 @pytest.mark.parametrize("case", CASES)

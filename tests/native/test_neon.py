@@ -59,7 +59,7 @@ def on_arm(folder, need_tool):
     built = build(need_tool("aarch64-linux-gnu-g++"), folder)
 
     def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([emulator, str(built[name]), *arguments], capture_output=True, text=True, timeout=300)
+        return subprocess.run([emulator, str(built[name]), *arguments], capture_output=True, text=True, timeout=900)
 
     return run
 

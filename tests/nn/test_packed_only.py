@@ -416,7 +416,7 @@ def test_a_fresh_process_takes_the_memory_of_the_packed_form(tmp_path):
 
     def run(what: str) -> str:
         command = [sys.executable, "-P", "-c", _MEASURE, str(path), what]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

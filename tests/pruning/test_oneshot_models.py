@@ -318,7 +318,7 @@ def test_a_process_killed_anywhere_goes_on_to_the_same_masks_and_weights(tmp_pat
     script = Path(__file__).with_name("killed_oneshot.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, script, tmp_path], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, script, tmp_path], capture_output=True, text=True, env=environment, timeout=900
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
