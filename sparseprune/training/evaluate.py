@@ -35,7 +35,7 @@ def evaluate(
         for raw in loader:
             batch = with_next_tokens(model, split_batch(raw, device))
             logits = batch.run(model)
-            hits, seen = accuracy_counts(logits, batch.targets)
+            hits, seen = accuracy_counts(logits, batch.targets, compute)
             right, counted = right + hits, counted + seen
             size = seen if is_classification(logits, batch.targets) else len(batch.targets)
             total += float(task_loss(compute, logits, batch.targets)) * size
