@@ -11,9 +11,10 @@ import difflib
 import json
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
-__all__ = ["Config"]
+__all__ = ["Config", "described"]
 
 C = TypeVar("C", bound="Config")
 
@@ -64,21 +65,37 @@ class Config:
         return cls.from_dict(data)
 
 
-def _out(value: Any, path: str) -> Any:
-    if isinstance(value, Config):
-        return {"kind": kind_of(type(value)), **_fields_out(value)}
-    if isinstance(value, (list, tuple)):
-        return [_out(item, path) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _out(item, f"{path}[{key!r}]") for key, item in value.items()}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
+def described(config: Config) -> dict[str, Any]:
+    """As ``to_dict``, with the names of functions, and of the classes of other objects, in their places: what two
+    processes say alike of one configuration.
+    """
+    return {"kind": kind_of(type(config)), "version": config.VERSION, **_fields_out(config, _named)}
+
+
+def _named(value: Any, path: str) -> str:
+    known = value if hasattr(value, "__qualname__") else type(value)
+    return f"{known.__module__}.{known.__qualname__}"
+
+
+def _refused(value: Any, path: str) -> Any:
     raise ValueError(f"{path}: {value!r} cannot be written as JSON; register it under a name and use the name")
 
 
-def _fields_out(config: Config) -> dict[str, Any]:
+def _out(value: Any, path: str, other: Callable[[Any, str], Any]) -> Any:
+    if isinstance(value, Config):
+        return {"kind": kind_of(type(value)), **_fields_out(value, other)}
+    if isinstance(value, (list, tuple)):
+        return [_out(item, path, other) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _out(item, f"{path}[{key!r}]", other) for key, item in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return other(value, path)
+
+
+def _fields_out(config: Config, other: Callable[[Any, str], Any] = _refused) -> dict[str, Any]:
     kind = type(config).__name__
-    return {f.name: _out(getattr(config, f.name), f"{kind}.{f.name}") for f in _fields(type(config))}
+    return {f.name: _out(getattr(config, f.name), f"{kind}.{f.name}", other) for f in _fields(type(config))}
 
 
 def _fields(cls: type[Config]) -> tuple[dataclasses.Field[Any], ...]:

@@ -25,7 +25,7 @@ PACKAGE = Path(sparseprune.__file__).parent
 
 # The first entry that is a prefix of a module's dotted name gives its floor.
 FLOORS = {
-    "_companions": 0, "_native": 0, "_registry": 0, "_config": 0, "_files": 0, "_arguments": 0,
+    "_companions": 0, "_native": 0, "_registry": 0, "_config": 0, "_digest": 0, "_files": 0, "_arguments": 0,
     "activations": 0, "packing": 0, "encoder_program": 0, "decoder_program": 0, "tensor_state": 0,
     "device_memory": 0,
     "reference": 1, "native": 1, "triton": 1, "cuda": 1,

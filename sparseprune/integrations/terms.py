@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._config import Config
+from .._digest import digest
 from ..gan import DiscriminatorConfig
 from ..gan.game import Game
 from ..nn.filters import FilterFn, prunable_linears
 from ..nn.matrices import shared_linears
 from ..pruning.batches import real_rows_of
 from ..pruning.processes import Processes
+from ..pruning.reading import train_with_dropout
 from ..training.features import Taps, choose_taps, normalise
 from ..training.losses import distillation, is_classification, real_rows
 
@@ -98,7 +99,7 @@ class TeacherTerms:
         mask = inputs.get("attention_mask")
         mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         watch = Taps(self.teacher, self.taps, self.entry)
-        self.teacher.train(config.dropout)
+        train_with_dropout(self.teacher, config.dropout)
         with torch.no_grad(), watch.recording():
             expected = self.teacher(**inputs).logits
         targets = logits.new_zeros(logits.shape[:-1], dtype=torch.int64) if labels is None else labels
@@ -171,9 +172,5 @@ class TeacherTerms:
         self.game = self._new_game(list(state["sizes"]), int(state["condition"]), device)
 
     def digest(self) -> str:
-        """SHA-256 of the teacher's weights."""
-        found = hashlib.sha256()
-        for name, value in self.teacher.state_dict().items():
-            found.update(name.encode())
-            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return found.hexdigest()
+        """SHA-256 of the teacher's state."""
+        return digest(self.teacher.state_dict())

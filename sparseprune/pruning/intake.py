@@ -42,7 +42,7 @@ from .columns import (
 from .processes import Processes
 from .rows import Collate, RowBatches, labels_of, listed, share_of
 
-__all__ = ["calibration_data", "check_same_rows", "text_ids", "training_data"]
+__all__ = ["calibration_data", "check_same_rows", "first_batches", "text_ids", "training_data"]
 
 _OF_TOKENIZER = ("input_ids", "attention_mask", "token_type_ids")
 _POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
@@ -95,7 +95,7 @@ def training_data(
         data = chain(first, data)
         if first and is_row(first[0]):
             return _Stream(data, form, batch_size, rank, world)
-        return data if tokenizer is None else _Tokenised(data, form)
+        return data if tokenizer is None else iter(_Tokenised(data, form))
     if is_stream(data):
         return _Stream(data, form, batch_size, rank, world)
     columns = columns_of(data, who, training=True)
@@ -317,6 +317,16 @@ class _Stream:
 
     def _batch(self, rows: list[Any]) -> Any:
         return self.form.batches(of_rows(rows, self.form.who), len(rows)).whole()
+
+
+def first_batches(loader: Any, count: int) -> tuple[list[Any], Any]:
+    """(up to ``count`` of a loader, of :func:`training_data`; what to read all of it from). One that can be read only
+    once begins again with those.
+    """
+    batches = iter(loader)
+    first = list(islice(batches, count))
+    once = isinstance(loader.data if isinstance(loader, _Stream) else loader, Iterator)
+    return first, chain(first, batches) if once else loader
 
 
 def check_same_rows(loader: Any, processes: Processes, who: str, device: torch.device) -> None:

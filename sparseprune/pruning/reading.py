@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .batches import Batch, real_rows_of, unlabelled
 from .intake import calibration_data
 
-__all__ = ["collect_inputs", "collect_outputs", "evaluating", "input_norms", "reading"]
+__all__ = ["collect_inputs", "collect_outputs", "evaluating", "input_norms", "reading", "train_with_dropout"]
 
 
 @contextmanager
@@ -25,6 +25,14 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         model.train(training)
+
+
+def train_with_dropout(model: nn.Module, dropout: bool) -> None:
+    """Train mode for its dropout's sake, or eval; modules with running statistics stay in eval, which moves none."""
+    model.train(dropout)
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.eval()
 
 
 @contextmanager
@@ -112,7 +120,10 @@ def input_norms(model: nn.Module, linears: Mapping[str, nn.Linear], batches: Ite
     """||x_j||_2 over all real rows that reach each Linear, float32 `[K]` by name (the activation side of Wanda's
     score).
     """
-    sums = {name: torch.zeros(layer.in_features, device=layer.weight.device) for name, layer in linears.items()}
+    sums = {
+        name: torch.zeros(layer.in_features, dtype=torch.float32, device=layer.weight.device)
+        for name, layer in linears.items()
+    }
     mask: Tensor | None = None
 
     def see(name: str, x: Tensor) -> None:

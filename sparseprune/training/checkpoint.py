@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,21 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._config import Config, described
+from .._digest import digest
 from .._files import remove_unfinished, save_checkpoint
 from ..pruning.processes import Processes
 
-__all__ = ["digest", "parse", "random_state", "read", "set_random_state", "write"]
+__all__ = ["identity", "parse", "random_state", "read", "set_random_state", "write"]
 
-_FORMAT = 6
-
-
-def digest(model: nn.Module) -> str:
-    """SHA-256 over names and bytes of a model's state: a resumed run must see the same teacher."""
-    found = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+_FORMAT = 7
 
 
 def random_state(device: torch.device) -> dict[str, Tensor | None]:
@@ -42,8 +34,13 @@ def set_random_state(state: Mapping[str, Tensor | None], device: torch.device) -
         torch.cuda.set_rng_state(cuda, device)
 
 
+def identity(config: Config, teacher: nn.Module) -> dict[str, Any]:
+    """Whose run it is: a resumed one must have the same ``config``, and see the same ``teacher``."""
+    return {"config": described(config), "teacher": digest(teacher.state_dict())}
+
+
 def write(path: Path, state: Mapping[str, Any]) -> None:
-    """state: ``config`` and ``teacher``, which say whose run it is; ``tensors``; ``processes``, one entry each."""
+    """state: what :func:`identity` gave; ``tensors``; ``processes``, one entry each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, {"format": _FORMAT, **state})
 
@@ -57,11 +54,9 @@ def read(path: Path, processes: Processes) -> bytes | None:
     return processes.gather(own)[0]
 
 
-def parse(
-    path: Path, saved: bytes, config: str, teacher: nn.Module, processes: Processes
-) -> dict[str, Any]:
-    """What was written, on the CPU whatever device it was on. ValueError, with the remedy, where it cannot be read or
-    is another run's.
+def parse(path: Path, saved: bytes, config: dict[str, Any], teacher: str, processes: Processes) -> dict[str, Any]:
+    """What was written, on the CPU whatever device it was on; config, teacher: of :func:`identity`. ValueError, with
+    the remedy, where it cannot be read or is another run's.
     """
     try:
         state = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
@@ -70,8 +65,12 @@ def parse(
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise ValueError(f"{path}: expected a training checkpoint of format {_FORMAT}; delete it to start again")
     if state["config"] != config:
-        raise ValueError(f"{path}: written under another configuration; delete it or restore the configuration")
-    if state["teacher"] != digest(teacher):
+        differing = sorted(key for key in {*state["config"], *config} if state["config"].get(key) != config.get(key))
+        raise ValueError(
+            f"{path}: written under another configuration, it differs in {', '.join(differing)}; delete it or restore "
+            "the configuration"
+        )
+    if state["teacher"] != teacher:
         raise ValueError(f"{path}: written with another teacher; delete it to start again")
     if len(state["processes"]) != processes.size:
         raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..pruning.batches import device_of, split_batch
 from ..pruning.intake import training_data
 from ..pruning.reading import evaluating
+from .causal import with_next_tokens
 from .losses import LossLike, accuracy_counts, is_classification, make_loss, real_rows, task_loss
 
 __all__ = ["compare", "evaluate", "predictions"]
@@ -22,7 +23,8 @@ def evaluate(
 ) -> dict[str, float]:
     """``{"loss", "accuracy"}`` (accuracy for class targets only), means over examples, or over labelled tokens where
     tokens have classes; the model is in eval meanwhile. loader: labelled batches, or rows as in
-    :mod:`~sparseprune.pruning.intake`, in batches of ``batch_size``.
+    :mod:`~sparseprune.pruning.intake`, in batches of ``batch_size``. Labels of a causal language model of transformers
+    are its ``input_ids``, as there: they are shifted here.
     """
     compute = make_loss(loss)
     loader = training_data(loader, model, tokenizer, "evaluate", batch_size=batch_size)
@@ -31,9 +33,9 @@ def evaluate(
     right = counted = 0
     with evaluating(model):
         for raw in loader:
-            batch = split_batch(raw, device)
+            batch = with_next_tokens(model, split_batch(raw, device))
             logits = batch.run(model)
-            hits, seen = accuracy_counts(logits, batch.targets)
+            hits, seen = accuracy_counts(logits, batch.targets, compute)
             right, counted = right + hits, counted + seen
             size = seen if is_classification(logits, batch.targets) else len(batch.targets)
             total += float(task_loss(compute, logits, batch.targets)) * size
@@ -46,13 +48,16 @@ def evaluate(
 
 @torch.no_grad()
 def predictions(model: nn.Module, loader: Any, *, tokenizer: Any = None) -> tuple[Tensor, Tensor]:
-    """(logits `[M, C]` float32, targets `[M]`) over the whole loader, padding and ignored tokens left out."""
+    """(logits `[M, C]` float32, targets `[M]`) over the whole loader, padding and ignored tokens left out.
+
+    Of a causal language model of transformers the targets are the next tokens, as in :func:`evaluate`.
+    """
     loader = training_data(loader, model, tokenizer, "predictions")
     device = device_of(model)
     logits, targets = [], []
     with evaluating(model):
         for raw in loader:
-            batch = split_batch(raw, device)
+            batch = with_next_tokens(model, split_batch(raw, device))
             out = batch.run(model)
             logits.append(real_rows(out, batch.targets, batch.mask).float().cpu())
             token_targets = batch.targets.unsqueeze(-1) if batch.targets.dim() == 2 else batch.targets.reshape(-1, 1)

@@ -39,7 +39,9 @@ class Gates:
         self.masters = {name: nn.Parameter(w.detach().clone()) for name, w in self.weights.items()}
         self.masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in self.weights.items()}
         device = next(iter(self.weights.values())).device
-        self.scores = {key: nn.Parameter(torch.zeros(m.shape, device=device)) for key, m in self.maps.items()}
+        self.scores = {
+            key: nn.Parameter(torch.zeros(m.shape, dtype=torch.float32, device=device)) for key, m in self.maps.items()
+        }
         self.criterion = criterion_of("Gates", config.method)
         self.seen: dict[str, Tensor] = {}  # the dense gradients of this step that the criterion is to observe
         fixed = [part.granularity for part in self.plan.parts if isinstance(part.granularity, NM)]

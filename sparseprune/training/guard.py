@@ -66,8 +66,9 @@ class Best:
         self.state: dict[str, Tensor] = {}
 
     def offer(self, found: Mapping[str, float], step: int, model: nn.Module) -> None:
-        """found: figures of the validation split."""
-        key = [found.get("accuracy", 0.0), -found["loss"]]
+        """found: figures of the validation split; a loss that is NaN is worse than any other."""
+        usable = not math.isnan(found["loss"])
+        key = [found.get("accuracy", 0.0), -found["loss"]] if usable else [-math.inf, -math.inf]
         if self.key is None or key > self.key:
             self.key, self.step, self.waited = key, step, 0
             self.state = {name: value.detach().clone() for name, value in model.state_dict().items()}

@@ -15,6 +15,7 @@ from ..pruning.rows import IGNORED
 __all__ = [
     "LossLike",
     "accuracy_counts",
+    "counted",
     "distillation",
     "is_classification",
     "make_loss",
@@ -48,20 +49,33 @@ def smoothed(loss: Callable[[Tensor, Tensor], Tensor], share: float) -> Callable
 
 
 def is_classification(logits: Tensor, targets: Tensor) -> bool:
-    """Integer targets with one dimension less than the logits: a class for each row or token."""
-    return not targets.is_floating_point() and targets.dim() == logits.dim() - 1
+    """Integer targets with one dimension less than the logits, which are several: a class for each row or token."""
+    return not targets.is_floating_point() and targets.dim() == logits.dim() - 1 and logits.shape[-1] > 1
 
 
 def task_loss(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor) -> Tensor:
-    """logits `[..., C]`, targets `[...]` of classes: both flattened first; other targets go to the loss as they are.
-    0 where every target is ignored, which a mean cannot tell.
+    """logits `[..., C]`, targets `[...]` of classes: both flattened first, and what is ignored left to a loss that says
+    so (``ignore_index``), else left out; outputs of one number `[..., 1]` take the shape `[...]` of their targets; all
+    else goes to the loss as it is. 0 where every target is ignored, which a mean cannot tell.
     """
     logits = logits.float()
     if is_classification(logits, targets):
-        if not bool((targets != IGNORED).any()):
+        keep = counted(targets, loss)
+        if not bool(keep.any()):
             return logits.sum() * 0.0
+        if hasattr(loss, "ignore_index"):
+            targets = targets.masked_fill(~keep, loss.ignore_index)
+        elif not bool(keep.all()):
+            logits, targets = logits[keep], targets[keep]
         return loss(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+    if logits.shape == (*targets.shape, 1):  # side by side they would be compared each with each
+        return loss(logits.squeeze(-1), targets.to(logits.dtype))
     return loss(logits, targets)
+
+
+def counted(targets: Tensor, loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+    """bool, as targets: which classes are not ignored, by -100 or by the loss's own ``ignore_index``."""
+    return (targets != IGNORED) & (targets != getattr(loss, "ignore_index", IGNORED))
 
 
 def real_rows(logits: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
@@ -88,9 +102,11 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float, classes: 
 
 
 @torch.no_grad()
-def accuracy_counts(logits: Tensor, targets: Tensor) -> tuple[int, int]:
-    """(right, counted) over all rows or tokens whose target is not ignored; (0, 0) without classes."""
+def accuracy_counts(
+    logits: Tensor, targets: Tensor, loss: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> tuple[int, int]:
+    """(right, counted) over all rows or tokens whose target is not :func:`counted` out; (0, 0) without classes."""
     if not is_classification(logits, targets):
         return 0, 0
-    keep = targets != IGNORED
+    keep = counted(targets, loss)
     return int(((logits.argmax(-1) == targets) & keep).sum()), int(keep.sum())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DataPosition"]
+__all__ = ["DataPosition", "rewind"]
 
 
 class DataPosition:
@@ -59,6 +59,12 @@ class DataPosition:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.batch = state["epoch"], state["batch"]
         self._epoch_rng, self._loader_rng = state["epoch_rng"], [own.cpu() for own in state["loader_rng"]]
+
+
+def rewind(loader: Any) -> None:
+    """The next epoch of a loader that counts them is its first."""
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(0)
 
 
 def _generators(loader: Any) -> list[torch.Generator]:

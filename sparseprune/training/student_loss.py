@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..pruning.batches import LabelledBatch, real_rows_of
 from ..pruning.processes import Processes
+from .causal import with_next_tokens
 from .clock import Clock
 from .config import DistillConfig
 from .features import FeatureReader, normalise
@@ -72,7 +73,7 @@ class StudentLoss:
         self.task, self.extra, self.device, self.generator = task, extra, device, generator
 
     def __call__(self, batch: LabelledBatch, clock: Clock) -> Loss:
-        config = self.config
+        config, batch = self.config, with_next_tokens(self.student, batch)
         distil = config.kd > 0 or config.hidden > 0 or self.extra is not None
         seed = int(torch.randint(1 << 62, (), generator=self.generator)) if config.input_noise else 0
         with autocasting(config.autocast, self.device):

@@ -17,9 +17,9 @@ from ..nn.filters import FilterFn, prunable_linears
 from ..nn.stand_in import put_back_
 from ..nn.views import settle_, trainable_twin
 from ..pruning.batches import Batch, split_batch
-from ..pruning.intake import check_same_rows, training_data
+from ..pruning.intake import check_same_rows, first_batches, training_data
 from ..pruning.processes import Processes
-from ..pruning.reading import input_norms
+from ..pruning.reading import input_norms, train_with_dropout
 from . import checkpoint as files
 from .checks import check_models
 from .clock import Clock, steps_of
@@ -32,7 +32,7 @@ from .healing import heal_sparse_
 from .history import History
 from .losses import LossLike, make_loss, smoothed
 from .optimisers import Optimisers
-from .position import DataPosition
+from .position import DataPosition, rewind
 from .student_loss import ExtraTerm, StudentLoss
 from .teacher_fit import compensate_from_teacher_
 
@@ -98,8 +98,7 @@ class DistillPruner:
         self._generator = torch.Generator().manual_seed(config.seed * 7919 + 5)
         self._clock = Clock(config.max_seconds)
         self._position = DataPosition()
-        self._guard, self._best = Guard(), Best()
-        self._finished = False
+        self._guard, self._best, self._finished = Guard(), Best(), False
         self._optimisers = Optimisers.of(model, self.gates, config)
 
     @property
@@ -154,12 +153,15 @@ class DistillPruner:
         path = None if checkpoint is None else Path(checkpoint)
         if clock.step == 0:
             self._share_first()
-        saved = None if path is None else files.read(path, self._processes)
+        saved = None
+        if path is not None:
+            self._identity = files.identity(config, self.teacher)  # what has none is told before the work
+            saved = files.read(path, self._processes)
         if path is not None and saved is not None:
             self._load(path, saved)
             del saved  # as large as all that training moves, and needed no more
         elif clock.step == 0:
-            self._start_scores(train_loader)
+            train_loader = self._start_scores(train_loader)
         every = config.evaluate_every or max(1, total // 10)
         clock.start(total)
         batches = self._position.batches(train_loader)
@@ -227,21 +229,22 @@ class DistillPruner:
         for name, weight in self.gates.weights.items() if self._processes.size > 1 else ():
             self.gates.masters[name].copy_(weight)
 
-    def _start_scores(self, loader: Iterable[Any]) -> None:
-        if self.config.learned:
-            if hasattr(loader, "set_epoch"):
-                loader.set_epoch(0)  # not where the training before this left it: a resumed run has no such training
-            with torch.random.fork_rng(devices=[]):
-                first = (split_batch(batch, self.device) for batch in islice(iter(loader), _CALIBRATION))
-                model = self.teacher if self._alike else self.model
-                norms = input_norms(model, self._teacher_linears() if self._alike else self.gates.linears, first)
-            squares = {name: norm.square() for name, norm in norms.items()}
-            self._processes.mean_(squares.values())
-            if self._processes.size > 1:
-                norms = {name: square.sqrt() for name, square in squares.items()}
-            if hasattr(loader, "set_epoch"):
-                loader.set_epoch(0)
-            self.gates.start_scores(norms)
+    def _start_scores(self, loader: Iterable[Any]) -> Iterable[Any]:
+        """Scores from the loader's first batches; returns what to read all of them from."""
+        if not self.config.learned:
+            return loader
+        rewind(loader)  # not where the training before this left it: a resumed run has no such training
+        with torch.random.fork_rng(devices=[]):
+            batches, loader = first_batches(loader, _CALIBRATION)
+            model = self.teacher if self._alike else self.model
+            linears = self._teacher_linears() if self._alike else self.gates.linears
+            norms = input_norms(model, linears, (split_batch(batch, self.device) for batch in batches))
+        squares = {name: norm.square() for name, norm in norms.items()}
+        self._processes.mean_(squares.values())
+        if self._processes.size > 1:
+            norms = {name: square.sqrt() for name, square in squares.items()}
+        self.gates.start_scores(norms)
+        return loader
 
     def _teacher_linears(self) -> dict[str, nn.Linear]:
         modules = dict(self.teacher.named_modules())
@@ -295,8 +298,7 @@ class DistillPruner:
         if loader is None:
             return []
         rng = torch.get_rng_state()
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(0)
+        rewind(loader)
         found = [split_batch(batch, self.device).inputs for batch in islice(iter(loader), _CALIBRATION)]
         torch.set_rng_state(rng)
         return found
@@ -310,7 +312,7 @@ class DistillPruner:
             share = max(0.0, 1 - clock.progress / config.prune_until)
             gates.close(config.density_at(clock.progress), config.gumbel * share, self._generator)
         self.model.train(config.dropout)
-        self.teacher.train(config.dropout)
+        train_with_dropout(self.teacher, config.dropout)
         optimisers.zero_grad()
         self.model.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
@@ -362,8 +364,7 @@ class DistillPruner:
     def _evaluate(self, loader: Iterable[Any], task: Callable[[Tensor, Tensor], Tensor]) -> bool:
         """Records the validation figures; keeps the best healed state; True: patience is over."""
         rng = torch.get_rng_state()
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(0)  # the same order each time, so that a resumed run sums in the same order
+        rewind(loader)  # the same order each time, so that a resumed run sums in the same order
         self._agree_buffers()
         found = self._processes.numbers(evaluate(self.model, loader, task), self.device)
         torch.set_rng_state(rng)
@@ -427,14 +428,13 @@ class DistillPruner:
         if self._processes.index:
             return
         files.write(path, {
-            "config": repr(self.config), "teacher": files.digest(self.teacher), "tensors": self._guard.snapshot,
-            "clock": self._clock.state_dict(), "guard": self._guard.state_dict(), "best": self._best.state_dict(),
-            "finished": self._finished, "history": self.history.to_dict(), "generator": self._generator.get_state(),
-            "processes": everyone,
+            **self._identity, "tensors": self._guard.snapshot, "clock": self._clock.state_dict(),
+            "guard": self._guard.state_dict(), "best": self._best.state_dict(), "finished": self._finished,
+            "history": self.history.to_dict(), "generator": self._generator.get_state(), "processes": everyone,
         })  # fmt: skip
 
     def _load(self, path: Path, saved: bytes) -> None:
-        state = files.parse(path, saved, repr(self.config), self.teacher, self._processes)
+        state = files.parse(path, saved, **self._identity, processes=self._processes)
         own = state["processes"][self._processes.index]
         self._restore_tensors(state["tensors"])
         self._clock.load_state_dict(state["clock"])

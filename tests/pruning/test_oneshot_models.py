@@ -314,6 +314,38 @@ def test_a_killed_run_resumes_to_the_same_masks(criterion: str, tmp_path: Any) -
         sp.prune_(llama(3), 0.6, criterion=criterion, data=tokens(seed=5), criterion_options={"state": state})
 
 
+def test_another_model_of_the_same_linears_is_another_run(tmp_path: Any) -> None:
+    sp.prune_(llama(), 0.6, criterion="wanda", data=tokens(), criterion_options={"state": tmp_path})
+    other = llama()
+    with torch.no_grad():
+        other.get_submodule("model.layers.0.input_layernorm").weight.fill_(3.0)
+    before = snapshot(other)
+    with pytest.raises(ValueError, match="belongs to another run, it differs in model"):
+        sp.prune_(other, 0.6, criterion="wanda", data=tokens(), criterion_options={"state": tmp_path})
+    assert unchanged(other, before)
+
+
+def test_a_state_is_kept_of_models_and_batches_with_single_numbers(tmp_path: Any) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.by = nn.Linear(8, 8), nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return self.layer(x) * scale * self.by
+
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(32, 8)
+    for scale in (2.0, 3.0):
+        data, folder = [{"x": x, "scale": torch.tensor(scale)}], tmp_path / str(scale)
+        for _ in range(2):
+            fresh = copy.deepcopy(model)
+            sp.prune_(fresh, 0.5, criterion="wanda", data=data, criterion_options={"state": folder})
+            assert int((fresh.layer.weight == 0).sum()) == 32
+    with pytest.raises(ValueError, match="differs in data"):
+        sp.prune_(model, 0.5, criterion="wanda", data=data, criterion_options={"state": tmp_path / "2.0"})
+
+
 def test_a_process_killed_anywhere_goes_on_to_the_same_masks_and_weights(tmp_path: Any) -> None:
     script = Path(__file__).with_name("killed_oneshot.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..batches import TARGETS, Batch, as_tensors, token_embedding
 from ..intake import calibration_data
 
-__all__ = ["calibration_batches", "digest"]
+__all__ = ["calibration_batches"]
 
 def _forward_names(model: nn.Module) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
@@ -155,17 +154,3 @@ def calibration_batches(data: Any, model: nn.Module, needed: int, chunk_tokens: 
         if isinstance(ids, Tensor) and ("input_ids" in names or rows is not None):
             _check_ids(ids, model, rows, "input_ids" in names)
     return batches
-
-
-def digest(batches: list[Batch]) -> str:
-    """sha256 over every tensor of the batches: a resumed run must see the same data."""
-    sha = hashlib.sha256()
-    for batch in batches:
-        for name, value in [*enumerate(batch.args), *sorted(batch.kwargs.items())]:
-            sha.update(f"{name}:".encode())
-            if isinstance(value, Tensor):
-                sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
-                sha.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            else:
-                sha.update(repr(value).encode())
-    return sha.hexdigest()

@@ -9,7 +9,6 @@ run that was killed goes on where it stopped.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,11 +23,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..._digest import digest
 from ..._files import remove_unfinished, replacing, write_text
 from ..batches import Batch
 from ..granularity import InWeight
 from ..masks import MaskSet
-from .calibration import digest
 from .repeated import Stack, calibrating, capture, find_stacks
 from .store import ChunkStore, no_holes, release
 from .task import BlockTask, LooseTask, Task
@@ -141,15 +140,6 @@ class _State:
             torch.save({"tensors": cpu, "masks": {k: v.cpu() for k, v in masks.items()}}, temporary)
 
 
-def _weights_digest(linears: Mapping[str, nn.Linear]) -> str:
-    sha = hashlib.sha256()
-    for name, linear in linears.items():
-        weight = linear.weight.detach().cpu().contiguous()
-        sha.update(f"{name}{weight.dtype}{tuple(weight.shape)}".encode())
-        sha.update(weight.view(torch.uint8).numpy().data)
-    return sha.hexdigest()
-
-
 @dataclass
 class _Part:
     """Part of the model: a stack, or the Linears that are in none."""
@@ -199,8 +189,9 @@ def prune_blocks_(
     begin = time.perf_counter()
     record = None
     if state is not None:
-        facts = {**(identity or {}), "keep": dict(keep), "scope": scope, "data": digest(batches)}
-        record = _State(state, {**facts, "weights": _weights_digest(linears)})
+        seen = digest({i: [batch.args, dict(sorted(batch.kwargs.items()))] for i, batch in enumerate(batches)})
+        facts = {**(identity or {}), "keep": dict(keep), "scope": scope, "data": seen}
+        record = _State(state, {**facts, "model": digest(model.state_dict())})
     named = None if isinstance(spill, bool) else Path(spill)
     scratch = named or (Path(tempfile.gettempdir()) if record is None else record.scratch())
     hidden = None if spill is False else scratch
