@@ -300,8 +300,9 @@ class Pruner:
         layers = self._layers()
         found = {fqn: self._views.gradient(linear) for fqn, linear in layers.items()}
         gradients: dict[str, Tensor] = {fqn: grad for fqn, grad in found.items() if grad is not None}
-        if self.criterion.needs_gradients and not self._frozen:
-            self.criterion.observe({fqn: self._dense(fqn, layers[fqn]) for fqn in gradients}, gradients)
+        if self.criterion.needs_gradients and not self._frozen and not _skips(optimizer):
+            observed = _unscaled(gradients, optimizer)
+            self.criterion.observe({fqn: self._dense(fqn, layers[fqn]) for fqn in observed}, observed)
         if not isinstance(optimizer, AdamW):
             for fqn, gradient in gradients.items():
                 if fqn in self._masks:
@@ -374,3 +375,19 @@ class Pruner:
         if self._distributed == "auto":
             return "replicated" if ready and torch.distributed.get_world_size(self._group) > 1 else "off"
         return self._distributed
+
+
+# To a fused optimiser a GradScaler hands the scale, and whether a gradient has overflown, for the length of the step,
+# and leaves the rest to it; other optimisers get unscaled gradients, and no step where one has.
+
+
+def _skips(optimizer: Optimizer) -> bool:
+    overflown = getattr(optimizer, "found_inf", None)
+    return overflown is not None and bool(overflown)
+
+
+def _unscaled(gradients: dict[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor]:
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is None:
+        return gradients
+    return {fqn: gradient / scale.to(gradient.device) for fqn, gradient in gradients.items()}
