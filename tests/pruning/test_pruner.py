@@ -175,7 +175,7 @@ def test_movement_under_a_grad_scaler_is_that_without(optimiser, unscaled):
             if factor > 1 and not scale:
                 continue
             x, y = batch(step)
-            scaler.scale(((model(x) - y).square().mean() * factor)).backward()
+            scaler.scale((model(x) - y).square().mean() * factor).backward()
             if unscaled:
                 scaler.unscale_(optimizer)
             scaler.step(optimizer)
