@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -209,8 +209,8 @@ class Pruner:
         if not self._frozen and inside >= 1 and ((inside - 1) % config.every == 0 or self._steps >= config.end):
             progress = inside / (config.end - config.begin)
             self._choose(config.schedule.density(progress), final=self._steps >= config.end)
-        elif not isinstance(self._optimizer, AdamW):
-            self._hold()
+        else:
+            self._hold(besides=self._held(self._optimizer))
         return self._density
 
     def finalize(self) -> nn.Module:
@@ -303,10 +303,10 @@ class Pruner:
         if self.criterion.needs_gradients and not self._frozen and not _skips(optimizer):
             observed = _unscaled(gradients, optimizer)
             self.criterion.observe({fqn: self._dense(fqn, layers[fqn]) for fqn in observed}, observed)
-        if not isinstance(optimizer, AdamW):
-            for fqn, gradient in gradients.items():
-                if fqn in self._masks:
-                    ops.apply_mask_(gradient, self._masks[fqn])
+        held = self._held(optimizer)
+        for fqn, gradient in gradients.items():
+            if fqn in self._masks and fqn not in held:
+                ops.apply_mask_(gradient, self._masks[fqn])
 
     @torch.no_grad()
     def _choose(self, density: float, final: bool) -> None:
@@ -353,10 +353,17 @@ class Pruner:
             simulate_(self.model, self._names, self.config.value_dtype, self.config.activations)
 
     @torch.no_grad()
-    def _hold(self) -> None:
+    def _hold(self, besides: Collection[str] = ()) -> None:
         for fqn, linear in self._layers().items():
-            if fqn in self._masks:
+            if fqn in self._masks and fqn not in besides:
                 ops.apply_mask_(linear.weight, self._masks[fqn])
+
+    def _held(self, optimizer: Optimizer | None) -> set[str]:
+        """The layers whose zeros this optimiser holds itself; others may be another optimiser's."""
+        if not isinstance(optimizer, AdamW):
+            return set()
+        masked = optimizer.masks()
+        return {fqn for fqn, linear in self._layers().items() if self._views.owner(linear) in masked}
 
     def _hand_over(self) -> None:
         if isinstance(self._optimizer, AdamW) and self._masks:

@@ -271,6 +271,25 @@ def test_masks_hold_while_healing_with_the_masks_handed_on():
     assert all(not (m.weight[~pruner.masks[f]]).any() for f, m in (("0", model[0]), ("2", model[2])))
 
 
+@pytest.mark.parametrize("other", ["sp.AdamW", "AdamW", "SGD"])
+def test_zeros_stay_where_each_layer_has_an_optimiser_of_its_own(other):
+    """One holds the zeros of its own weights itself; the pruner sees to those of the other."""
+    model = build()
+    first = sp.AdamW(model[0].parameters(), lr=1e-2, weight_decay=0.1)
+    second = optimisers()[other](model[2].parameters())
+    pruner = Pruner(model, CONFIG).prepare(first)
+    for step in range(25):
+        x, y = batch(step)
+        (model(x) - y).square().mean().backward()
+        for optimizer in (first, second):
+            optimizer.step()
+            optimizer.zero_grad()
+        pruner.step()
+        kept = {fqn: model.get_submodule(fqn).weight != 0 for fqn in ("0", "2")}
+        assert all(not (kept[fqn] & ~mask).any() for fqn, mask in pruner.masks.items())
+    assert pruner.frozen and sum(int(k.sum()) for k in kept.values()) <= pruner.masks.kept
+
+
 def test_misuse_says_what_to_do():
     with pytest.raises(ValueError, match="'movement' needs gradients; pass the optimiser"):
         Pruner(build(), PruneConfig(criterion="movement")).prepare()
