@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .nn.modes import evaluating
 from .pruning.batches import device_of, logits_of
 from .pruning.intake import text_ids
 
@@ -83,16 +84,12 @@ def perplexity(
         raise ValueError(f"perplexity: tokens expected [W, S] with W >= 1 and S >= 2, got {list(windows.shape)}")
     _check_vocabulary(model, windows)
     device = device_of(model)
-    training = model.training
-    model.eval()
     total = 0.0
-    try:
+    with evaluating(model):
         for chunk in windows.split(max(1, batch_tokens // windows.shape[1])):
             ids = chunk.to(device)
             logits = logits_of(model(ids))[:, :-1].float()
             total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-    finally:
-        model.train(training)
     count = windows.shape[0] * (windows.shape[1] - 1)
     loss = total / count
     if not math.isfinite(loss):
@@ -178,18 +175,13 @@ def tokens_per_second(
     ids = torch.as_tensor(prompt, dtype=torch.int64).reshape(1, -1)
     if ids.numel() == 0:
         raise ValueError("tokens_per_second: the prompt is empty")
-    training = {name: model.training for name, model in models.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    try:
+    with evaluating(*models.values()):
         for model in models.values():
-            model.eval()
             _once(model, ids.to(device_of(model)), min(2, new_tokens))
         for _ in range(repeats):
             for name, model in models.items():
                 times[name].append(_once(model, ids.to(device_of(model)), new_tokens))
-    finally:
-        for name, model in models.items():
-            model.train(training[name])
     found = {}
     for name, pairs in times.items():
         reading = [ids.numel() / seconds for seconds, _ in pairs]

@@ -72,6 +72,9 @@ class AdamW(Optimizer):
                 if p.dim() >= 2 and bool(kept.any()) and not bool(kept.all()):
                     self.state[p]["mask"] = kept
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_find_zeros": self._find_zeros}
+
     def masks(self) -> dict[Tensor, Tensor]:
         """The masks in force, keyed by parameter."""
         return {p: self.state[p]["mask"] for p in self._parameters() if "mask" in self.state.get(p, {})}

@@ -148,7 +148,10 @@ def test_schedulers_closures_and_deepcopy():
     scheduler.step()
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
-    assert len(copy.deepcopy(optimizer).masks()) == 1
+    twin = copy.deepcopy(optimizer)
+    assert len(twin.masks()) == 1
+    twin.add_param_group({"params": [nn.Parameter(torch.eye(3))]})
+    assert len(twin.masks()) == 2
 
 
 def test_a_step_is_not_recorded_in_a_cuda_graph(monkeypatch):

@@ -18,6 +18,7 @@ from .config import DiscriminatorConfig
 from .discriminator import Discriminator
 from .losses import adversarial_loss, discriminator_loss, gradient_penalty, loss_of, pair_accuracy
 from .monitor import Balance, Monitor
+from .seeds import seeded
 
 __all__ = ["Game", "Rows", "new_game", "orthonormal"]
 
@@ -66,8 +67,7 @@ class Game:
         self._new_critic()
 
     def _new_critic(self) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 7919 + 31 + self.resets)
+        with seeded(self.seed * 7919 + 31 + self.resets):
             self.critic = Discriminator(self.config, *self.sizes).to(self.device)
         self.optimiser = torch.optim.Adam(self.critic.parameters(), lr=self.config.lr, betas=self.config.betas)
 

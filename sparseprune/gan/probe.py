@@ -16,6 +16,7 @@ from ..training import DistillPruner
 from .config import DiscriminatorConfig
 from .game import Game, new_game
 from .losses import pair_accuracy
+from .seeds import seeded
 
 __all__ = ["null_test", "probe"]
 
@@ -58,8 +59,7 @@ def _accuracy(
     seed, device = pruner.config.seed, pruner.device
     game: Game | None = None
     verdicts: list[float] = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, device):
         for step in range(steps + max(1, steps // 4)):
             batch = split_batch(next(batches), device)
             with torch.no_grad():

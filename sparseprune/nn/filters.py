@@ -85,17 +85,17 @@ def select_linears(model: nn.Module, filter_fn: FilterFn | None = None) -> Selec
     unwanted = _default_reasons(model, linears) if filter_fn is None else {}
     selected: dict[str, nn.Linear] = {}
     skipped: dict[str, str] = {}
-    owner: dict[int, str] = {}
+    owner: dict[tuple[object, ...], str] = {}
     for fqn, linear in linears.items():
         reason = impossible.get(fqn) or unwanted.get(fqn)
         if reason is None and filter_fn is not None and not filter_fn(linear, fqn):
             reason = "filter_fn said no"
-        if reason is None and id(linear.weight) in owner:
-            reason = f"shares its weight with {owner[id(linear.weight)]!r}, which is selected"
+        if reason is None and _key(linear.weight) in owner:
+            reason = f"shares its weight with {owner[_key(linear.weight)]!r}, which is selected"
         if reason is not None:
             skipped[fqn] = reason
             continue
-        owner[id(linear.weight)] = fqn
+        owner[_key(linear.weight)] = fqn
         selected[fqn] = linear
     skipped |= _replaced(model)
     others = other_weights(model)

@@ -42,7 +42,7 @@ class LinearViews:
 
     def gradient(self, linear: nn.Linear) -> Tensor | None:
         """The gradient of a Linear's weight `[N, K]`, over the memory of the gradient that holds it; None without."""
-        weight, owner = linear.weight, self._owner(linear)
+        weight, owner = linear.weight, self.owner(linear)
         gradient = owner.grad
         if owner is weight or gradient is None:
             return gradient
@@ -55,7 +55,7 @@ class LinearViews:
         """Masks of Linears, bool `[N, K]`, as masks of the model's own parameters; what no Linear shows is kept."""
         found: dict[nn.Parameter, Tensor] = {}
         for linear, mask in masks.items():
-            weight, owner = linear.weight, self._owner(linear)
+            weight, owner = linear.weight, self.owner(linear)
             if owner is weight:
                 found[owner] = mask
                 continue
@@ -65,7 +65,7 @@ class LinearViews:
             _part(found[owner], weight, owner).copy_(mask)
         return found
 
-    def _owner(self, linear: nn.Linear) -> nn.Parameter:
+    def owner(self, linear: nn.Linear) -> nn.Parameter:
         """The model's parameter whose memory the weight lies in."""
         weight: Any = linear.weight
         owner = weight if self._twin is self._of else self._owners.get(id(weight))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -209,8 +209,8 @@ class Pruner:
         if not self._frozen and inside >= 1 and ((inside - 1) % config.every == 0 or self._steps >= config.end):
             progress = inside / (config.end - config.begin)
             self._choose(config.schedule.density(progress), final=self._steps >= config.end)
-        elif not isinstance(self._optimizer, AdamW):
-            self._hold()
+        else:
+            self._hold(besides=self._held(self._optimizer))
         return self._density
 
     def finalize(self) -> nn.Module:
@@ -300,12 +300,13 @@ class Pruner:
         layers = self._layers()
         found = {fqn: self._views.gradient(linear) for fqn, linear in layers.items()}
         gradients: dict[str, Tensor] = {fqn: grad for fqn, grad in found.items() if grad is not None}
-        if self.criterion.needs_gradients and not self._frozen:
-            self.criterion.observe({fqn: self._dense(fqn, layers[fqn]) for fqn in gradients}, gradients)
-        if not isinstance(optimizer, AdamW):
-            for fqn, gradient in gradients.items():
-                if fqn in self._masks:
-                    ops.apply_mask_(gradient, self._masks[fqn])
+        if self.criterion.needs_gradients and not self._frozen and not _skips(optimizer):
+            observed = _unscaled(gradients, optimizer)
+            self.criterion.observe({fqn: self._dense(fqn, layers[fqn]) for fqn in observed}, observed)
+        held = self._held(optimizer)
+        for fqn, gradient in gradients.items():
+            if fqn in self._masks and fqn not in held:
+                ops.apply_mask_(gradient, self._masks[fqn])
 
     @torch.no_grad()
     def _choose(self, density: float, final: bool) -> None:
@@ -352,10 +353,17 @@ class Pruner:
             simulate_(self.model, self._names, self.config.value_dtype, self.config.activations)
 
     @torch.no_grad()
-    def _hold(self) -> None:
+    def _hold(self, besides: Collection[str] = ()) -> None:
         for fqn, linear in self._layers().items():
-            if fqn in self._masks:
+            if fqn in self._masks and fqn not in besides:
                 ops.apply_mask_(linear.weight, self._masks[fqn])
+
+    def _held(self, optimizer: Optimizer | None) -> set[str]:
+        """The layers whose zeros this optimiser holds itself; others may be another optimiser's."""
+        if not isinstance(optimizer, AdamW):
+            return set()
+        masked = optimizer.masks()
+        return {fqn for fqn, linear in self._layers().items() if self._views.owner(linear) in masked}
 
     def _hand_over(self) -> None:
         if isinstance(self._optimizer, AdamW) and self._masks:
@@ -374,3 +382,19 @@ class Pruner:
         if self._distributed == "auto":
             return "replicated" if ready and torch.distributed.get_world_size(self._group) > 1 else "off"
         return self._distributed
+
+
+# To a fused optimiser a GradScaler hands the scale, and whether a gradient has overflown, for the length of the step,
+# and leaves the rest to it; other optimisers get unscaled gradients, and no step where one has.
+
+
+def _skips(optimizer: Optimizer) -> bool:
+    overflown = getattr(optimizer, "found_inf", None)
+    return overflown is not None and bool(overflown)
+
+
+def _unscaled(gradients: dict[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor]:
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is None:
+        return gradients
+    return {fqn: gradient / scale.to(gradient.device) for fqn, gradient in gradients.items()}

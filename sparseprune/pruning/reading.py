@@ -10,21 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.modes import evaluating
 from .batches import Batch, real_rows_of, unlabelled
 from .intake import calibration_data
 
 __all__ = ["collect_inputs", "collect_outputs", "evaluating", "input_norms", "reading", "train_with_dropout"]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode, and back in the mode it was in."""
-    training = model.training
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.train(training)
 
 
 def train_with_dropout(model: nn.Module, dropout: bool) -> None:

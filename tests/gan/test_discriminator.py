@@ -12,6 +12,7 @@ from sparseprune.gan.discriminator import Discriminator
 from sparseprune.gan.game import Game, orthonormal
 from sparseprune.gan.losses import LOSSES, adversarial_loss, discriminator_loss, gradient_penalty, pair_accuracy
 from sparseprune.gan.monitor import Balance, Monitor
+from sparseprune.gan.seeds import seeded
 from sparseprune.pruning.batches import real_rows_of as rows_of
 from sparseprune.training.features import normalise
 
@@ -145,3 +146,28 @@ def test_balance_gives_the_adversarial_term_its_share():
     balance = Balance(kappa=0.2, limit=10.0)
     balance.observe(1.0, 0.0)
     assert balance.weight == 10.0
+
+
+def test_a_discriminator_is_drawn_from_its_seed_and_the_random_state_of_no_device_moves(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    torch.manual_seed(5)
+    expected, drawn = torch.get_rng_state(), seeds.copy()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3 * 7919 + 31)
+        twin = Discriminator(DiscriminatorConfig(), 8, 0, 1)
+    seeds.clear()
+    game = Game(DiscriminatorConfig(), 0.1, [8], 0, 3, torch.device("cpu"))
+    assert drawn == [5] and seeds == [] and torch.equal(torch.get_rng_state(), expected)
+    for p, q in zip(game.critic.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_probe_borrows_the_random_state(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    before = torch.get_rng_state()
+    with seeded(4, torch.device("cpu")):
+        first = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before) and seeds == []
+    assert torch.equal(first, torch.rand(3, generator=torch.Generator().manual_seed(4)))

@@ -72,9 +72,11 @@ def test_filter_fn_replaces_the_default_and_is_asked_about_linears_only():
     assert all(isinstance(module, nn.Linear) for module in seen)
 
 
-def test_of_two_selected_linears_with_one_weight_the_second_is_left_out():
+@pytest.mark.parametrize("tie", [lambda weight: weight, lambda weight: nn.Parameter(weight.detach())])
+def test_of_two_selected_linears_with_one_weight_the_second_is_left_out(tie):
+    """One parameter, or two over one memory."""
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
-    model["b"].weight = model["a"].weight
+    model["b"].weight = tie(model["a"].weight)
     selection = select_linears(model, lambda module, fqn: True)
     assert list(selection.selected) == ["a"] and "shares its weight with 'a'" in selection.skipped["b"]
 

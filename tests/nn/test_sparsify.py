@@ -172,6 +172,15 @@ def test_auto_keeps_dense_where_dense_wins(monkeypatch):
     assert all(type(m) is nn.Linear for m in model)
 
 
+@pytest.mark.parametrize("options", [{}, {"tokens": (1, 64), "dense_value_dtype": "int8"}], ids=["exact", "rounded"])
+def test_the_callers_random_state_stays_whether_timings_are_known_or_made(options, monkeypatch):
+    monkeypatch.setenv("SPARSEPRUNE_CACHE", "0")
+    model = prune(nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.Linear(64, 5)), 0.1)
+    before = torch.get_rng_state()
+    sp.sparsify_(model, filter_fn=lambda module, fqn: fqn != "3", **options)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_forced_layouts_and_a_module_under_two_names():
     shared = nn.Linear(32, 32)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.Linear(32, 32)})
@@ -203,6 +212,17 @@ def test_a_layout_that_does_not_fit_leaves_the_model_alone():
 def test_bad_input(model, options, message):
     with pytest.raises(ValueError, match=message):
         sp.sparsify_(model, **options)
+
+
+def test_inference_mode_is_refused_for_what_it_makes_can_never_learn():
+    model = prune(nn.Sequential(nn.Linear(32, 32), nn.ReLU()))
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"got torch.inference_mode; call it outside"):
+        sp.sparsify_(model, layout="csr")
+    assert type(model[0]) is nn.Linear
+    with torch.no_grad():
+        sp.sparsify_(model, layout="csr")
+    model(torch.ones(2, 32)).sum().backward()
+    assert model[0].values.grad is not None
 
 
 def test_a_masked_linear_is_sparsified_by_its_mask():

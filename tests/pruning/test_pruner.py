@@ -156,6 +156,37 @@ def test_movement_is_the_sum_over_the_steps_at_the_values_behind_the_mask():
     torch.testing.assert_close(pruner.criterion.state["0"]["moved"], expected)
 
 
+@pytest.mark.parametrize("optimiser", ["fused", "plain", "sp.AdamW"])
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_movement_under_a_grad_scaler_is_that_without(optimiser, unscaled):
+    """A fused optimiser is handed scaled gradients; one that overflows is skipped by every optimiser."""
+    made = {
+        "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+        "plain": lambda p: torch.optim.AdamW(p, lr=1e-2),
+        "sp.AdamW": lambda p: sp.AdamW(p, lr=1e-2),
+    }[optimiser]
+
+    def moved(scale):
+        model = build()
+        optimizer = made(model.parameters())
+        pruner = Pruner(model, PruneConfig(sp.CubicSchedule(0.5), criterion="movement", end=9)).prepare(optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 0)
+        for step, factor in enumerate((1.0, 3e38, 1.0)):
+            if factor > 1 and not scale:
+                continue
+            x, y = batch(step)
+            scaler.scale((model(x) - y).square().mean() * factor).backward()
+            if unscaled:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return [pruner.criterion.state[fqn]["moved"] for fqn in ("0", "2")]
+
+    for with_scaler, without in zip(moved(2.0**16), moved(0)):
+        assert torch.equal(with_scaler, without)
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("optimiser", ["sp.AdamW", "AdamW"])
 @pytest.mark.parametrize("stop", [2, 9, 20, 23])
@@ -238,6 +269,25 @@ def test_masks_hold_while_healing_with_the_masks_handed_on():
         healer.step()
     assert sum(int((m.weight != 0).sum()) for m in (model[0], model[2])) <= pruner.masks.kept
     assert all(not (m.weight[~pruner.masks[f]]).any() for f, m in (("0", model[0]), ("2", model[2])))
+
+
+@pytest.mark.parametrize("other", ["sp.AdamW", "AdamW", "SGD"])
+def test_zeros_stay_where_each_layer_has_an_optimiser_of_its_own(other):
+    """One holds the zeros of its own weights itself; the pruner sees to those of the other."""
+    model = build()
+    first = sp.AdamW(model[0].parameters(), lr=1e-2, weight_decay=0.1)
+    second = optimisers()[other](model[2].parameters())
+    pruner = Pruner(model, CONFIG).prepare(first)
+    for step in range(25):
+        x, y = batch(step)
+        (model(x) - y).square().mean().backward()
+        for optimizer in (first, second):
+            optimizer.step()
+            optimizer.zero_grad()
+        pruner.step()
+        kept = {fqn: model.get_submodule(fqn).weight != 0 for fqn in ("0", "2")}
+        assert all(not (kept[fqn] & ~mask).any() for fqn, mask in pruner.masks.items())
+    assert pruner.frozen and sum(int(k.sum()) for k in kept.values()) <= pruner.masks.kept
 
 
 def test_misuse_says_what_to_do():

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..linear import SparseLinear
+from ..modes import evaluating
 from .activations import FusedActivations, fused_activations
 from .hooks import hooked
 from .modules import FUSED, FusedOutput, FusedRMSNorm
@@ -97,15 +98,11 @@ def _try(module: nn.Module, *inputs: Tensor) -> Tensor | None:
     """module(*inputs) in eval; None where it does not take these inputs or return a tensor: then it is not one of our
     patterns.
     """
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
     try:
-        result = module(*inputs)
+        with evaluating(module):
+            result = module(*inputs)
     except Exception:
         return None
-    finally:
-        for m, training in modes.items():
-            m.training = training
     return result if isinstance(result, Tensor) else None
 
 

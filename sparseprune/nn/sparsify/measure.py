@@ -108,7 +108,7 @@ def measure(
         return memo[known]
 
     def inputs(rows: int) -> Tensor:
-        return torch.randn(rows, shape[1], device=weight.device).to(weight.dtype)
+        return torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
 
     def copies(rows: int) -> int:
         if not cold or rows > FEW:

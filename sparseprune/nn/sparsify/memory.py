@@ -9,9 +9,9 @@ from ... import _native, ops
 from ...cuda import why_not_cuda
 from ...packing import Packed
 from ..linear import SparseLinear
+from ..modes import evaluating
 from ..packed_only import PackedLinear, give_back, keep_packed_, why_not_keep
 from ..stacks import DecoderForward, StackForward, stack_of
-from ..stacks.proof import evaluating
 from ..stacks.recognise import LayerParts
 from ..stacks.weights import is_whole
 from .reports import MemoryUse
@@ -53,12 +53,12 @@ def keep_packed_forms_(model: nn.Module) -> None:
             keep_packed_(module, id(module) in read)
             give_back()
     for stack in stacks:
-        with evaluating([stack.owner]):
+        with torch.no_grad(), evaluating(stack.owner):
             stack.ready()  # what it held of the canonical tensors goes
 
 
 def _parts(stack: StackForward) -> tuple[LayerParts, ...]:
-    with evaluating([stack.owner]):
+    with torch.no_grad(), evaluating(stack.owner):
         return stack.ready().every
 
 
@@ -80,7 +80,7 @@ def memory_of(model: nn.Module) -> MemoryUse:
     for module in model.modules():
         stack = stack_of(module)
         if stack is not None:
-            with evaluating([stack.owner]):
+            with torch.no_grad(), evaluating(stack.owner):
                 parts = [t for p in stack.ready().built.parts for n, t in p.tensors().items() if n != "perm"]
             packed |= _bytes(parts)
             all_of_it |= _bytes(parts)

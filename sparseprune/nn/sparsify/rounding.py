@@ -66,12 +66,15 @@ def rounded_ratio(
     learns, weight = weight.requires_grad, weight.detach()
     copies = copies_in_turn(weight.numel() * weight.element_size())
 
+    def inputs(count: int) -> Tensor:
+        return torch.randn(count, weight.shape[1], generator=torch.Generator().manual_seed(0))
+
     def dense(count: int) -> Callable[[], object]:
-        x, weights = torch.randn(count, weight.shape[1]), [weight, *(weight.clone() for _ in range(copies - 1))]
+        x, weights = inputs(count), [weight, *(weight.clone() for _ in range(copies - 1))]
         return without_grad(lambda: [F.linear(x, each, bias) for each in weights])
 
     def rounded(count: int) -> Callable[[], object]:
-        x, weights = torch.randn(count, weight.shape[1]), [rounded_copy(weight, value_dtype) for _ in range(copies)]
+        x, weights = inputs(count), [rounded_copy(weight, value_dtype) for _ in range(copies)]
         exact = [weight, *(weight.clone() for _ in range(copies - 1))] if learns else []
 
         def run() -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..filters import FilterFn, own_forward, select_linears, take_slow_path_
@@ -83,13 +84,18 @@ def sparsify_(
     "canonical" keeps the layers' own tensors beside it. The report's ``memory`` has the bytes of both.
 
     ``filter_fn(module, fqn)`` replaces the default choice of Linears. Raises ValueError on an unknown layout, a layout
-    that does not fit, a filter that selects nothing, with ``keep="packed"`` where a parameter wants a gradient or the
-    kernels of its device are missing, and for a model that is itself a Linear (use ``SparseLinear.from_linear``); the
-    model is then as it was.
+    that does not fit, a filter that selects nothing, under ``torch.inference_mode``, with ``keep="packed"`` where a
+    parameter wants a gradient or the kernels of its device are missing, and for a model that is itself a Linear (use
+    ``SparseLinear.from_linear``); the model is then as it was.
     """
     if isinstance(model, nn.Linear):
         raise ValueError(
             "sparsify_: expected a model that holds Linears, got a Linear; use SparseLinear.from_linear(linear)"
+        )
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "sparsify_: expected a mode in which weights can be made that learn, got torch.inference_mode; call it "
+            "outside (it turns gradients off itself where it needs none)"
         )
     if layout not in LAYOUTS:
         raise ValueError(f"sparsify_: layout expected one of {LAYOUTS}, got {layout!r}")

@@ -11,12 +11,13 @@ from torch import nn
 
 from ... import bench
 from ..linear import SparseLinear
+from ..modes import evaluating
 from .decoder_forward import DecoderForward
 from .decoder_measure import measure_decoder
 from .decoder_parts import may_be_decoder
 from .forward import StackForward, stack_of
 from .masks import Unsupported
-from .proof import evaluating, example, run_layers
+from .proof import example, run_layers
 from .recognise import LayerParts, UnknownLayer, may_be_layer, recognise
 
 __all__ = ["ENGINES", "StackChoice", "drop_stacks_", "find_stacks", "in_encoder", "put_stacks_", "stacks_in_use",
@@ -123,7 +124,7 @@ def _choose_(
     if "forward" in vars(module) and stack_of(module) is None:
         return left("its forward was replaced")
     try:
-        with torch.no_grad(), evaluating([layers]):
+        with torch.no_grad(), evaluating(layers):
             built = stack.ready().built
     except (Unsupported, UnknownLayer) as reason:
         return left(str(reason))
@@ -132,7 +133,7 @@ def _choose_(
         module.__dict__["forward"] = stack
         return StackChoice(fqn, len(layers), "program", None, "engine='program' was asked for", *sizes)
     try:
-        with evaluating([layers]):
+        with torch.no_grad(), evaluating(layers):
             choice = _measure(stack, layers, tokens)
     except Unsupported as reason:
         return left(str(reason))

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ...native.decoder import BoundDecoder, cache_numbers, mask_numbers, table_numbers
+from ..modes import evaluating
 from ..packed_only import PackedLinear
 from ..rounded import RoundedLinear
 from .decoder_build import build_decoder
 from .decoder_parts import DecoderParts
-from .proof import evaluating, run_layers
+from .proof import run_layers
 from .recognise import UnknownLayer
 from .weights import exact, rounds
 
@@ -142,7 +143,7 @@ def _prove(
     layers: Sequence[nn.Module], parts: Sequence[DecoderParts], bound: BoundDecoder, rounded: bool
 ) -> bool:
     in_tuples = False
-    with evaluating(layers):
+    with torch.no_grad(), evaluating(*layers):
         for batch, past, tokens in _CASES:
             example, cache = Example(parts, batch, past, tokens, past > 1), _Grown()
             whole = past + tokens

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...native.encoder import BoundEncoder
+from ..modes import evaluating
 from ..packed_only import PackedLinear
 from .build import build
 from .recognise import LayerParts, UnknownLayer
 from .weights import exact, rounds
 
-__all__ = ["evaluating", "example", "prove", "run_layers"]
+__all__ = ["example", "prove", "run_layers"]
 
 _BATCH, _LENGTHS = 2, (1, 5, 19)
 _LONGEST = 300  # tokens: a wider window is believed
 _TOLERANCE = 1e-4  # of the largest value
 _ROUNDED_TOLERANCE = 5e-2
-
-
-@contextmanager
-def evaluating(layers: Iterable[nn.Module]) -> Iterator[None]:
-    modes = {m: m.training for layer in layers for m in layer.modules()}
-    for m in modes:
-        m.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m, training in modes.items():
-            m.training = training
 
 
 def example(
@@ -103,7 +90,7 @@ def _prove(layers: Sequence[nn.Module], parts: Sequence[LayerParts], bound: Boun
     generator = torch.Generator().manual_seed(0)
     windows = {p.window + 7 for p in parts if 0 <= p.window <= _LONGEST}
     in_tuples, first = False, parts[0].sequence_first
-    with evaluating(layers):
+    with torch.no_grad(), evaluating(*layers):
         for length in (*_LENGTHS, *sorted(windows)):
             hidden = torch.randn(_BATCH, length, parts[0].hidden, generator=generator)
             real = torch.rand(_BATCH, length, generator=generator) < 0.7

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...nn.modes import evaluating
 from ..batches import Batch
 from .store import ChunkStore, release
 
@@ -67,22 +68,19 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, without a key/value cache and without the fused paths that bypass Linears; all restored
     after.
     """
-    training = {m: m.training for m in model.modules()}
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
-        model.eval()
         if use_cache:
             config.use_cache = False  # type: ignore[union-attr]
         torch.backends.mha.set_fastpath_enabled(False)
-        yield
+        with evaluating(model):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         if use_cache:
             config.use_cache = use_cache  # type: ignore[union-attr]
-        for module, flag in training.items():
-            module.training = flag
 
 
 @dataclass
