@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .units import HEAD_COUNTS, WIDTHS, AttentionBlock, Share
+from .units import HEAD_COUNTS, WIDTHS, AttentionBlock, FeedForward, Share
 
-__all__ = ["alive_units", "cut_lines", "cut_units", "kept_units", "put_weight", "set_heads", "weight_of"]
+__all__ = ["alive_units", "cut_lines", "cut_neurons", "cut_units", "kept_units", "put_weight", "set_heads", "weight_of"]
 
 
 def _matrix(model: nn.Module, fqn: str) -> nn.Linear | nn.Embedding:
@@ -41,6 +41,12 @@ def cut_units(model: nn.Module, block: AttentionBlock, keep: Tensor) -> None:
         if weight_of(model, share.layer).shape[share.dim] == lines.numel():
             cut_lines(model, share, lines, keep)
     set_heads(model.get_submodule(block.name), block, len(keep))
+
+
+def cut_neurons(model: nn.Module, block: FeedForward, keep: Tensor) -> None:
+    """Cuts a feed-forward block down to the neurons ``keep``."""
+    for share in block.shares:
+        cut_lines(model, share, share.lines(block.neurons), keep)
 
 
 def cut_lines(model: nn.Module, share: Share, lines: Tensor, keep: Tensor) -> None:
