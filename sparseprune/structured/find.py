@@ -136,26 +136,35 @@ def _packed(model: nn.Module, fqn: str, module: nn.Module, name: str) -> Attenti
 
 
 @torch.no_grad()
-def _holds(model: nn.Module, block: AttentionBlock | FeedForward) -> bool | None:
+def _holds(model: nn.Module, block: AttentionBlock | FeedForward, reached: Iterable[str] = ()) -> bool | None:
     """Whether the block alone computes the same with its first unit cut out as with it silenced; None where it cannot
-    be called with random hidden states and nothing else, or has one unit. True on the meta device: there nothing can
-    be computed, and only sizes that a file holds are asked for.
+    be called with random hidden states and nothing else, has one unit, or does not call all parts ``reached``. True on
+    the meta device: there nothing can be computed, and only sizes that a file holds are asked for.
     """
     module = model.get_submodule(block.name)
     prefix = f"{block.name}." if block.name else ""
     units = block.units if isinstance(block, AttentionBlock) else block.neurons
-    if units < 2 or not all(layer.startswith(prefix) for layer in block.layers):
+    if units < 2:
         return None
-    shares = tuple(replace(s, layer=s.layer[len(prefix) :]) for s in block.shares)
+    shares = tuple(replace(s, layer=s.layer[len(prefix) :]) for s in block.shares if s.layer.startswith(prefix))
+    read = block.shares[-1].lines(units)  # what the output reads of each unit
     weight = weight_of(module, shares[0].layer)
     if weight.is_meta:
         return True
     x = torch.randn(2, 3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
     try:
         silenced = copy.deepcopy(module).float().eval()
-        weight_of(silenced, shares[-1].layer)[:, shares[-1].lines(units)[0]] = 0
-        expected = _called(silenced, x, block)
+        missed = set(reached)
+        for name in reached:
+            silenced.get_submodule(name).register_forward_hook(lambda *_, name=name: missed.discard(name))
+        if len(shares) == len(block.shares):
+            weight_of(silenced, shares[-1].layer)[:, read[0]] = 0
+            expected = _called(silenced, x, block)
+        else:  # the output lies outside, as in BERT
+            expected = _called(silenced, x, block)[..., read[1:].flatten().sort().values.to(x.device)]
     except Exception:
+        return None
+    if missed:
         return None
     keep = torch.arange(1, units)
     if isinstance(block, AttentionBlock):
@@ -218,7 +227,7 @@ def _unfit(model: nn.Module, block: AttentionBlock, known: set[str]) -> str:
         return ""
     module, counts = model.get_submodule(block.name), {block.heads, block.units}
     widths = {count * block.head_dim for count in counts}
-    doubt = ""
+    doubts: dict[str, str] = {}  # the part -> why
     for name, part in module.named_modules():
         fqn = _join(block.name, name)
         if fqn in known:
@@ -234,10 +243,11 @@ def _unfit(model: nn.Module, block: AttentionBlock, known: set[str]) -> str:
             if counts.intersection(shape):
                 return f"{whose} {shape} may hold something for each of the {block.heads} heads"
             if widths.intersection(shape):
-                doubt = doubt or f"{whose} {shape} may run over all {block.heads} heads of {block.head_dim} features"
+                why = f"{whose} {shape} may run over all {block.heads} heads of {block.head_dim} features"
+                doubts.setdefault(name, why)
     # That is the width of hidden states as well: whether it is theirs, or the heads', a run says.
-    if doubt and not _holds(model, block):
-        return doubt
+    if doubts and not _holds(model, block, doubts):
+        return next(iter(doubts.values()))
     loose = [name for name, parameter in module.named_parameters(recurse=False) if parameter.numel() > 1]
     if loose and _holds(model, block) is False:
         return f"its forward does not follow when a head is cut out; its own {', '.join(loose)} may mix heads"

@@ -533,3 +533,21 @@ def test_a_norm_of_hidden_states_inside_an_attention_is_told_from_one_of_heads(d
     torch.manual_seed(0)
     assert [block.heads for block in attention_blocks(PreNorm().to(dtype))[0]] == [8]
     assert attention_blocks(OverHeads().to(dtype))[1] == {"": "norm.weight [32] may run over all 8 heads of 4 features"}
+
+
+def test_a_norm_of_hidden_states_is_told_where_the_output_lies_outside(close):
+    from transformers import PerceiverConfig, PerceiverModel
+
+    torch.manual_seed(0)
+    config = PerceiverConfig(
+        d_model=32, num_latents=4, d_latents=32, num_blocks=1, num_self_attends_per_block=1, num_self_attention_heads=4,
+        num_cross_attention_heads=4,
+    )  # fmt: skip
+    model = PerceiverModel(config).eval()
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        model.encoder.self_attends[0].attention.output.dense.weight[:, 8:16] = 0
+        before = model(inputs=x).last_hidden_state
+        shrunk = shrink_(model)
+        close(model(inputs=x).last_hidden_state, before)
+    assert shrunk.heads["encoder.self_attends.0.attention.self"] == (4, 3)
