@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .units import HEAD_COUNTS, WIDTHS, AttentionBlock, Share
+from ..nn.masked import MaskedLinear
+from .units import HEAD_COUNTS, WIDTHS, AttentionBlock, FeedForward, Share
 
-__all__ = ["alive_units", "cut_lines", "cut_units", "kept_units", "put_weight", "set_heads", "weight_of"]
+__all__ = ["alive_units", "cut_lines", "cut_neurons", "cut_units", "kept_units", "put_weight", "set_heads", "weight_of"]
 
 
 def _matrix(model: nn.Module, fqn: str) -> nn.Linear | nn.Embedding:
@@ -43,23 +44,32 @@ def cut_units(model: nn.Module, block: AttentionBlock, keep: Tensor) -> None:
     set_heads(model.get_submodule(block.name), block, len(keep))
 
 
+def cut_neurons(model: nn.Module, block: FeedForward, keep: Tensor) -> None:
+    """Cuts a feed-forward block down to the neurons ``keep``."""
+    for share in block.shares:
+        cut_lines(model, share, share.lines(block.neurons), keep)
+
+
 def cut_lines(model: nn.Module, share: Share, lines: Tensor, keep: Tensor) -> None:
     """``lines`` of all units `[units, width]`; those of ``keep`` stay, in their order."""
     module = _matrix(model, share.layer)
     left = lines[keep.to(lines.device)].flatten().sort().values.to(module.weight.device)
     bias = module.bias if isinstance(module, nn.Linear) and share.dim == 0 else None
     weight = module.weight.detach().index_select(share.dim, left)
-    put_weight(module, weight, None if bias is None else bias.detach()[left])
+    mask = module.mask.index_select(share.dim, left) if isinstance(module, MaskedLinear) else None
+    put_weight(module, weight, None if bias is None else bias.detach()[left], mask)
 
 
-def put_weight(module: nn.Module, weight: Tensor, bias: Tensor | None = None) -> None:
-    """A weight of another size, and a bias where it has one: as given, else zeros."""
+def put_weight(module: nn.Module, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> None:
+    """A weight of another size, and where it has them a bias and a mask: as given, else zeros, and all kept."""
     assert isinstance(module, nn.Linear | nn.Embedding)
     module.weight = nn.Parameter(weight.contiguous(), requires_grad=module.weight.requires_grad)
     if isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = weight.shape
         return
     module.out_features, module.in_features = weight.shape
+    if isinstance(module, MaskedLinear):
+        module.mask = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
     if module.bias is not None and len(module.bias) != len(weight):
         bias = module.bias.new_zeros(len(weight)) if bias is None else bias
         module.bias = nn.Parameter(bias.contiguous(), requires_grad=module.bias.requires_grad)

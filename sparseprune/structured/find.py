@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.expose import is_conv1d
-from .cut import cut_units, weight_of
+from .cut import cut_neurons, cut_units, weight_of
 from .units import HEAD_COUNTS, HEAD_SIZES, AttentionBlock, FeedForward, Share
 
 __all__ = ["attention_blocks", "feed_forwards", "position_biases"]
@@ -124,39 +124,69 @@ def _packed(model: nn.Module, fqn: str, module: nn.Module, name: str) -> Attenti
     if not head_dim or rows % (3 * head_dim) or (count and count * 3 * head_dim != rows):
         return f"{rows} rows of {name} are not query, key and value of whole heads; their number or size is not known"
     ways = {"by kind": (head_dim,) * 3, "by head": (3 * head_dim,)}
+    why = "its forward does not follow when a head is cut out"
     for way in sorted(ways, key=lambda w: w != _PACKED[name]):
         share = Share(_join(fqn, name), 0, ways[way])
         found = _block(model, fqn, module, (share,), rows // (3 * head_dim), 1, head_dim)
-        if isinstance(found, str) or _holds(model, found) is not False:
+        if isinstance(found, str):
+            why = found
+        elif _holds(model, found) is not False:
             return found
-    return "its forward does not follow when a head is cut out"
+    return why
 
 
 @torch.no_grad()
-def _holds(model: nn.Module, block: AttentionBlock) -> bool | None:
-    """Whether the attention alone computes the same with its first unit cut out as with it silenced; None where it
-    cannot be called with hidden states alone, or has one unit.
+def _holds(model: nn.Module, block: AttentionBlock | FeedForward, reached: Iterable[str] = ()) -> bool | None:
+    """Whether the block alone computes the same with its first unit cut out as with it silenced; None where it cannot
+    be called with random hidden states and nothing else, has one unit, or does not call all parts ``reached``. True on
+    the meta device: there nothing can be computed, and only sizes that a file holds are asked for.
     """
     module = model.get_submodule(block.name)
     prefix = f"{block.name}." if block.name else ""
-    if block.units < 2 or not all(layer.startswith(prefix) for layer in block.layers):
+    units = block.units if isinstance(block, AttentionBlock) else block.neurons
+    if units < 2:
         return None
-    alone = replace(
-        block, name="", shares=tuple(replace(s, layer=s.layer[len(prefix) :]) for s in block.shares), bias=None
-    )
-    weight = weight_of(module, alone.shares[0].layer)
-    x = torch.randn(2, 3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-    silenced = copy.deepcopy(module).eval()
-    weight_of(silenced, alone.output)[:, alone.shares[-1].lines(block.units)[0]] = 0
+    shares = tuple(replace(s, layer=s.layer[len(prefix) :]) for s in block.shares if s.layer.startswith(prefix))
+    read = block.shares[-1].lines(units)  # what the output reads of each unit
+    weight = weight_of(module, shares[0].layer)
+    if weight.is_meta:
+        return True
+    x = torch.randn(2, 3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
     try:
-        expected = _first(silenced(x))
+        silenced = copy.deepcopy(module).float().eval()
+        missed = set(reached)
+        for name in reached:
+            silenced.get_submodule(name).register_forward_hook(lambda *_, name=name: missed.discard(name))
+        if len(shares) == len(block.shares):
+            weight_of(silenced, shares[-1].layer)[:, read[0]] = 0
+            expected = _called(silenced, x, block)
+        else:  # the output lies outside, as in BERT
+            expected = _called(silenced, x, block)[..., read[1:].flatten().sort().values.to(x.device)]
     except Exception:
         return None
-    cut_units(silenced, alone, torch.arange(1, block.units))
+    if missed:
+        return None
+    keep = torch.arange(1, units)
+    if isinstance(block, AttentionBlock):
+        cut_units(silenced, replace(block, name="", shares=shares, bias=None), keep)
+    else:
+        cut_neurons(silenced, replace(block, name="", shares=shares), keep)
     try:
-        return bool(torch.allclose(_first(silenced(x)), expected, rtol=1e-3, atol=1e-5))
+        return bool(torch.allclose(_called(silenced, x, block), expected, rtol=1e-3, atol=1e-5))
     except Exception:
         return False
+
+
+def _called(module: nn.Module, x: Tensor, block: AttentionBlock | FeedForward) -> Tensor:
+    """What the block gives for hidden states, a rotation by nothing where it wants one, and no mask."""
+    given: dict[str, Any] = {}
+    for name, parameter in list(inspect.signature(module.forward).parameters.items())[1:]:
+        if name == "position_embeddings" and isinstance(block, AttentionBlock):
+            cos = x.new_ones(1, x.shape[1], block.head_dim)
+            given[name] = (cos, torch.zeros_like(cos))
+        elif parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            given[name] = None
+    return _first(module(x, **given))
 
 
 def _first(out: Any) -> Tensor:
@@ -178,22 +208,50 @@ def _block(
     called_with = inspect.signature(module.forward).parameters
     if "alibi" in called_with:
         return "it is given a slope for each head (alibi) that is computed for all heads of all layers"
+    if "rel_pos" in called_with:
+        return "it is given a position bias for each head (rel_pos) that is computed for all heads of all layers"
     bias = None
     if isinstance(getattr(module, _BIAS, None), nn.Embedding):
         bias = Share(_join(fqn, _BIAS), 1, (queries,))
         if getattr(module, _BIAS).embedding_dim != heads:
             return f"{bias.layer} expected one column for each of {heads} heads, got {getattr(module, _BIAS)}"
     known = {share.layer for share in rows} | {output} | ({bias.layer} if bias else set())
-    for name, part in module.named_modules():
-        if _join(fqn, name) in known or "norm" in name.lower() or heads == 1:
-            continue
-        for own, parameter in part.named_parameters(recurse=False):
-            shape = parameter.shape[:1] if isinstance(part, nn.Linear) else parameter.shape
-            if heads in shape and "norm" not in own:
-                whose = _join(_join(fqn, name), own)
-                return f"{whose} {list(parameter.shape)} may hold something for each of the {heads} heads"
     shares = (*rows, Share(output, 1, (queries * head_dim,)))
-    return AttentionBlock(fqn, shares, units, queries, head_dim, bias)
+    block = AttentionBlock(fqn, shares, units, queries, head_dim, bias)
+    return _unfit(model, block, known) or block
+
+
+def _unfit(model: nn.Module, block: AttentionBlock, known: set[str]) -> str:
+    """Why heads cannot be cut: what the attention holds beside the layers ``known`` that goes by the head, or may."""
+    if block.units == 1:
+        return ""
+    module, counts = model.get_submodule(block.name), {block.heads, block.units}
+    widths = {count * block.head_dim for count in counts}
+    doubts: dict[str, str] = {}  # the part -> why
+    for name, part in module.named_modules():
+        fqn = _join(block.name, name)
+        if fqn in known:
+            continue
+        several = isinstance(part, nn.ModuleList | nn.ParameterList) and len(part) in counts
+        if several and not any(layer.startswith(f"{fqn}.") for layer in known):
+            return f"{fqn} holds {len(part)} parts and may have one for each of the {block.heads} heads"
+        norm = "norm" in f"{name} {type(part).__name__}".lower()
+        for own, parameter in part.named_parameters(recurse=False):
+            shape, whose = list(parameter.shape), _join(fqn, own)
+            if norm and shape == [block.head_dim]:
+                continue  # one for all heads
+            if counts.intersection(shape):
+                return f"{whose} {shape} may hold something for each of the {block.heads} heads"
+            if widths.intersection(shape):
+                why = f"{whose} {shape} may run over all {block.heads} heads of {block.head_dim} features"
+                doubts.setdefault(name, why)
+    # That is the width of hidden states as well: whether it is theirs, or the heads', a run says.
+    if doubts and not _holds(model, block, doubts):
+        return next(iter(doubts.values()))
+    loose = [name for name, parameter in module.named_parameters(recurse=False) if parameter.numel() > 1]
+    if loose and _holds(model, block) is False:
+        return f"its forward does not follow when a head is cut out; its own {', '.join(loose)} may mix heads"
+    return ""
 
 
 def _tie(model: nn.Module, blocks: list[AttentionBlock], reasons: dict[str, str]) -> list[AttentionBlock]:
@@ -266,16 +324,29 @@ def feed_forwards(model: nn.Module) -> tuple[list[FeedForward], dict[str, str]]:
             parts = {linear.out_features / last.in_features for linear in linears if linear is not None}
             if parts != {1} and not (parts == {2} and len(ups) == 1):
                 continue
-            inner = [
-                m for m in _near(module) if isinstance(m, nn.LayerNorm) and m.normalized_shape[-1] == last.in_features
-            ]
-            if inner and last.in_features != last.out_features:
-                reasons[fqn] = "a LayerNorm runs over the neurons"
+            rows = tuple(Share(_join(fqn, up), 0, (1,) * int(max(parts))) for up in ups)
+            block = FeedForward(fqn, (*rows, Share(_join(fqn, down), 1, (1,))), last.in_features)
+            over = _over_neurons(module, block)
+            # A size that is the hidden states' as well says little, unless a run does.
+            held = _holds(model, block) if over else True
+            if held is False or (held is None and last.in_features != last.out_features):
+                reasons[fqn] = over
             else:
-                rows = tuple(Share(_join(fqn, up), 0, (1,) * int(max(parts))) for up in ups)
-                blocks.append(FeedForward(fqn, (*rows, Share(_join(fqn, down), 1, (1,))), last.in_features))
+                blocks.append(block)
             break
     return blocks, reasons
+
+
+def _over_neurons(module: nn.Module, block: FeedForward) -> str:
+    """What the block holds beside its shares that has the size of the neurons; empty where nothing has."""
+    for name, part in module.named_modules():
+        if name.count(".") > 1 or _join(block.name, name) in block.layers or block.neurons == 1:
+            continue
+        for own, parameter in part.named_parameters(recurse=False):
+            if block.neurons in parameter.shape:
+                whose = _join(_join(block.name, name), own)
+                return f"a {type(part).__name__} runs over the neurons: {whose} {list(parameter.shape)}"
+    return ""
 
 
 def _linear_at(module: nn.Module, path: str) -> nn.Linear | None:
@@ -283,10 +354,6 @@ def _linear_at(module: nn.Module, path: str) -> nn.Linear | None:
     for part in path.split("."):
         found = getattr(found, part, None)
     return found if isinstance(found, nn.Linear) else None
-
-
-def _near(module: nn.Module) -> list[nn.Module]:
-    return [m for name, m in module.named_modules() if name.count(".") < 2]
 
 
 def _join(fqn: str, name: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .configure import configure
-from .cut import alive_units, cut_lines, cut_units, kept_units, put_weight, set_heads, weight_of
+from .cut import alive_units, cut_neurons, cut_units, kept_units, put_weight, set_heads, weight_of
 from .find import attention_blocks, feed_forwards
 from .units import AttentionBlock, FeedForward, Share, head_groups
 
@@ -77,8 +77,7 @@ def shrink_(model: nn.Module) -> ShrinkReport:
         keep = kept_units(alive_units(model, forward.shares[-1], forward.neurons))
         report.neurons[forward.name] = (forward.neurons, len(keep))
         if len(keep) < forward.neurons:
-            for share in forward.shares:
-                cut_lines(model, share, share.lines(forward.neurons), keep)
+            cut_neurons(model, forward, keep)
     report.parameters_after = sum(p.numel() for p in model.parameters())
     cut = [(block, len(keep)) for block, keep in plan if block.name in report.heads]
     report.unconfigured = configure(model, cut, report.neurons)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparseprune.nn import MaskedLinear
 from sparseprune.pruning import Heads, Neurons, attention_blocks, feed_forwards, prune_, restore_shapes, shrink_
 from sparseprune.runner.text_encoder import TextEncoder
 
@@ -133,6 +134,35 @@ def test_a_shrunken_model_trains():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def test_masks_are_cut_with_their_weights(close):
+    model = llama().eval()
+    prune_(model, 0.5, granularity=Neurons())
+    prune_(model, 0.5, granularity=Heads())
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and "layers" in name:
+            model.set_submodule(name, MaskedLinear.from_linear(module))
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0] = 0  # pruned, yet no unit: its mask says so
+        model.model.layers[0].mlp.down_proj.mask[0] = False
+        before = model(ids).logits
+        shrunk = shrink_(model)
+        close(model(ids).logits, before)
+    assert shrunk.parameters_after < shrunk.parameters_before
+    assert not model.model.layers[0].mlp.down_proj.mask[0].any() and model.model.layers[0].mlp.down_proj.mask[1].any()
+
+    again = llama().eval()
+    for name, module in list(again.named_modules()):
+        if isinstance(module, nn.Linear) and "layers" in name:
+            again.set_submodule(name, MaskedLinear.from_linear(module))
+    shapes = {n: m.weight.shape for n, m in model.named_modules() if isinstance(m, MaskedLinear)}
+    assert restore_shapes(again, shapes)
+    assert all(m.mask.shape == m.weight.shape for m in again.modules() if isinstance(m, MaskedLinear))
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        close(again(ids).logits, before)
 
 
 def test_one_unit_of_each_block_stays(close):

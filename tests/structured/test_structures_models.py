@@ -381,3 +381,173 @@ def test_what_cannot_be_unpacked_is_refused():
         expose_linears_(nn.MultiheadAttention(8, 2))
     with pytest.raises(ValueError, match="expected no bias_k"):
         expose_linears_(nn.ModuleList([nn.MultiheadAttention(8, 2, add_bias_kv=True)]))
+
+
+def causal(name, **options):
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, "num_key_value_heads": 8, **options})
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+def gemma3():
+    import transformers
+
+    config = transformers.Gemma3TextConfig(**{"num_key_value_heads": 8, "head_dim": 4, **SIZES})
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def longformer():
+    return of("Longformer", attention_window=4, max_position_embeddings=40, pad_token_id=1)
+
+
+def luke():
+    return of("Luke", entity_vocab_size=9, entity_emb_size=8, pad_token_id=1, max_position_embeddings=24)
+
+
+def layoutlmv3():
+    return of(
+        "LayoutLMv3", visual_embed=False, max_position_embeddings=24, pad_token_id=1, max_2d_position_embeddings=32,
+        coordinate_size=6, shape_size=4, has_relative_attention_bias=True, has_spatial_attention_bias=True,
+    )  # fmt: skip
+
+
+# What goes by the head, or over all neurons, beside the Linears that are cut -> what of the model the reason names.
+UNCUT_HEADS = {
+    "stablelm": (lambda: causal("StableLm", qk_layernorm=True), "q_layernorm.norms holds 8 parts"),
+    "diffllama": (lambda: causal("DiffLlama"), "lambda_q1"),
+    "olmo2": (lambda: causal("Olmo2"), "q_norm.weight [32] may run over all 8 heads of 4 features"),
+    "olmo2, groups": (lambda: causal("Olmo2", num_key_value_heads=4), "q_norm.weight [32] may run over all 8 heads"),
+    "cohere": (lambda: causal("Cohere", use_qk_norm=True), "q_norm.weight [8, 4] may hold something for each"),
+    "bitnet": (lambda: causal("BitNet"), "attn_sub_norm.weight [32] may run over all 8 heads"),
+    "longformer": (longformer, "query_global.weight [32, 32] may run over all 8 heads"),
+    "luke": (luke, "w2e_query.weight [32, 32] may run over all 8 heads"),
+    "layoutlmv3": (layoutlmv3, "rel_pos"),
+}  # fmt: skip
+
+
+@torch.no_grad()
+def silenced(model, ends):
+    """Everything drawn anew, for gains of one hide what they belong to; then the first unit's columns are zero."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    for name, module in model.named_modules():
+        if name.endswith(ends) and isinstance(module, nn.Linear):
+            module.weight[:, :4] = 0
+    return model.eval()
+
+
+HEAD_ENDS = ("o_proj", "attention.output.dense")
+NEURON_ENDS = ("down_proj", "0.output.dense", "1.output.dense")
+
+
+@pytest.mark.parametrize("name", UNCUT_HEADS)
+def test_attentions_with_more_than_is_known_of_heads_are_left(name):
+    torch.manual_seed(0)
+    make, why = UNCUT_HEADS[name]
+    model = silenced(make(), HEAD_ENDS)
+    before = outputs(model)
+    shrunk = shrink_(model)
+    assert not shrunk.heads and len(shrunk.left) >= 2
+    assert all(why in reason for place, reason in shrunk.left.items() if "mlp" not in place)
+    assert torch.equal(outputs(model), before)
+
+
+@pytest.mark.parametrize("neurons", [48, 32])
+def test_a_norm_of_any_kind_over_the_neurons_leaves_them(neurons):
+    torch.manual_seed(0)
+    model = silenced(causal("BitNet", intermediate_size=neurons), NEURON_ENDS)
+    before = outputs(model)
+    shrunk = shrink_(model)
+    assert not shrunk.neurons and torch.equal(outputs(model), before)
+    assert f"a BitNetRMSNorm runs over the neurons: model.layers.0.mlp.ffn_sub_norm.weight [{neurons}]" in str(shrunk)
+
+
+CUT = {
+    **{name: (lambda name=name: causal(name)) for name in (
+        "Qwen3", "Gemma2", "Persimmon", "Olmo", "GPTNeoX", "Phi3", "Apertus", "NanoChat", "Llama", "Cohere"
+    )},
+    "Gemma3": gemma3,
+    "Phi": lambda: causal("Phi", qk_layernorm=True),
+    "StableLm": lambda: causal("StableLm"),
+    "Esm": lambda: of("Esm", pad_token_id=1, mask_token_id=2),
+    "Bert": lambda: of("Bert"),
+    "MPNet": MODELS["mpnet"],
+    "ModernBert": MODELS["modernbert"],
+}  # fmt: skip
+SIZES_ALIKE = {  # one number for several things
+    "": {},
+    "width of a head, heads": {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8},
+    "neurons, hidden states": {"intermediate_size": 32},
+}
+
+
+@pytest.mark.parametrize("alike", SIZES_ALIKE)
+@pytest.mark.parametrize("name", CUT)
+def test_norms_of_one_head_and_sizes_alike_are_no_reason_to_leave_a_block(name, alike, close, monkeypatch):
+    torch.manual_seed(0)
+    for key, value in SIZES_ALIKE[alike].items():
+        monkeypatch.setitem(SIZES, key, value)
+    model = CUT[name]().eval()
+    prune_(model, 0.5, granularity=Heads(), scope="layer")
+    prune_(model, 0.5, granularity=Neurons(), scope="layer")
+    before = outputs(model)
+    shrunk = shrink_(model)
+    assert not shrunk.left and len(shrunk.heads) == len(shrunk.neurons) == 2
+    assert all(b < a for a, b in (*shrunk.heads.values(), *shrunk.neurons.values()))
+    close(outputs(model), before)
+
+
+@pytest.mark.parametrize("name", [*(n for n in UNCUT_HEADS if n != "bitnet"), "deberta"])
+def test_neurons_go_where_heads_must_stay(name, close):
+    torch.manual_seed(0)
+    model = silenced(of("Deberta") if name == "deberta" else UNCUT_HEADS[name][0](), NEURON_ENDS)
+    before = outputs(model)
+    shrunk = shrink_(model)
+    assert set(shrunk.neurons.values()) == {(48, 44)}
+    close(outputs(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_of_hidden_states_inside_an_attention_is_told_from_one_of_heads(dtype):
+    class PreNorm(Timm):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(32)
+
+        def forward(self, x):
+            return super().forward(self.norm(x))
+
+    class OverHeads(Timm):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(32)
+
+        def forward(self, x):
+            b, n, _ = x.shape
+            q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1)
+            return self.proj(self.norm(mixed))
+
+    torch.manual_seed(0)
+    assert [block.heads for block in attention_blocks(PreNorm().to(dtype))[0]] == [8]
+    assert attention_blocks(OverHeads().to(dtype))[1] == {"": "norm.weight [32] may run over all 8 heads of 4 features"}
+
+
+def test_a_norm_of_hidden_states_is_told_where_the_output_lies_outside(close):
+    from transformers import PerceiverConfig, PerceiverModel
+
+    torch.manual_seed(0)
+    config = PerceiverConfig(
+        d_model=32, num_latents=4, d_latents=32, num_blocks=1, num_self_attends_per_block=1, num_self_attention_heads=4,
+        num_cross_attention_heads=4,
+    )  # fmt: skip
+    model = PerceiverModel(config).eval()
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        model.encoder.self_attends[0].attention.output.dense.weight[:, 8:16] = 0
+        before = model(inputs=x).last_hidden_state
+        shrunk = shrink_(model)
+        close(model(inputs=x).last_hidden_state, before)
+    assert shrunk.heads["encoder.self_attends.0.attention.self"] == (4, 3)
