@@ -320,6 +320,21 @@ def test_load_builds_the_model_beside_a_checkpoint_of_ours(make, answers, tmp_pa
         sp.load(folder)
 
 
+def test_load_beside_a_checkpoint_reads_how_to_generate_and_the_dtype(make, tmp_path):
+    model = make("llama").bfloat16()
+    model.generation_config.eos_token_id, model.generation_config.max_new_tokens = [2, 7], 5
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    sp.save(sparse(model), tmp_path / "pruned.safetensors")
+    again = sp.load(tmp_path)
+    assert again.generation_config.eos_token_id == [2, 7] and again.generation_config.max_new_tokens == 5
+    assert again.dtype is torch.bfloat16 and again.model.rotary_emb.inv_freq.dtype is torch.float32
+    check_same(again, model)
+    (tmp_path / "generation_config.json").write_text("[")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        sp.load(tmp_path)
+
+
 def test_a_folder_that_is_damaged_is_refused(make, tmp_path, caplog):
     logging.getLogger("transformers").addHandler(caplog.handler)
     model = sparse(make("bert"))
