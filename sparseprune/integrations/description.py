@@ -125,7 +125,15 @@ def describe(model: nn.Module) -> Description:
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
-        template = type(model)(config)
+        template = _template(model, config)
+    tied: Mapping[str, str] = getattr(template, "all_tied_weights_keys", {})
+    shared = sorted({*tied, *tied.values()} & {f"{fqn}.weight" for fqn in structure.sparse})
+    if shared:
+        raise ValueError(
+            f"save_pretrained: expected layers with a weight of their own, got {shown(shared)}, which runs sparse and "
+            f"which {type(model).__name__} ties by its configuration. Set model.config.tie_word_embeddings = False "
+            "first, or use sparseprune.save(model, path)"
+        )
     own = dict(model.named_modules())
     unpacked = [
         fqn
@@ -150,6 +158,17 @@ def describe(model: nn.Module) -> Description:
             if type(before) is int and type(now) is int and before != now:
                 counts.setdefault(fqn, {})[name] = now
     return Description(structure, unpacked, shapes, counts)
+
+
+def _template(model: nn.Module, config: Any) -> nn.Module:
+    """What the configuration builds."""
+    try:
+        return type(model)(config)
+    except TypeError as error:
+        raise ValueError(
+            f"save_pretrained: expected {type(model).__name__} to be built from its configuration alone, got: {error}. "
+            "Use sparseprune.save(model, path), and sparseprune.load(model, path) on the original architecture"
+        ) from None
 
 
 def prepare_(model: nn.Module, told: Description, files: Sequence[str]) -> Description:

@@ -389,6 +389,32 @@ def test_a_model_that_its_configuration_cannot_build_is_refused(make, tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
+def test_a_model_that_takes_more_than_its_configuration_is_refused(make, tmp_path):
+    class Sized(transformers.BertForSequenceClassification):
+        def __init__(self, config, size):
+            super().__init__(config)
+            self.size = size
+
+    with pytest.raises(ValueError, match=r"expected Sized to be built from its configuration alone.*size.*Use sparsep"):
+        sparse(Sized(make("bert").config, 3)).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tied_head_that_runs_sparse_is_saved_once_untied(make, answers, tmp_path):
+    model = make("llama")
+    sp.prune_(model, 0.3)
+    sp.sparsify_(model, layout="csr", engine="layers", filter_fn=lambda module, fqn: True)
+    assert isinstance(model.lm_head, sp.SparseLinear)
+    with pytest.raises(ValueError, match=r"weight of their own, got.*lm_head\.weight.*tie_word_embeddings = False"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    check_same(again, model)
+    torch.testing.assert_close(answers(again), answers(model), rtol=1e-5, atol=1e-5)
+
+
 def test_pipelines_read_the_folder(make, tokenizer, tmp_path):
     model = sparse(make("bert"))
     model.save_pretrained(tmp_path / "m")
