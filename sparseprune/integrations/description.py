@@ -21,7 +21,7 @@ from ..nn import Attention, MaskedLinear, RoundedLinear, SparseLinear, expose_li
 from ..nn.filters import take_slow_path_
 from ..nn.fusion import is_fused
 from ..nn.matrices import Experts, PatchLinear, unpack_, unpackable
-from ..nn.packed_only import without_canonical
+from ..nn.packed_only import PackedLinear, without_canonical
 from ..nn.stacks import put_stacks_, stacks_in_use
 from .placeholder import Placeholder, headers, placeholder
 
@@ -112,6 +112,16 @@ class Description:
 
 def describe(model: nn.Module) -> Description:
     """ValueError where what the configuration builds cannot be made into this model."""
+    away = [
+        fqn
+        for fqn, module in model.named_modules()
+        if isinstance(module, SparseLinear) and not isinstance(module, PackedLinear) and module.values.is_meta
+    ]
+    if away:
+        raise ValueError(
+            f"save_pretrained: expected every sparse layer in memory, got {len(away)} on the disk or the meta device "
+            f"({', '.join(away[:3])}); load the model with device_map='cpu' to save it"
+        )
     structure = Structure(fused=is_fused(model), programs=stacks_in_use(model))
     for fqn, module in model.named_modules():
         if isinstance(module, SparseLinear):
@@ -144,6 +154,14 @@ def describe(model: nn.Module) -> Description:
     _unpack_(template, unpacked)
     mine, built = _shapes(model), _shapes(template)
     added = sorted(mine.keys() - built.keys())  # one that is lacking, such as a pooler left out, is told by loading
+    inside = {name.partition(".base_layer.")[0] for name in added if ".base_layer." in name}
+    wrapped = sorted(fqn for fqn in inside if hasattr(own.get(fqn), "get_base_layer"))
+    if wrapped:
+        raise ValueError(
+            f"save_pretrained: expected the model's own layers, got wrappers of peft, without an adapter, at "
+            f"{shown(wrapped)}; put the layers back first, each with model.set_submodule(name, "
+            "model.get_submodule(name).get_base_layer())"
+        )
     if added:
         raise ValueError(
             f"save_pretrained: expected the tensors that {type(model).__name__} has by its configuration, got "

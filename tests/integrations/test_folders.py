@@ -113,6 +113,9 @@ def test_shards_device_map_dtype_and_the_disk(make, answers, tmp_path):
     second = away.bert.encoder.layer[1].attention.self.query
     assert isinstance(second, sp.SparseLinear) and second.values.is_meta
     torch.testing.assert_close(answers(away), answers(model), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"expected every sparse layer in memory, got 6 on the disk.*device_map='cpu'"):
+        away.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "config.json").exists()
 
 
 def test_some_weights_stay_wider_than_the_rest(make, tmp_path):
