@@ -173,6 +173,11 @@ class PruneTrainer(Trainer):
         self.terms: TeacherTerms | None = None
         if teacher is not None or distillation is not None:
             assert isinstance(self.model, nn.Module)
+            if self.model_init is not None:
+                raise ValueError(
+                    "PruneTrainer: expected model=... beside a teacher, got model_init, which builds another model "
+                    "than the one that is compared with it; pass model=model_init()"
+                )
             self.terms = TeacherTerms(self.model, teacher, distillation or Distillation(), filter_fn)
         self.pruning.terms = self.terms
         self._sums: dict[str, float] = defaultdict(float)

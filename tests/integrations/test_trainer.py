@@ -155,6 +155,15 @@ def test_what_cannot_be_resumed_is_refused(script, tmp_path):
         script.trainer(tmp_path, script.settings(criterion="magnitude"), max_steps=16).train(True)
 
 
+def test_a_model_made_anew_has_no_teacher(script, tmp_path):
+    from sparseprune.integrations.terms import Distillation
+    from sparseprune.integrations.trainer import PruneTrainer
+
+    args = transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match=r"expected model=\.\.\. beside a teacher, got model_init"):
+        PruneTrainer(model_init=script.model, args=args, train_dataset=script.Words(), distillation=Distillation())
+
+
 def test_the_best_model_is_one_of_the_final_density(script, tmp_path):
     """While the masks move the loss is lowest: a denser checkpoint must not come back."""
     run = script.trainer(
