@@ -98,9 +98,10 @@ def _fill(model: nn.Module, content: Content, keep: str) -> None:
     }
     _check_shapes(linears, wanted, content, resized, biases)
     _check_meta(model)
+    tensors = _Tensors(content)
     # Sizes are those of the model from here on: what is decoded fits where the model does.
     content.check()
-    tensors = _Tensors(content)
+    _check_shared(model, linears, wanted, content, tensors)
     shared = in_encoder(model, structure.programs)
     replacements = _replacements(linears, structure, tensors, keep, shared)
     if resized or biases:
@@ -248,6 +249,45 @@ def _check_meta(model: nn.Module) -> None:
         )
 
 
+def _check_shared(
+    model: nn.Module, linears: _Linears, wanted: Mapping[str, Any], content: Content, tensors: _Tensors
+) -> None:
+    """ValueError where the model has one tensor and the file two that differ, of which the last read would win."""
+    replaced = {id(module) for fqn, module in linears.items() if _is_replaced(fqn, module, content.structure)}
+    first: dict[Any, str] = {}
+    for name in sorted(content.names()):
+        fqn, _, last = name.rpartition(".")
+        module = linears.get(fqn)
+        key: Any = name
+        if id(module) in replaced:
+            key = id(module), last  # a layer of its own, whose weight is no longer that of another one
+        elif name in wanted:
+            key = _memory(wanted[name])
+        other = first.setdefault(key, name)
+        if tensors.place(other) == tensors.place(name):
+            continue
+        dtype = tensors[name].dtype
+        if not torch.equal(tensors[other].to(dtype), tensors[name]):
+            raise ValueError(
+                f"expected one value for each tensor of {type(model).__name__}, got two for {names([other])} and "
+                f"{names([name])}, which share one; untie them first (config.tie_word_embeddings=False in "
+                f"transformers), or {_ARCHITECTURE}"
+            )
+        tensors.forget(other)
+        tensors.forget(name)
+
+
+def _memory(value: Tensor) -> Any:
+    """The same for two tensors that are written as one."""
+    if _made_anew(value) or not value.numel():
+        return id(value)
+    return value.device, value.data_ptr(), value.shape, value.stride(), value.dtype
+
+
+def _is_replaced(fqn: str, module: nn.Module, structure: Structure) -> bool:
+    return fqn in structure.sparse or fqn in structure.masked or isinstance(module, SparseLinear | MaskedLinear)
+
+
 def _replacements(
     linears: _Linears, structure: Structure, tensors: _Tensors, keep: str, shared: Callable[[str], bool]
 ) -> dict[int, nn.Module]:
@@ -258,8 +298,7 @@ def _replacements(
     for fqn, module in linears.items():
         if id(module) in replacements:
             continue
-        sparse, masked = fqn in structure.sparse, fqn in structure.masked
-        if not (sparse or masked or isinstance(module, SparseLinear | MaskedLinear)):
+        if not _is_replaced(fqn, module, structure):
             continue
         if not fqn:
             if isinstance(module, SparseLinear):
@@ -282,8 +321,8 @@ def _replacements(
         weight, bias = like("weight"), like("bias")
         assert weight is not None  # _check_names
         trained = None if bias is None else nn.Parameter(bias, requires_grad=_trains(module.bias, old))
-        if sparse or isinstance(module, SparseLinear):
-            ran = structure.sparse[fqn] if sparse else how(module)  # type: ignore[arg-type]
+        if fqn in structure.sparse or isinstance(module, SparseLinear):
+            ran = structure.sparse[fqn] if fqn in structure.sparse else how(module)  # type: ignore[arg-type]
             layer: Any = _sparse_layer(fqn, ran, weight, trained, like)
             layer.values.requires_grad_(old.requires_grad and keep != "packed")
             if keep == "packed":
@@ -332,7 +371,7 @@ def _write(model: nn.Module, tensors: _Tensors, skipped: set[str]) -> None:
         for name, value in model.state_dict(keep_vars=True).items():
             if name not in tensors or name in skipped:
                 continue
-            if not value.is_meta and not value.is_inference() and not _overlaps(value):
+            if not _made_anew(value):
                 value.copy_(tensors[name])
             elif id(value) not in made:
                 parameter = isinstance(value, nn.Parameter)
@@ -353,5 +392,7 @@ def _write(model: nn.Module, tensors: _Tensors, skipped: set[str]) -> None:
                     held[name] = made[id(value)]  # type: ignore[assignment]
 
 
-def _overlaps(value: Tensor) -> bool:
-    return any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape))
+def _made_anew(value: Tensor) -> bool:
+    """Whether it cannot be written to."""
+    overlaps = any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape))
+    return value.is_meta or value.is_inference() or overlaps

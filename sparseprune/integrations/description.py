@@ -21,7 +21,7 @@ from ..nn import Attention, MaskedLinear, RoundedLinear, SparseLinear, expose_li
 from ..nn.filters import take_slow_path_
 from ..nn.fusion import is_fused
 from ..nn.matrices import Experts, PatchLinear, unpack_, unpackable
-from ..nn.packed_only import without_canonical
+from ..nn.packed_only import PackedLinear, without_canonical
 from ..nn.stacks import put_stacks_, stacks_in_use
 from .placeholder import Placeholder, headers, placeholder
 
@@ -112,6 +112,16 @@ class Description:
 
 def describe(model: nn.Module) -> Description:
     """ValueError where what the configuration builds cannot be made into this model."""
+    away = [
+        fqn
+        for fqn, module in model.named_modules()
+        if isinstance(module, SparseLinear) and not isinstance(module, PackedLinear) and module.values.is_meta
+    ]
+    if away:
+        raise ValueError(
+            f"save_pretrained: expected every sparse layer in memory, got {len(away)} on the disk or the meta device "
+            f"({', '.join(away[:3])}); load the model with device_map='cpu' to save it"
+        )
     structure = Structure(fused=is_fused(model), programs=stacks_in_use(model))
     for fqn, module in model.named_modules():
         if isinstance(module, SparseLinear):
@@ -125,7 +135,15 @@ def describe(model: nn.Module) -> Description:
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
-        template = type(model)(config)
+        template = _template(model, config)
+    tied: Mapping[str, str] = getattr(template, "all_tied_weights_keys", {})
+    shared = sorted({*tied, *tied.values()} & {f"{fqn}.weight" for fqn in structure.sparse})
+    if shared:
+        raise ValueError(
+            f"save_pretrained: expected layers with a weight of their own, got {shown(shared)}, which runs sparse and "
+            f"which {type(model).__name__} ties by its configuration. Set model.config.tie_word_embeddings = False "
+            "first, or use sparseprune.save(model, path)"
+        )
     own = dict(model.named_modules())
     unpacked = [
         fqn
@@ -136,6 +154,14 @@ def describe(model: nn.Module) -> Description:
     _unpack_(template, unpacked)
     mine, built = _shapes(model), _shapes(template)
     added = sorted(mine.keys() - built.keys())  # one that is lacking, such as a pooler left out, is told by loading
+    inside = {name.partition(".base_layer.")[0] for name in added if ".base_layer." in name}
+    wrapped = sorted(fqn for fqn in inside if hasattr(own.get(fqn), "get_base_layer"))
+    if wrapped:
+        raise ValueError(
+            f"save_pretrained: expected the model's own layers, got wrappers of peft, without an adapter, at "
+            f"{shown(wrapped)}; put the layers back first, each with model.set_submodule(name, "
+            "model.get_submodule(name).get_base_layer())"
+        )
     if added:
         raise ValueError(
             f"save_pretrained: expected the tensors that {type(model).__name__} has by its configuration, got "
@@ -150,6 +176,17 @@ def describe(model: nn.Module) -> Description:
             if type(before) is int and type(now) is int and before != now:
                 counts.setdefault(fqn, {})[name] = now
     return Description(structure, unpacked, shapes, counts)
+
+
+def _template(model: nn.Module, config: Any) -> nn.Module:
+    """What the configuration builds."""
+    try:
+        return type(model)(config)
+    except TypeError as error:
+        raise ValueError(
+            f"save_pretrained: expected {type(model).__name__} to be built from its configuration alone, got: {error}. "
+            "Use sparseprune.save(model, path), and sparseprune.load(model, path) on the original architecture"
+        ) from None
 
 
 def prepare_(model: nn.Module, told: Description, files: Sequence[str]) -> Description:

@@ -21,6 +21,7 @@ from .transformers import require
 
 __all__ = ["load_folder", "save_pretrained"]
 
+_GENERATION = "generation_config.json"
 _CONFIG, _WEIGHTS = "config.json", ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -28,8 +29,8 @@ def load_folder(path: str | os.PathLike[str], keep: str = "canonical") -> nn.Mod
     """The model that ``config.json`` describes, in eval mode, with the weights of ``path``.
 
     path: a folder that ``save_pretrained`` wrote (``model.safetensors``, or shards), sparse or dense; a checkpoint by
-    :func:`sparseprune.save` beside a ``config.json``; or the folder of one, where it holds no other weights. keep: as
-    in :func:`sparseprune.load`.
+    :func:`sparseprune.save` beside a ``config.json`` (and, where there is one, ``generation_config.json``); or the
+    folder of one, where it holds no other weights. keep: as in :func:`sparseprune.load`.
     CheckpointError where something of that is missing or does not fit.
     """
     if keep not in KEEP:
@@ -60,7 +61,12 @@ def load_folder(path: str | os.PathLike[str], keep: str = "canonical") -> nn.Mod
         from transformers.initialization import no_init_weights
 
         with no_init_weights(), _parameters_on_meta():
-            model = kind(require().AutoConfig.from_pretrained(str(folder)))
+            model = kind._from_config(require().AutoConfig.from_pretrained(str(folder)))
+        if model.can_generate() and (folder / _GENERATION).is_file():
+            try:
+                model.generation_config = model.generation_config_class.from_pretrained(str(folder))
+            except OSError as error:
+                raise ValueError(f"{_GENERATION} cannot be read: {error}") from None
         fill(model, content, keep)
     return model.eval()
 

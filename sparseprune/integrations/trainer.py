@@ -33,6 +33,16 @@ STATE = "sparseprune.ckpt"
 _VERSION = 1
 
 
+def _remedy(folder: Path) -> str:
+    """For a checkpoint in which the state is lacking: Trainer writes its own part first."""
+    if not folder.is_dir():
+        return "set resume_from to the folder of the checkpoint"
+    others = [place.parent for place in folder.parent.glob(f"checkpoint-*/{STATE}")]
+    steps = {int(step): place for place in others if (step := place.name.rpartition("-")[2]).isdecimal()}
+    last = f"resume from {steps[max(steps)]}" if steps else "start anew"
+    return f"this checkpoint is incomplete, as of a run that was killed while it wrote; {last}, or set resume_from"
+
+
 class PruneCallback(TrainerCallback):
     """Prunes the model of any Trainer while it trains, as :class:`sparseprune.Pruner` does with ``config``, whose
     ``begin`` and ``end`` count optimiser steps. ``filter_fn``, ``data`` as for the Pruner; text in the
@@ -87,8 +97,8 @@ class PruneCallback(TrainerCallback):
         path = (usual if given is None or isinstance(given, bool) else Path(given)) / STATE
         if not path.is_file():
             raise ValueError(
-                f"PruneCallback: the run resumes at step {state.global_step}, expected {path}, found no such file; set "
-                "resume_from to the folder of the checkpoint"
+                f"PruneCallback: the run resumes at step {state.global_step}, expected {path}, found no such file; "
+                f"{_remedy(path.parent)}"
             )
         saved = torch.load(path, map_location=args.device.type, weights_only=True)
         if saved.get("version") != _VERSION or saved["pruner"]["steps"] != state.global_step:
@@ -163,15 +173,24 @@ class PruneTrainer(Trainer):
         self.terms: TeacherTerms | None = None
         if teacher is not None or distillation is not None:
             assert isinstance(self.model, nn.Module)
+            if self.model_init is not None:
+                raise ValueError(
+                    "PruneTrainer: expected model=... beside a teacher, got model_init, which builds another model "
+                    "than the one that is compared with it; pass model=model_init()"
+                )
             self.terms = TeacherTerms(self.model, teacher, distillation or Distillation(), filter_fn)
         self.pruning.terms = self.terms
         self._sums: dict[str, float] = defaultdict(float)
         self._count = 0
         self.add_callback(self.pruning)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As Trainer's; a folder to resume from may lie anywhere."""
-        self.pruning.resume_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, bool):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+        self.pruning.resume_from = None if isinstance(resume_from_checkpoint, bool) else resume_from_checkpoint
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(

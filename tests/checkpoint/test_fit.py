@@ -228,6 +228,61 @@ def test_a_layer_under_two_names_is_stored_once(tmp_path):
     assert len({"up", "again"} & {layer.name for layer in report.layers}) == 1
 
 
+class Untied(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = nn.Parameter(self.embed.weight.detach().flip(0))
+        self.again = nn.Linear(32, 96)
+
+    def tie(self, what: str) -> Net:
+        """As the file of one does not fit it."""
+        if what == "weight":
+            self.head.weight = self.embed.weight
+        else:
+            self.again = self.up
+        return self
+
+
+@pytest.mark.parametrize("keep", ["canonical", "packed"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("layout", [None, "csr"])
+@pytest.mark.parametrize("what", ["weight", "layer"])
+def test_two_values_do_not_go_into_one_tensor(tmp_path, what, layout, device, keep):
+    torch.manual_seed(0)
+    model = Untied().eval()
+    sp.prune_(model, 0.9)
+    if layout:
+        sp.sparsify_(model, layout=layout, filter_fn=lambda module, fqn: fqn in ("up", "down"))
+    sp.save(model, tmp_path / "a")
+    with torch.device(device):
+        target = Untied().eval().tie(what)
+    before = {name: (id(value), value.clone()) for name, value in target.state_dict(keep_vars=True).items()}
+    shared = r"embed\.weight and head\.weight" if what == "weight" else r"again\.(\w+) and up\.\1"
+    with pytest.raises(CheckpointError, match=rf"one value for each tensor of Untied, got two for {shared}.*untie"):
+        sp.load(target, tmp_path / "a", keep=keep)
+    for name, value in target.state_dict(keep_vars=True).items():
+        assert id(value) == before[name][0] and (value.is_meta or torch.equal(value, before[name][1])), name
+
+
+def test_equal_values_may_go_into_one_tensor(tmp_path):
+    """As a library writes that does not know ties; and a head that runs sparse shares nothing any more."""
+    torch.manual_seed(0)
+    model = Untied().eval()
+    model.again.load_state_dict(model.up.state_dict())
+    sp.prune_(model, 0.5, filter_fn=lambda module, fqn: fqn == "down")
+    with torch.no_grad():
+        model.head.weight.copy_(model.embed.weight)
+    sp.save(model, tmp_path / "a")
+    target = sp.load(Untied().eval().tie("weight").tie("layer"), tmp_path / "a")
+    assert same(target, model) and target.again is target.up
+    with torch.no_grad():
+        model.head.weight.mul_(torch.rand(40, 32) < 0.1)
+    model.head = sp.SparseLinear.from_linear(model.head)
+    sp.save(model, tmp_path / "a")
+    target = sp.load(Untied().eval().tie("weight").tie("layer"), tmp_path / "a")
+    assert same(target, model) and type(target.head) is sp.SparseLinear
+
+
 @pytest.mark.parametrize(
     "module,message",
     [

@@ -113,6 +113,9 @@ def test_shards_device_map_dtype_and_the_disk(make, answers, tmp_path):
     second = away.bert.encoder.layer[1].attention.self.query
     assert isinstance(second, sp.SparseLinear) and second.values.is_meta
     torch.testing.assert_close(answers(away), answers(model), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"expected every sparse layer in memory, got 6 on the disk.*device_map='cpu'"):
+        away.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "config.json").exists()
 
 
 def test_some_weights_stay_wider_than_the_rest(make, tmp_path):
@@ -320,6 +323,21 @@ def test_load_builds_the_model_beside_a_checkpoint_of_ours(make, answers, tmp_pa
         sp.load(folder)
 
 
+def test_load_beside_a_checkpoint_reads_how_to_generate_and_the_dtype(make, tmp_path):
+    model = make("llama").bfloat16()
+    model.generation_config.eos_token_id, model.generation_config.max_new_tokens = [2, 7], 5
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    sp.save(sparse(model), tmp_path / "pruned.safetensors")
+    again = sp.load(tmp_path)
+    assert again.generation_config.eos_token_id == [2, 7] and again.generation_config.max_new_tokens == 5
+    assert again.dtype is torch.bfloat16 and again.model.rotary_emb.inv_freq.dtype is torch.float32
+    check_same(again, model)
+    (tmp_path / "generation_config.json").write_text("[")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        sp.load(tmp_path)
+
+
 def test_a_folder_that_is_damaged_is_refused(make, tmp_path, caplog):
     logging.getLogger("transformers").addHandler(caplog.handler)
     model = sparse(make("bert"))
@@ -372,6 +390,32 @@ def test_a_model_that_its_configuration_cannot_build_is_refused(make, tmp_path):
     with pytest.raises(ValueError, match=r"expected the tensors that BertForSequenceClassification has.*extra"):
         model.save_pretrained(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_model_that_takes_more_than_its_configuration_is_refused(make, tmp_path):
+    class Sized(transformers.BertForSequenceClassification):
+        def __init__(self, config, size):
+            super().__init__(config)
+            self.size = size
+
+    with pytest.raises(ValueError, match=r"expected Sized to be built from its configuration alone.*size.*Use sparsep"):
+        sparse(Sized(make("bert").config, 3)).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tied_head_that_runs_sparse_is_saved_once_untied(make, answers, tmp_path):
+    model = make("llama")
+    sp.prune_(model, 0.3)
+    sp.sparsify_(model, layout="csr", engine="layers", filter_fn=lambda module, fqn: True)
+    assert isinstance(model.lm_head, sp.SparseLinear)
+    with pytest.raises(ValueError, match=r"weight of their own, got.*lm_head\.weight.*tie_word_embeddings = False"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    check_same(again, model)
+    torch.testing.assert_close(answers(again), answers(model), rtol=1e-5, atol=1e-5)
 
 
 def test_pipelines_read_the_folder(make, tokenizer, tmp_path):

@@ -93,6 +93,21 @@ def test_adapters_are_saved_and_loaded_beside_a_sparse_folder(make, answers, tmp
     assert (tmp_path / "own" / "adapter_model.safetensors").is_file()
 
 
+def test_wrappers_that_lost_their_adapter_are_named_where_a_model_is_saved(make, tmp_path):
+    model = make("bert")
+    sp.prune_(model, 0.8)
+    sp.sparsify_(model, layout="csr", fuse=False, engine="layers")
+    model.add_adapter(config())
+    model.delete_adapter("default")
+    with pytest.raises(ValueError, match=r"got wrappers of peft, without an adapter.*query.*get_base_layer"):
+        model.save_pretrained(tmp_path)
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "SparseLoraLinear":
+            model.set_submodule(name, module.get_base_layer())
+    model.save_pretrained(tmp_path)
+    assert type(model).from_pretrained(tmp_path).classifier.weight.equal(model.classifier.weight)
+
+
 def test_all_linear_means_the_sparse_layers_too(make):
     _model, base = adapted(make, target_modules="all-linear")
     wrapped = {n for n, m in base.named_modules() if type(m).__name__ == "SparseLoraLinear"}

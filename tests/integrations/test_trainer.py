@@ -94,6 +94,17 @@ def test_a_resumed_run_ends_with_the_same_masks_and_weights(kind, script, tmp_pa
     check_equal(again, whole)
 
 
+def test_a_folder_elsewhere_may_be_a_path(script, tmp_path):
+    """Another run's checkpoint of the same step lies where one would be looked for otherwise."""
+    whole = script.trainer(tmp_path / "whole", script.settings(criterion="magnitude"), max_steps=12)
+    whole.train()
+    other = script.trainer(tmp_path / "other", script.settings(criterion="magnitude"), max_steps=12, seed=2)
+    other.train()
+    resumed = script.trainer(tmp_path / "other", script.settings(criterion="magnitude"), max_steps=12)
+    resumed.train(resume_from_checkpoint=tmp_path / "whole" / "checkpoint-8")
+    check_equal(resumed, whole)
+
+
 def test_what_int8_kernels_round_is_rounded_while_the_rest_heals(script, tmp_path):
     """From the end of the schedule to the end of the run, resumed in between, and in the checkpoints under the names
     that the model has.
@@ -140,8 +151,17 @@ def test_what_cannot_be_resumed_is_refused(script, tmp_path):
         with pytest.raises(ValueError, match=match):
             script.trainer(tmp_path, pruning, **{"max_steps": 16, **options}).train(resume_from_checkpoint=True)
     (tmp_path / "checkpoint-8" / "sparseprune.ckpt").unlink()
-    with pytest.raises(ValueError, match="found no such file; set resume_from"):
+    with pytest.raises(ValueError, match=r"found no such file; this checkpoint is incomplete.*resume from .*-4,"):
         script.trainer(tmp_path, script.settings(criterion="magnitude"), max_steps=16).train(True)
+
+
+def test_a_model_made_anew_has_no_teacher(script, tmp_path):
+    from sparseprune.integrations.terms import Distillation
+    from sparseprune.integrations.trainer import PruneTrainer
+
+    args = transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match=r"expected model=\.\.\. beside a teacher, got model_init"):
+        PruneTrainer(model_init=script.model, args=args, train_dataset=script.Words(), distillation=Distillation())
 
 
 def test_the_best_model_is_one_of_the_final_density(script, tmp_path):
