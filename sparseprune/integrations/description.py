@@ -155,7 +155,12 @@ def describe(model: nn.Module) -> Description:
     mine, built = _shapes(model), _shapes(template)
     added = sorted(mine.keys() - built.keys())  # one that is lacking, such as a pooler left out, is told by loading
     inside = {name.partition(".base_layer.")[0] for name in added if ".base_layer." in name}
-    wrapped = sorted(fqn for fqn in inside if hasattr(own.get(fqn), "get_base_layer"))
+    wrapped = sorted(
+        fqn
+        for fqn in inside
+        if hasattr(own.get(fqn), "get_base_layer")
+        and all(name.startswith(f"{fqn}.base_layer.") for name in mine if name.startswith(f"{fqn}."))
+    )
     if wrapped:
         raise ValueError(
             f"save_pretrained: expected the model's own layers, got wrappers of peft, without an adapter, at "
