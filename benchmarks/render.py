@@ -59,7 +59,8 @@ def table(results: dict[str, Any], what: str) -> str:
         chosen = [r for r in results["programs"] if (str(r["threads"]), r["tier"]) == (threads, tier)]
         return programs_table(chosen, markdown=True)
     if kind == "steps":
-        return steps_table([r for r in results["programs"] if r["threads"] == 1], markdown=True)
+        chosen = [r for r in results["programs"] if (r["shape"], r["threads"]) == ("16x64", 1)]
+        return steps_table(chosen, markdown=True)
     if kind == "gap":
         same = [record for record in results["models"] if record["batch"] * record["length"] == 1024]
         return gap_table(results["layers"], same[0] if same else None, markdown=True)
@@ -157,7 +158,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
 
 def models_picture(results: dict[str, Any], path: Path) -> None:
     """The whole model of ``programs`` as bars: a batch and one short sentence, two threads, dense beside ours."""
-    chosen = {r["shape"]: r for r in results["programs"] if (r["threads"], r["tier"]) == (2, "avx512")}
+    chosen = {r["shape"]: r for r in results["programs"] if (r["threads"], r["tier"]) == (2, "avx512vnni")}
     shown = ("torch dense", "onnxruntime", "onnxruntime int8", "openvino", "program, unstructured", "program, 16x1")
     names = {"16x64": "16 sentences of 64 tokens", "1x16": "one sentence of 16 tokens"}
     panels = {}
