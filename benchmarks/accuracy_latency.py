@@ -89,7 +89,13 @@ def export(model: nn.Module, path: Path) -> None:
     with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            Logits(model), example, str(path), input_names=NAMES, dynamic_axes=places, dynamo=False, opset_version=17
+            Logits(model),
+            example,
+            str(path),
+            input_names=list(NAMES),
+            dynamic_axes=places,
+            dynamo=False,
+            opset_version=17,
         )
     other = {name: inputs(3, 13)[name].numpy() for name in NAMES}
     other["attention_mask"][1, 5:] = 0
