@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import sparseprune as sp
 from benchmarks.ablation import SIZES, Cell
 from benchmarks.int8 import INT8, torch_int8
+from benchmarks.model_peers import onnxruntime_of, openvino_of
 from benchmarks.models import inputs
 from sparseprune import bench
 from sparseprune._files import write_text
@@ -102,27 +103,6 @@ def export(model: nn.Module, path: Path) -> None:
     gap = np.abs(np.asarray(onnxruntime_of(path)(other)) - of_torch(model)(other).numpy()).max()
     if not gap < 1e-3:
         raise ValueError(f"the exported model differs by {gap:.3g} at 3 x 13")
-
-
-def onnxruntime_of(path: Path) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would disturb the others
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda arrays: session.run(None, arrays)[0]
-
-
-def openvino_of(model: Any) -> Run:
-    import openvino
-
-    settings = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
-    }  # fmt: skip
-    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
-    return lambda arrays: request.infer(arrays)[0]
 
 
 def onnx_static(path: Path, target: Path, batches: Sequence[dict[str, np.ndarray]]) -> None:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparseprune as sp
+from benchmarks.model_peers import onnxruntime_of, openvino_of
 from benchmarks.models import Missing, inputs, load_minilm, runner
 from sparseprune import bench
 from sparseprune._files import write_text
@@ -118,9 +120,9 @@ def peers(model: nn.Module, batch: dict[str, Tensor]) -> tuple[dict[str, Callabl
     """The dense model and its int8 form in ONNX Runtime and OpenVINO; and why one of them is absent."""
     runs: dict[str, Callable[[], Any]] = {}
     absent: dict[str, str] = {}
-    threads, arrays = torch.get_num_threads(), {name: value.numpy() for name, value in batch.items()}
+    arrays = {name: value.numpy() for name, value in batch.items()}
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
     except ImportError as error:
         return runs, {"onnxruntime, openvino": str(error)}
     with tempfile.TemporaryDirectory() as folder:
@@ -129,24 +131,11 @@ def peers(model: nn.Module, batch: dict[str, Tensor]) -> tuple[dict[str, Callabl
         except ImportError as error:
             return runs, {"onnxruntime, openvino": str(error)}
         for kind, path in paths.items():
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = threads
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            runs[f"onnxruntime {kind}"] = lambda session=session: session.run(None, arrays)[0]
-        try:
-            import openvino
-        except ImportError as error:
-            return runs, {"openvino": str(error)}
-        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-        core = openvino.Core()
-        for kind, path in paths.items():
+            runs[f"onnxruntime {kind}"] = partial(onnxruntime_of(path), arrays)
             try:
-                request = core.compile_model(core.read_model(path), "CPU", settings).create_infer_request()
-            except RuntimeError as error:
+                runs[f"openvino {kind}"] = partial(openvino_of(path), arrays)
+            except (ImportError, RuntimeError) as error:
                 absent[f"openvino {kind}"] = str(error).strip().splitlines()[-1]
-                continue
-            runs[f"openvino {kind}"] = lambda request=request: request.infer(arrays)[0]
     return runs, absent
 
 

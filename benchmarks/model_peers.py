@@ -11,13 +11,14 @@ import io
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["peer_runners"]
+__all__ = ["onnxruntime_of", "openvino_of", "peer_runners"]
 
 Runs = dict[str, Callable[[], Any]]
 _NAMES = ("input_ids", "attention_mask")
@@ -74,22 +75,22 @@ def peer_runners(
     if "onnxruntime" in lacking:
         absent["onnxruntime"] = "onnxruntime not installed"
     else:
-        runs["onnxruntime"] = _onnxruntime(path, arrays)
+        runs["onnxruntime"] = partial(onnxruntime_of(path), arrays)
         int8 = path.with_name(path.stem + "-int8.onnx")
         try:
             if not int8.exists():
                 quantise(path, int8)
-            runs["onnxruntime int8"] = _onnxruntime(int8, arrays)
+            runs["onnxruntime int8"] = partial(onnxruntime_of(int8), arrays)
         except Exception as error:  # a peer's own refusal: it is reported, and nothing is measured of it
             absent["onnxruntime int8"] = f"{type(error).__name__}: {str(error)[:200]}"
     if "openvino" in lacking:
         absent["openvino"] = "openvino not installed"
     else:
-        runs["openvino"] = _openvino(path, arrays)
+        runs["openvino"] = partial(openvino_of(path), arrays)
         int8 = path.with_name(path.stem + "-int8.onnx")
         if int8.exists():
             try:
-                runs["openvino int8"] = _openvino(int8, arrays)
+                runs["openvino int8"] = partial(openvino_of(int8), arrays)
             except Exception as error:
                 absent["openvino int8"] = f"{type(error).__name__}: {str(error)[:200]}"
     with torch.no_grad():
@@ -103,21 +104,24 @@ def peer_runners(
     return runs, absent
 
 
-def _onnxruntime(path: Path, arrays: dict[str, Any]) -> Callable[[], Any]:
+def onnxruntime_of(path: Path) -> Callable[[Any], Any]:
+    """What runs the ONNX file on inputs by name and returns its first output, on as many threads as torch is set to."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would disturb the others
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda: session.run(None, arrays)[0]
+    return lambda arrays: session.run(None, arrays)[0]
 
 
-def _openvino(path: Path, arrays: dict[str, Any]) -> Callable[[], Any]:
+def openvino_of(model: Any) -> Callable[[Any], Any]:
+    """The same in OpenVINO, in float32 where the model is not int8. model: a file, or one of its models."""
     import openvino
 
     threads = torch.get_num_threads()
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     core = openvino.Core()
-    request = core.compile_model(core.read_model(path), "CPU", settings).create_infer_request()
-    return lambda: request.infer(arrays)[0]
+    read = core.read_model(model) if isinstance(model, Path) else model
+    request = core.compile_model(read, "CPU", settings).create_infer_request()
+    return lambda arrays: request.infer(arrays)[0]

@@ -28,6 +28,15 @@ class Partly(nn.Module):
         return self.head(self.frozen(self.body(x)))
 
 
+def test_a_module_that_a_parent_in_training_shares_stays_as_it_was():
+    shared = nn.Dropout()
+    model = nn.Sequential(shared, nn.Sequential(shared)).eval()
+    model[1].training = True
+    with evaluating(model):
+        assert not model[1].training
+    assert (model.training, shared.training, model[1].training) == (False, False, True)
+
+
 X, LABELS = torch.randn(8, 16), torch.randint(0, 3, (8,))
 USES = {
     "evaluate": lambda model: evaluate(model, [(X, LABELS)]),

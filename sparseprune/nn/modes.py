@@ -24,3 +24,5 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         for module, training in modes.items():  # parents first; through train(), to which some modules add
             if module.training != training:
                 module.train(training)
+        for module, training in modes.items():  # a parent that came late took along a child it shares
+            module.training = training

@@ -101,7 +101,15 @@ def test_a_folder_elsewhere_may_be_a_path(script, tmp_path):
     other = script.trainer(tmp_path / "other", script.settings(criterion="magnitude"), max_steps=12, seed=2)
     other.train()
     resumed = script.trainer(tmp_path / "other", script.settings(criterion="magnitude"), max_steps=12)
+    began = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            began.append(state.global_step)
+
+    resumed.add_callback(Watch())
     resumed.train(resume_from_checkpoint=tmp_path / "whole" / "checkpoint-8")
+    assert began == [8]  # a run from the start would end alike
     check_equal(resumed, whole)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ... import bench, layouts
 from ...packing import QUAD, why_not_quads
 from ..linear import SparseLinear
-from .timing import FEW, MIN_RATIO, copies_in_turn, copies_on_gpu, without_grad
+from .timing import FEW, MIN_RATIO, copies_in_turn, copies_on_gpu, rows_for, without_grad
 
 __all__ = ["Choice", "fitting_layouts", "int8_layouts", "measure"]
 
@@ -107,9 +107,6 @@ def measure(
     if known in memo:
         return memo[known]
 
-    def inputs(rows: int) -> Tensor:
-        return torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-
     def copies(rows: int) -> int:
         if not cold or rows > FEW:
             return 1
@@ -120,7 +117,7 @@ def measure(
         return copies_on_gpu(nbytes, round(nbytes * density), cache)
 
     def dense(rows: int) -> Callable[[], object]:
-        x, bias = inputs(rows), None if linear.bias is None else linear.bias.detach()
+        x, bias = rows_for(weight, rows), None if linear.bias is None else linear.bias.detach()
         weights = [weight, *(weight.clone() for _ in range(copies(rows) - 1))]
         return without_grad(lambda: [F.linear(x, each, bias) for each in weights])
 
@@ -128,7 +125,7 @@ def measure(
         def setup(rows: int) -> Callable[[], object]:
             tuned = rows if isinstance(options["tokens"], tuple) else options["tokens"]
             layer = SparseLinear.from_linear(linear, **{**options, "tokens": tuned, **fitting[label]}).eval()
-            x = inputs(rows)
+            x = rows_for(weight, rows)
             layers = [layer, *(copy.deepcopy(layer) for _ in range(copies(rows) - 1))]
             return without_grad(lambda: [each(x) for each in layers])
 

@@ -14,7 +14,7 @@ from ..fusion import hooked
 from ..replace import replace_
 from ..rounded import RoundedLinear, rounded_copy
 from .reports import LayerChoice
-from .timing import FEW, MIN_RATIO, copies_in_turn, without_grad
+from .timing import FEW, MIN_RATIO, copies_in_turn, rows_for, without_grad
 
 __all__ = ["round_", "rounded_ratio"]
 
@@ -66,15 +66,12 @@ def rounded_ratio(
     learns, weight = weight.requires_grad, weight.detach()
     copies = copies_in_turn(weight.numel() * weight.element_size())
 
-    def inputs(count: int) -> Tensor:
-        return torch.randn(count, weight.shape[1], generator=torch.Generator().manual_seed(0))
-
     def dense(count: int) -> Callable[[], object]:
-        x, weights = inputs(count), [weight, *(weight.clone() for _ in range(copies - 1))]
+        x, weights = rows_for(weight, count), [weight, *(weight.clone() for _ in range(copies - 1))]
         return without_grad(lambda: [F.linear(x, each, bias) for each in weights])
 
     def rounded(count: int) -> Callable[[], object]:
-        x, weights = inputs(count), [rounded_copy(weight, value_dtype) for _ in range(copies)]
+        x, weights = rows_for(weight, count), [rounded_copy(weight, value_dtype) for _ in range(copies)]
         exact = [weight, *(weight.clone() for _ in range(copies - 1))] if learns else []
 
         def run() -> object:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-__all__ = ["CACHED", "FEW", "MIN_RATIO", "copies_in_turn", "without_grad"]
+__all__ = ["CACHED", "FEW", "MIN_RATIO", "copies_in_turn", "rows_for", "without_grad"]
 
 MIN_RATIO = 1.1  # over dense, from which on another form is taken
 
@@ -24,6 +25,11 @@ def copies_in_turn(nbytes: int) -> int:
     is not long for its bytes, no more than a thousand.
     """
     return min(_MOST, max(1, _IN_TURN // max(1, nbytes)))
+
+
+def rows_for(weight: Tensor, count: int) -> Tensor:
+    """x `[count, K]` for a weight `[N, K]`, always the same: the caller's random state stays."""
+    return torch.randn(count, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
 
 
 def copies_on_gpu(nbytes: int, kept: int, cache: int) -> int:
