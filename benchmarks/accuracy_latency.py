@@ -90,7 +90,7 @@ def export(model: nn.Module, path: Path) -> None:
     with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            Logits(model),
+            Logits(model).eval(),  # the exporter leaves the model in the mode of what holds it
             example,
             str(path),
             input_names=list(NAMES),

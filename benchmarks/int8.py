@@ -111,7 +111,8 @@ def exported(model: nn.Module, batch: dict[str, Tensor], folder: Path) -> tuple[
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         arguments = tuple(batch[name] for name in names)
-        torch.onnx.export(Positional(), arguments, str(whole), input_names=names, dynamo=False, opset_version=17)
+        wrapped = Positional().eval()  # the exporter leaves the model in the mode of what holds it
+        torch.onnx.export(wrapped, arguments, str(whole), input_names=names, dynamo=False, opset_version=17)
         quantize_dynamic(str(whole), str(narrow), weight_type=QuantType.QInt8, per_channel=True)
     return whole, narrow
 
