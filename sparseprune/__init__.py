@@ -40,6 +40,7 @@ _PUBLIC = {
     "expose_linears_": "nn",
     "load": "checkpoint",
     "prune_": "pruning",
+    "prune_below_": "pruning",
     "save": "checkpoint",
     "shrink_": "structured",
     "sparsify_": "nn",
@@ -106,6 +107,7 @@ if TYPE_CHECKING:
     from .pruning import RetentionSchedule as RetentionSchedule
     from .pruning import compensate_ as compensate_
     from .pruning import prune_ as prune_
+    from .pruning import prune_below_ as prune_below_
     from .report import sparsity_report as sparsity_report
     from .structured import shrink_ as shrink_
     from .training import DistillConfig as DistillConfig

@@ -10,7 +10,7 @@ from .factors import Factors
 from .granularity import NM, Block, Element, Granularity, Heads, Mixture, Neurons, make_granularity
 from .masks import MaskSet
 from .plan import Plan
-from .prune import PruneReport, prune_
+from .prune import PruneReport, prune_, prune_below_
 from .pruner import PruneConfig, Pruner
 from .reading import collect_inputs, collect_outputs
 from .schedules import ConstantSchedule, CubicSchedule, LinearSchedule, OneShotSchedule, RetentionSchedule, Schedule
@@ -56,6 +56,7 @@ __all__ = [
     "make_granularity",
     "oneshot",
     "prune_",
+    "prune_below_",
     "refit_survivors",
     "register_criterion",
     "restore_shapes",

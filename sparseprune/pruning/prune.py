@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..nn.filters import FilterFn, select_linears
 from ..nn.matrices import shared_linears
 from ..nn.other_weights import count_parameters, other_weights
@@ -19,7 +21,16 @@ from .intake import calibration_data
 from .masks import MaskSet
 from .plan import Plan
 
-__all__ = ["LayerRow", "PruneReport", "check_floor", "make_report", "prune_", "trim_", "warn_starved"]
+__all__ = [
+    "LayerRow",
+    "PruneReport",
+    "check_floor",
+    "make_report",
+    "prune_",
+    "prune_below_",
+    "trim_",
+    "warn_starved",
+]
 
 #: Share of the density of all below which a layer counts as nearly empty.
 _STARVED = 0.05
@@ -190,6 +201,37 @@ def prune_(
     report = make_report(model, plan, masks, {**selection.skipped, **plan.skipped}, made.name)
     if sparsity < 1:
         warn_starved("prune_", plan, {row.name: (row.kept, row.total) for row in report.layers})
+    return report
+
+
+def prune_below_(model: nn.Module, threshold: float, filter_fn: FilterFn | None = None) -> PruneReport:
+    """Zeroes in place every weight of the model's Linears with ``|w| < threshold``, as after a training that made most
+    weights small (L1, weight decay under masks), and returns the report; how many stay is what the weights give.
+
+    threshold: at least 0, rounded to each weight's dtype. filter_fn(module, fqn): which Linears, instead of the
+    default. Mask, zeros and count of a layer are one pass over it. Raises ValueError, before anything is changed, on a
+    threshold that is no such number, and on a NaN weight.
+    """
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
+        raise ValueError(f"prune_below_: threshold expected a number of at least 0, got {threshold!r}")
+    model = shared_linears(model)
+    selection = select_linears(model, filter_fn)
+    made = make_criterion("magnitude", None)
+    _check_modes(made, selection.selected)
+    plan = Plan.build(model, selection.selected, "element", "layer")
+    layers = {fqn: selection.selected[fqn] for fqn in plan.layers}
+    found = {}
+    for fqn, linear in layers.items():
+        try:
+            found[fqn] = ops.threshold_mask(linear.weight, float(threshold))
+        except ValueError as error:
+            raise ValueError(f"prune_below_: weight of {fqn or '(the model)'!r}: {error}") from None
+    with torch.no_grad():
+        for fqn, (_, zeroed, _) in found.items():
+            layers[fqn].weight.copy_(zeroed)
+    masks = MaskSet((fqn, mask) for fqn, (mask, _, _) in found.items())
+    report = make_report(model, plan, masks, {**selection.skipped, **plan.skipped}, f"|w| < {threshold:g}")
+    warn_starved("prune_below_", plan, {row.name: (row.kept, row.total) for row in report.layers})
     return report
 
 

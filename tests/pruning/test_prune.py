@@ -329,3 +329,43 @@ def test_mask_sets_hold_bits_and_give_what_they_were_given(shape):
     assert held == 2 * -(-shape[0] * shape[1] // 8)
     joined = MaskSet.joined([MaskSet({"a": given["a"]}), MaskSet({"b": given["b"]})])
     assert list(joined) == ["a", "b"] and joined.mask_hash() == masks.mask_hash() == MaskSet(masks).mask_hash()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_below_a_threshold_the_weights_decide_how_many_go(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(33, 17), nn.ReLU(), nn.Linear(17, 5)).to(dtype)
+    before = [model[i].weight.detach().clone() for i in (0, 2)]
+    report = sp.prune_below_(model, 0.1)
+    limit = torch.tensor(0.1, dtype=dtype)
+    for i, old, row in zip((0, 2), before, report.layers):
+        kept = old.abs() >= limit
+        assert torch.equal(model[i].weight, torch.where(kept, old, 0)) and torch.equal(report.masks[str(i)], kept)
+        assert row.kept == int(kept.sum()) and 0 < row.kept < row.total
+    assert "|w| < 0.1" in str(report)
+
+
+def test_below_a_threshold_of_zero_nothing_goes_and_one_above_all_is_told():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    before = [p.detach().clone() for p in model.parameters()]
+    assert sp.prune_below_(model, 0).density == 1
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before))
+    with pytest.warns(UserWarning, match="got nearly none"):
+        assert sp.prune_below_(model, 9.0, filter_fn=lambda m, fqn: fqn == "0").kept == 0
+    assert torch.equal(model[1].weight, before[2]) and not model[0].weight.any()
+
+
+@pytest.mark.parametrize("threshold", [-0.1, float("nan"), float("inf"), "0.1", None, True])
+def test_a_threshold_is_a_number(threshold):
+    with pytest.raises(ValueError, match="threshold expected a number of at least 0"):
+        sp.prune_below_(nn.Sequential(nn.Linear(8, 8)), threshold)
+
+
+def test_below_a_threshold_a_nan_changes_nothing():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with torch.no_grad():
+        model[1].weight[3, 3] = float("nan")
+    before = model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"prune_below_: weight of '1'.*NaN"):
+        sp.prune_below_(model, 0.1)
+    assert torch.equal(model[0].weight, before)
