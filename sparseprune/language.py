@@ -6,6 +6,7 @@ sparsified.
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 import time
@@ -117,7 +118,8 @@ def _check_vocabulary(model: nn.Module, ids: Tensor) -> None:
 class Speed:
     """Tokens per second of one model, medians over `repeats`, with the lowest and highest of each.
 
-    prompt: reading prompt_tokens at once; generation: one token at a time after that prompt, with the key/value cache.
+    prompt: reading prompt_tokens of each of ``sequences`` at once; generation: one token of each at a time after that
+    prompt, with the key/value cache. The tokens of all sequences count.
     """
 
     prompt: float
@@ -128,6 +130,7 @@ class Speed:
     new_tokens: int
     repeats: int
     threads: int
+    sequences: int = 1
 
 
 def _wait(device: torch.device) -> None:
@@ -138,11 +141,12 @@ def _wait(device: torch.device) -> None:
 @torch.inference_mode()
 def _once(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
     """Seconds for the prompt and seconds for new_tokens greedy steps after it. A GPU is waited for at both ends of
-    each.
+    each. Of the prompt the last position's logits are asked for, as ``generate`` does, where the model can be asked.
     """
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     _wait(prompt.device)
     begin = time.perf_counter()
-    output = model(prompt, use_cache=True)
+    output = model(prompt, use_cache=True, **last)
     token = output.logits[:, -1:].argmax(-1)
     _wait(token.device)
     middle = time.perf_counter()
@@ -163,18 +167,21 @@ def tokens_per_second(
     repeats: int = 5,
 ) -> dict[str, Speed]:
     """models: name -> causal language model with a key/value cache, e.g. {"dense": ..., "sparse": ...}; prompt: ids
-    `[P]`.
+    `[P]`, or `[B, P]` of sequences that go together, whose tokens all count.
 
     The models take turns, so that a slow moment of the machine hits all of them; one untimed round comes first. Every
-    model writes new_tokens tokens, whatever they are.
+    model writes new_tokens tokens a sequence, whatever they are.
     """
     if not models:
         raise ValueError("tokens_per_second: models expected at least one entry, got none")
     if new_tokens < 1 or repeats < 1:
         raise ValueError(f"tokens_per_second: new_tokens and repeats expected at least 1, got {new_tokens}, {repeats}")
-    ids = torch.as_tensor(prompt, dtype=torch.int64).reshape(1, -1)
+    ids = torch.as_tensor(prompt, dtype=torch.int64)
+    if ids.dim() not in (1, 2):
+        raise ValueError(f"tokens_per_second: prompt expected ids [P] or [B, P], got shape {list(ids.shape)}")
     if ids.numel() == 0:
         raise ValueError("tokens_per_second: the prompt is empty")
+    ids = ids.reshape(-1, ids.shape[-1])
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     with evaluating(*models.values()):
         for model in models.values():
@@ -185,16 +192,17 @@ def tokens_per_second(
     found = {}
     for name, pairs in times.items():
         reading = [ids.numel() / seconds for seconds, _ in pairs]
-        writing = [new_tokens / seconds for _, seconds in pairs]
+        writing = [len(ids) * new_tokens / seconds for _, seconds in pairs]
         found[name] = Speed(
             statistics.median(reading),
             (min(reading), max(reading)),
             statistics.median(writing),
             (min(writing), max(writing)),
-            ids.numel(),
+            ids.shape[1],
             new_tokens,
             repeats,
             torch.get_num_threads(),
+            len(ids),
         )
     return found
 
@@ -212,8 +220,9 @@ def speed_table(speeds: Mapping[str, Speed]) -> str:
             f"{name:<{width}}  {prompt:>24}  {s.prompt / first.prompt:6.2f}  {generation:>24}  "
             f"{s.generation / first.generation:6.2f}"
         )
+    each = f"{first.sequences} sequences, each a prompt" if first.sequences > 1 else "prompt"
     lines.append(
-        f"medians of {first.repeats} rounds, the models taking turns; prompt {first.prompt_tokens} tokens, then "
+        f"medians of {first.repeats} rounds, the models taking turns; {each} of {first.prompt_tokens} tokens, then "
         f"{first.new_tokens} one by one; {first.threads} threads; torch {torch.__version__}"
     )
     return "\n".join(lines)

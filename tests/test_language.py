@@ -85,6 +85,25 @@ def test_speed_reports_every_model_and_the_counts() -> None:
     assert len(language.speed_table(speeds).splitlines()) == 4
     with pytest.raises(ValueError, match="prompt is empty"):
         language.tokens_per_second(models, [])
+    with pytest.raises(ValueError, match=r"expected ids \[P\] or \[B, P\]"):
+        language.tokens_per_second(models, torch.zeros(1, 2, 3, dtype=torch.long))
+
+
+def test_speed_counts_the_tokens_of_all_sequences_and_asks_for_the_last_logits(monkeypatch) -> None:
+    model, calls = llama(), []
+    original = model.forward
+
+    def forward(input_ids=None, logits_to_keep=0, **kwargs):
+        calls.append((tuple(input_ids.shape), logits_to_keep))
+        return original(input_ids=input_ids, logits_to_keep=logits_to_keep, **kwargs)
+
+    monkeypatch.setattr(model, "forward", forward)
+    clock = iter(range(100))  # every look at the clock is a second after the last one
+    monkeypatch.setattr(language.time, "perf_counter", lambda: float(next(clock)))
+    (speed,) = language.tokens_per_second({"one": model}, torch.ones(3, 7), new_tokens=4, repeats=1).values()
+    assert (speed.prompt, speed.generation, speed.sequences, speed.prompt_tokens) == (21, 12, 3, 7)
+    assert calls[:3] == [((3, 7), 1), ((3, 1), 0), ((3, 1), 0)] and calls[3] == ((3, 7), 1) and len(calls) == 8
+    assert "3 sequences, each a prompt of 7 tokens" in language.speed_table({"one": speed})
 
 
 def test_generation_is_unchanged_on_the_sparsified_model() -> None:
