@@ -31,7 +31,7 @@ from benchmarks.model_peers import onnxruntime_of, openvino_of
 from benchmarks.models import inputs
 from sparseprune import bench
 from sparseprune._files import write_text
-from sparseprune.bench import machine
+from sparseprune.bench import machine, plots
 from sparseprune.bench.tables import text_table
 
 RESULTS = Path(__file__).parent / "results" / "accuracy-latency.json"
@@ -250,40 +250,16 @@ def table(result: dict[str, Any], markdown: bool = False) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Accuracy over latency, a panel a shape; filled marks: int8."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    colours = {"ours": "#d1495b", "torch": "#7a7a7a", "onnxruntime": "#1b6ca8", "openvino": "#66a182"}
-    figure, panels = plt.subplots(1, len(result["shapes"]), figsize=(11, 4.6), sharey=True, layout="constrained")
-    for panel, found in zip(np.atleast_1d(panels), result["shapes"]):
-        for name, ms in found["ms"].items():
-            maker = name.split()[0]
-            narrow = "int8" in name
-            panel.plot(
-                ms, 100 * result["accuracy"][name], marker="o" if maker == "ours" else "s", markersize=8,
-                color=colours[maker], markerfacecolor=colours[maker] if narrow else "white", linestyle="",
-            )  # fmt: skip
-            panel.annotate(
-                name, (ms, 100 * result["accuracy"][name]), xytext=(6, 4), textcoords="offset points", fontsize=7.5
-            )
-        panel.set_xscale("log")
-        panel.set_xlim(0.7 * min(found["ms"].values()), 2.2 * max(found["ms"].values()))
-        panel.set_xlabel("milliseconds a batch (logarithmic)")
-        panel.set_title("{} x {} tokens".format(*found["shape"]), fontsize=10)
-        panel.grid(alpha=0.3)
-    np.atleast_1d(panels)[0].set_ylabel(f"test accuracy, % ({result['data']}, {result['examples']} texts)")
+    """Accuracy over latency, a panel a shape."""
+    panels = {
+        "ms a batch of {} x {} tokens".format(*found["shape"]): {
+            name: (ms, 100 * result["accuracy"][name]) for name, ms in found["ms"].items()
+        }
+        for found in result["shapes"]
+    }
     about = result["machine"]
-    figure.suptitle(
-        f"MiniLM-L6; filled: int8, hollow: float32. {about['cpu']}, {result['threads']} threads, {about['tier']}",
-        fontsize=9,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".partial")
-    figure.savefig(unfinished, format=path.suffix.lstrip("."))
-    unfinished.replace(path)
+    title = f"MiniLM-L6; {about['cpu']}, {result['threads']} threads, {about['tier']}"
+    plots.trade_off(panels, path, f"test accuracy, % ({result['data']}, {result['examples']} texts)", title)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from sparseprune.bench import machine
 from sparseprune.bench.run import load_results, save_results
 from sparseprune.nn.stacks import drop_stacks_
 
+from .language_peers import torch_bfloat16, torch_int8
 from .oneshot import load
 from .run import RESULTS
 
@@ -36,6 +37,8 @@ VALUES: dict[str, dict[str, str]] = {
         "value_dtype": "int8", "activations": "int8", "dense_value_dtype": "int8",
     },
 }  # fmt: skip
+
+_KEY = ("sparsity", "threads", "tier", "batch", "prompt")
 
 
 def pruned_models(dense: Any, sparsity: float, names: list[str], prompt: int) -> dict[str, Any]:
@@ -63,6 +66,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--values", nargs="+", default=list(VALUES), choices=list(VALUES))
     parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=1, help="sequences that go together")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -71,23 +75,23 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     dense = load(arguments.model)[0].requires_grad_(False)
-    ids = torch.randint(5, dense.config.vocab_size, (arguments.prompt,), generator=torch.Generator().manual_seed(0))
+    shape = (arguments.batch, arguments.prompt)
+    ids = torch.randint(5, dense.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     models: dict[str, Any] = {"torch float32": dense}
     if arguments.peers:
-        models["torch bfloat16"] = copy.deepcopy(dense).to(torch.bfloat16)
-        models["torch int8 dynamic"] = torch.ao.quantization.quantize_dynamic(copy.deepcopy(dense), {torch.nn.Linear})
+        models |= {"torch bfloat16": torch_bfloat16(dense), "torch int8 dynamic": torch_int8(dense)}
     for sparsity in arguments.sparsity:
         models |= pruned_models(dense, sparsity, arguments.values, arguments.prompt)
     speeds = language.tokens_per_second(models, ids, new_tokens=arguments.new_tokens, repeats=arguments.repeats)
     print(language.speed_table(speeds))
     print(f"{machine.one_line()}; load {os.getloadavg()[0]:.1f}")
     row = {
-        "sparsity": arguments.sparsity, "threads": arguments.threads, "load": os.getloadavg()[0],
+        "sparsity": arguments.sparsity, "threads": arguments.threads, "tier": machine.tier(), "batch": arguments.batch,
+        "prompt": arguments.prompt, "machine": machine.describe(), "load": os.getloadavg()[0],
         "speeds": {name: dataclasses.asdict(speed) for name, speed in speeds.items()},
     }  # fmt: skip
     known = load_results(arguments.out)["records"] if arguments.out.exists() else []
-    key = ("sparsity", "threads")
-    kept = [old for old in known if any(old[k] != row[k] for k in key)]
+    kept = [old for old in known if any(old.get(k) != row[k] for k in _KEY)]
     save_results(arguments.out, [*kept, row], None)
 
 

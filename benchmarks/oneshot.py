@@ -1,11 +1,11 @@
 """One-shot pruning of a causal language model: perplexity, time and memory of each criterion at each sparsity.
 
-    python benchmarks/oneshot.py --model smollm2 --text valid.txt --out benchmarks/results/oneshot.json
-    python benchmarks/oneshot.py --model DIR --text FILE --criteria sparsegpt admm --settings 0.5 2:4 0.6
-    python benchmarks/oneshot.py --text FILE --memory --criteria admm --settings 0.5
-    python benchmarks/oneshot.py --text FILE --windows 16 --settings 0.6 --criteria wanda --allocations owl sensitivity
-    python benchmarks/oneshot.py --text FILE --windows 16 --judge DIR DIR
-    python benchmarks/oneshot.py --plot benchmarks/results/oneshot.json --image docs/pictures/oneshot.svg
+    python -m benchmarks.oneshot --model smollm2 --text valid.txt --out benchmarks/results/oneshot.json
+    python -m benchmarks.oneshot --model DIR --text FILE --criteria sparsegpt admm --settings 0.5 2:4 0.6
+    python -m benchmarks.oneshot --text FILE --memory --criteria admm --settings 0.5
+    python -m benchmarks.oneshot --text FILE --windows 16 --settings 0.6 --criteria wanda --allocations owl sensitivity
+    python -m benchmarks.oneshot --text FILE --windows 16 --judge DIR DIR
+    python -m benchmarks.oneshot --plot benchmarks/results/oneshot.json --image docs/pictures/oneshot.svg
 
 One half of the text calibrates, the other is judged; with ``--calibrate FILE`` that text calibrates instead (a TSV: its
 first column). Every line of the result is written as soon as it is there;
@@ -43,6 +43,8 @@ from sparseprune.pruning.oneshot import Sensitivity, fast_bfloat16, sensitivity,
 from sparseprune.pruning.oneshot.reconstruct import reconstruct
 from sparseprune.pruning.oneshot.repeated import calibrating, find_stacks
 from sparseprune.pruning.oneshot.store import release
+
+from .language_peers import torch_bfloat16, torch_int8
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -237,7 +239,7 @@ def accounts(arguments: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
 
     def row(allocator: str, *more: str) -> dict[str, Any]:
-        command = [sys.executable, __file__, *given, *more, "--memory-row"]
+        command = [sys.executable, "-m", "benchmarks.oneshot", *given, *more, "--memory-row"]
         environment = {**os.environ, **ALLOCATORS[allocator]}
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
         return {"allocator": allocator, **json.loads(done.stdout.splitlines()[-1])}
@@ -325,8 +327,7 @@ def generation(dense: Any, folders: list[Path], prompt: torch.Tensor, peers: boo
 
     models: dict[str, Any] = {"torch float32": dense}
     if peers:
-        models["torch bfloat16"] = copy.deepcopy(dense).to(torch.bfloat16)
-        models["torch int8 dynamic"] = torch.ao.quantization.quantize_dynamic(copy.deepcopy(dense), {torch.nn.Linear})
+        models |= {"torch bfloat16": torch_bfloat16(dense), "torch int8 dynamic": torch_int8(dense)}
     files = []
     for folder in folders:
         pruned = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

