@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import importlib.util
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 from sparseprune._files import replacing
 
-__all__ = ["LLAMA_TYPES", "LlamaCpp", "llama_file", "torch_bfloat16", "torch_int8"]
+__all__ = ["LLAMA_TYPES", "LlamaCpp", "llama_file", "torch_bfloat16", "torch_int8", "why_no_llama"]
+
 
 #: llama.cpp's names of what a file may be rounded to -> (its constant, bits a weight with their scales).
 LLAMA_TYPES = {"Q8_0": ("LLAMA_FTYPE_MOSTLY_Q8_0", 8.5), "Q4_0": ("LLAMA_FTYPE_MOSTLY_Q4_0", 4.5)}
@@ -39,6 +41,8 @@ def llama_file(source: Path, kind: str, folder: Path) -> Path:
     """``source``, a GGUF file, as ``kind`` of LLAMA_TYPES, kept in ``folder``."""
     import llama_cpp
 
+    if not _KEPT:
+        _quiet(llama_cpp)
     target = folder / f"{source.stem}-{kind}.gguf"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,6 +64,21 @@ class Answer:
     past_key_values: LlamaCpp
 
 
+def _quiet(lib: Any) -> None:
+    """llama.cpp tells every tensor on stderr; only errors are let through."""
+
+    @lib.llama_log_callback
+    def say(level: int, text: bytes, _: Any) -> None:
+        if level == 4:
+            print(text.decode(errors="replace"), end="", file=sys.stderr)
+
+    lib.llama_log_set(say, None)
+    _KEPT.append(say)
+
+
+_KEPT: list[Any] = []  # a callback that C holds
+
+
 class LlamaCpp(nn.Module):
     """A GGUF file in llama.cpp on torch's number of threads. Takes one sequence of up to ``room`` tokens, ids `[1, T]`;
     a call without past_key_values starts a new one. Without ``use_cache`` several sequences `[N, T]` each start anew.
@@ -70,6 +89,8 @@ class LlamaCpp(nn.Module):
         import llama_cpp
 
         self._lib = lib = llama_cpp
+        if not _KEPT:
+            _quiet(lib)
         lib.llama_backend_init()
         how = lib.llama_model_default_params()
         how.n_gpu_layers = 0

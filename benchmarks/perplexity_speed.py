@@ -3,25 +3,29 @@ writes and what memory it takes, in every form that one could run on a CPU.
 
 Dense in torch (float32, bfloat16, dynamic int8), in llama.cpp (the file as it comes, Q8_0, Q4_0) and rounded by us, and
 pruned: one folder each, as ``python -m benchmarks.oneshot --save`` leaves them. Perplexity is of windows of the text's
-second half; all models take turns at a prompt and at greedy tokens after it; resident bytes are the growth of a fresh
-process that makes one model and calls it once. What is absent is named with the reason. Results are merged into
-``benchmarks/results/perplexity-speed.json``, one record a machine's tier and number of threads; ``--plot`` draws one.
+second half, with every weight as one token reads it; all models take turns at a prompt and at greedy tokens after it;
+resident bytes are the growth of a fresh process that makes one model and calls it once. What is absent is named with
+the reason. Results are merged into ``benchmarks/results/perplexity-speed.json``, one record a machine's tier and number
+of threads; ``--plot`` draws one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import gc
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparseprune as sp
@@ -29,8 +33,9 @@ from sparseprune import language
 from sparseprune.bench import machine, plots
 from sparseprune.bench.run import load_results, save_results
 from sparseprune.bench.tables import text_table
+from sparseprune.nn.rounded import RoundedLinear, rounded_copy
 
-from .language_peers import LLAMA_TYPES, LlamaCpp, llama_file, torch_bfloat16, torch_int8, why_no_llama
+from .language_peers import LLAMA_TYPES, LlamaCpp, llama_file, torch_int8, why_no_llama
 from .oneshot import halves, load, status
 from .run import RESULTS
 
@@ -44,42 +49,48 @@ VALUES: dict[str, dict[str, Any]] = {
 _KEY = ("threads", "tier")
 
 
-def ours(model: nn.Module, prompt: int, **how: Any) -> nn.Module:
+def ours(model: nn.Module, tokens: int | tuple[int, ...], **how: Any) -> nn.Module:
     """As a program, its weights in packed form alone; SystemExit where it is none, so that no other time is shown."""
     model.requires_grad_(False)
-    report = sp.sparsify_(model, tokens=(1, prompt), engine="program", keep="packed", **how)
+    report = sp.sparsify_(model, tokens=tokens, engine="program", keep="packed", **how)
     if [stack.engine for stack in report.stacks] != ["program"]:
         raise SystemExit(f"no program: {report.stacks}")
     return model
 
 
-def forms(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[], nn.Module]], dict[str, str]]:
+#: Makes a model; with True for the perplexity of what one token reads, else for one token and prompts.
+Maker = Callable[[bool], nn.Module]
+
+
+def forms(arguments: argparse.Namespace) -> tuple[dict[str, Maker], dict[str, str]]:
     """(name -> what makes the model, name -> why it is absent), the baseline first."""
-    makers: dict[str, Callable[[], nn.Module]] = {}
+    makers: dict[str, Maker] = {}
+    plain = arguments.cache / "dense"  # as float32, so that the file that is read is no part of what a form holds
+    if not (plain / "config.json").exists():
+        load(arguments.model)[0].save_pretrained(plain)
 
-    def dense() -> Any:
-        return load(arguments.model)[0].requires_grad_(False)
+    def read(folder: Path) -> Any:
+        from transformers import AutoModelForCausalLM
 
-    makers["torch float32"] = dense
-    makers["torch bfloat16"] = lambda: torch_bfloat16(dense())
-    makers["torch int8"] = lambda: torch_int8(dense())
-    makers["ours dense int8"] = lambda: ours(dense(), arguments.prompt, dense_value_dtype="int8")
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+
+    def sparse(folder: Path, how: dict[str, Any]) -> Maker:
+        return lambda judged: ours(read(folder), 1 if judged else (1, arguments.prompt), **how)
+
+    makers["torch float32"] = lambda _: read(plain)
+    makers["torch bfloat16"] = lambda _: read(plain).to(torch.bfloat16)
+    makers["torch int8"] = lambda _: torch_int8(read(plain))
+    makers["ours dense int8"] = sparse(plain, {"layout": "csr", **VALUES["int8"]})
     for folder in arguments.pruned:
         for name, how in VALUES.items():
-            makers[f"ours {folder.name} {name}"] = lambda folder=folder, how=how: ours(
-                load(str(folder))[0], arguments.prompt, **how
-            )
-    absent = {}
+            makers[f"ours {folder.name} {name}"] = sparse(folder, how)
     why, source = why_no_llama(), _gguf(arguments.model)
-    if source is None:
-        why = why or f"{arguments.model} is no GGUF file"
     if why is not None or source is None:
-        absent["llama.cpp"] = str(why)
-        return makers, absent
-    makers["llama.cpp as it comes"] = lambda: LlamaCpp(source)
+        return makers, {"llama.cpp": why or f"{arguments.model} is no GGUF file"}
+    makers["llama.cpp as it comes"] = lambda _: LlamaCpp(source)
     for kind in LLAMA_TYPES:
-        makers[f"llama.cpp {kind}"] = lambda kind=kind: LlamaCpp(llama_file(source, kind, arguments.cache))
-    return makers, absent
+        makers[f"llama.cpp {kind}"] = lambda _, kind=kind: LlamaCpp(llama_file(source, kind, arguments.cache))
+    return makers, {}
 
 
 def _gguf(model: str) -> Path | None:
@@ -89,8 +100,14 @@ def _gguf(model: str) -> Path | None:
     return None if found is None or found.origin is None else next(Path(found.origin).parent.rglob("*.gguf"))
 
 
-def resident(make: Callable[[], nn.Module]) -> int:
+def resident(make: Maker) -> int:
     """Bytes that this process, which should be fresh, grows by when it makes the model and calls it once."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = LlamaForCausalLM(LlamaConfig(64, 64, 64, 1, 1)).eval()  # what is imported on the way
+    sp.prune_(small, 0.5, scope="layer")
+    ours(small, 1, layout="csr")
+    ids = torch.tensor([[5, 6]])
 
     def now() -> int:
         gc.collect()
@@ -98,11 +115,27 @@ def resident(make: Callable[[], nn.Module]) -> int:
             ctypes.CDLL(None).malloc_trim(0)
         return status("VmRSS")
 
-    before = now()
-    model = make()
     with torch.inference_mode():
-        model(torch.tensor([[5, 6]]), use_cache=True)
-    return now() - before
+        small(ids, use_cache=True)
+        before = now()
+        model = make(False)
+        model(ids, use_cache=True)
+        return now() - before
+
+
+@contextlib.contextmanager
+def rounded(model: nn.Module) -> Iterator[None]:
+    """Layers that read a rounded copy for few rows answer every call from it, as decoding sees them."""
+    layers = [module for module in model.modules() if isinstance(module, RoundedLinear)]
+    for layer in layers:
+        values, scale = rounded_copy(layer.weight, layer.value_dtype)
+        weight = values.float() if scale is None else values.float() * scale[:, None]
+        layer.forward = partial(F.linear, weight=weight, bias=layer.bias)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def texts(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
@@ -123,8 +156,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     models: dict[str, nn.Module] = {}
     for name, make in makers.items():
-        model = models[name] = make()
-        found[name] = {"perplexity": language.perplexity(model, windows).value, "resident": _fresh(arguments, name)}
+        judged = make(True)
+        with rounded(judged):
+            found[name] = {"perplexity": language.perplexity(judged, windows).value}
+        models[name] = make(False) if name.startswith("ours") else judged
+        found[name]["resident"] = _fresh(name)
         print(f"{name}: perplexity {found[name]['perplexity']:.2f}, {found[name]['resident'] / 1e6:.0f} MB", flush=True)
     before = machine.load()
     speeds = language.tokens_per_second(models, prompt, new_tokens=arguments.new_tokens, repeats=arguments.repeats)
@@ -137,7 +173,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _fresh(arguments: argparse.Namespace, name: str) -> int:
+def _fresh(name: str) -> int:
     command = [sys.executable, "-m", "benchmarks.perplexity_speed", *sys.argv[1:], "--resident", name]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout.splitlines()[-1])
