@@ -4,7 +4,8 @@ MiniLM-L6 fine-tuned on CLINC150: dense and pruned in blocks of 1x4, in float32 
 torch, ONNX Runtime (int8: dynamic and static) and OpenVINO (int8: by NNCF, after training) run the dense model. Static
 int8 is calibrated on the validation split. The dense and the healed models are those that
 ``python -m benchmarks.int8_accuracy`` left under ``--cache``. All contestants of a shape run in turn, in one process; a
-peer that is absent is named with the reason. ``--plot`` draws what the results hold.
+peer that is absent is named with the reason. Results are merged into ``benchmarks/results/accuracy-latency.json``, one
+record a machine's tier and number of threads; ``--plot`` draws one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import argparse
 import contextlib
 import copy
 import io
-import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,14 +30,15 @@ from benchmarks.int8 import INT8, torch_int8
 from benchmarks.model_peers import onnxruntime_of, openvino_of
 from benchmarks.models import inputs
 from sparseprune import bench
-from sparseprune._files import write_text
 from sparseprune.bench import machine, plots
+from sparseprune.bench.run import load_results, save_results
 from sparseprune.bench.tables import text_table
 
 RESULTS = Path(__file__).parent / "results" / "accuracy-latency.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "accuracy-latency.svg"
 SHAPES = ((1, 16), (16, 64))
 NAMES = ("input_ids", "attention_mask")
+_KEY = ("data", "threads", "tier")
 #: Calls a batch of NAMES as int64 arrays and returns logits.
 Run = Callable[[dict[str, np.ndarray]], Any]
 
@@ -221,8 +222,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         scores[name] = accuracy(run, test)
         print(f"{name}: {scores[name]:.4f}", flush=True)
     result: dict[str, Any] = {
-        "machine": machine.describe(), "threads": torch.get_num_threads(), "data": arguments.data,
-        "examples": sum(len(labels) for _, labels in test), "accuracy": scores, "shapes": [],
+        "machine": machine.describe(), "threads": torch.get_num_threads(), "tier": machine.tier(),
+        "data": arguments.data, "examples": sum(len(labels) for _, labels in test), "accuracy": scores, "shapes": [],
     }  # fmt: skip
     for shape in SHAPES:
         arrays = {name: inputs(*shape)[name].numpy() for name in NAMES}
@@ -276,15 +277,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, nargs="?", const=PICTURE, help="draw it there")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    if arguments.table:
-        result = json.loads(arguments.output.read_text(encoding="utf-8"))
-    else:
-        result = measure(arguments)
-        write_text(arguments.output, json.dumps(result, indent=1) + "\n")
-    print(table(result, arguments.markdown))
-    print("absent:", result["absent"] or "nothing")
-    if arguments.plot:
-        draw(result, arguments.plot)
+    known = load_results(arguments.output)["records"] if arguments.output.exists() else []
+    if not arguments.table:
+        record = measure(arguments)
+        known = [old for old in known if any(old[k] != record[k] for k in _KEY)] + [record]
+        save_results(arguments.output, known, None)
+    chosen = [r for r in known if (r["threads"], r["tier"]) == (arguments.threads, machine.tier())] or known
+    for record in chosen:
+        print(f"{record['machine']['cpu']}, {record['threads']} threads, {record['tier']}")
+        print(table(record, arguments.markdown))
+        print("absent:", record["absent"] or "nothing")
+    if arguments.plot and chosen:
+        draw(chosen[0], arguments.plot)
     return 0
 
 

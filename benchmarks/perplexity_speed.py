@@ -46,7 +46,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "bfloat16": {"value_dtype": "bfloat16", "dense_value_dtype": "bfloat16"},
     "int8": {"value_dtype": "int8", "activations": "int8", "dense_value_dtype": "int8"},
 }
-_KEY = ("threads", "tier")
+_KEY = ("model", "threads", "tier")
 
 
 def ours(model: nn.Module, tokens: int | tuple[int, ...], **how: Any) -> nn.Module:
@@ -235,14 +235,14 @@ def main() -> None:
         record = measure(arguments)
         known = [old for old in known if any(old[k] != record[k] for k in _KEY)] + [record]
         save_results(arguments.out, known, None)
-    chosen = [r for r in known if (r["threads"], r["tier"]) == (arguments.threads, machine.tier())]
-    for record in chosen or known:
+    chosen = [r for r in known if (r["threads"], r["tier"]) == (arguments.threads, machine.tier())] or known
+    for record in chosen:
         about = record["machine"]
         print(f"{about['cpu']}, {record['threads']} threads, {record['tier']}, load {record['load']}")
         print(table(record, arguments.markdown))
         print("absent:", record["absent"] or "nothing")
-    if arguments.plot and (chosen or known):
-        draw((chosen or known)[0], arguments.plot)
+    if arguments.plot and chosen:
+        draw(chosen[0], arguments.plot)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A table stands between ``<!-- table: RESULT WHAT -->`` and ``<!-- end -->``; RESULT is the name of a result file, WHAT
 one of ``machine``, ``limits``, ``fixed``, ``linear STRUCTURE``, ``means``, ``shares``, ``decoding``, ``tokens``,
-``minilm``, ``training``, ``other``, ``models``, ``gap``; of ``programs``: ``whole THREADS TIER``, ``steps``.
+``minilm``, ``training``, ``other``, ``models``, ``gap``; of ``programs``: ``whole THREADS TIER``, ``steps``; of
+``accuracy-latency`` and ``perplexity-speed``: ``accuracy`` and ``language``, with THREADS TIER.
 ``--picture RESULT`` draws docs/pictures/speedup.png, ``--models RESULT`` docs/pictures/whole-model.png.
 """
 
@@ -19,8 +20,10 @@ from typing import Any
 from sparseprune.bench import plots, tables
 from sparseprune.bench.run import load_results
 
+from .accuracy_latency import table as accuracy_table
 from .limits import shares_of_bandwidth, shares_of_limits
 from .models import gap_table, models_table
+from .perplexity_speed import table as language_table
 from .programs import programs_table, steps_table
 from .run import RESULTS
 
@@ -34,6 +37,10 @@ def table(results: dict[str, Any], what: str) -> str:
     """One block of the document; ValueError on an unknown kind, or where the results hold nothing for it."""
     kind, _, rest = what.partition(" ")
     records = results["records"]
+    if kind in ("accuracy", "language"):
+        threads, tier = rest.split()
+        (chosen,) = [r for r in records if (str(r["threads"]), r["tier"]) == (threads, tier)]
+        return (accuracy_table if kind == "accuracy" else language_table)(chosen, markdown=True)
     own = [record for record in records if record["case"]["suite"] == kind]
     if kind == "machine":
         about = results["machine"]

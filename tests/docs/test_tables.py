@@ -50,6 +50,23 @@ def test_plots_say_arms_and_contestants_in_words():
     assert plots.spoken("program, 4x4") == "ours, one call, 4x4 blocks" and plots.spoken("ours nm 2:4") == "ours, 2:4"
 
 
+def test_names_in_a_picture_of_trade_offs_cover_neither_points_nor_each_other(tmp_path, monkeypatch):
+    from sparseprune.bench import plots
+
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    makers = ("ours", "torch", "openvino") * 3
+    found = {f"{maker} number {i}": (10 + i / 9, 27 + i / 50) for i, maker in enumerate(makers)}
+    plots.trade_off({"ms": found, "MB": found}, tmp_path / "a.svg", "accuracy")
+    drawn[0].canvas.draw()
+    for axis in drawn[0].axes:
+        assert sorted(text.get_text() for text in axis.texts) == sorted(found)
+        boxes = [text.get_window_extent() for text in axis.texts]
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        points = [axis.transData.transform(point) for point in found.values()]
+        assert not any(box.contains(*point) for box in boxes for point in points)
+
+
 def test_bars_start_at_zero(tmp_path, monkeypatch):
     from sparseprune.bench import plots
 
