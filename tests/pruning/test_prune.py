@@ -351,7 +351,7 @@ def test_below_a_threshold_of_zero_nothing_goes_and_one_above_all_is_told():
     before = [p.detach().clone() for p in model.parameters()]
     assert sp.prune_below_(model, 0).density == 1
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before))
-    with pytest.warns(UserWarning, match="got nearly none.*a lower threshold"):
+    with pytest.warns(UserWarning, match=r"got nearly none.*a lower threshold"):
         assert sp.prune_below_(model, 9.0, filter_fn=lambda m, fqn: fqn == "0").kept == 0
     assert torch.equal(model[1].weight, before[2]) and not model[0].weight.any()
 
