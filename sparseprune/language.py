@@ -83,7 +83,7 @@ def perplexity(
     _check_whole("perplexity", windows)
     if windows.shape[0] == 0 or windows.shape[1] < 2:
         raise ValueError(f"perplexity: tokens expected [W, S] with W >= 1 and S >= 2, got {list(windows.shape)}")
-    _check_vocabulary(model, windows)
+    _check_vocabulary("perplexity", model, windows)
     device = device_of(model)
     total = 0.0
     with evaluating(model):
@@ -103,13 +103,13 @@ def _check_whole(what: str, ids: Tensor) -> None:
         raise ValueError(f"{what}: tokens expected whole numbers, the ids of a tokenizer, got {ids.dtype}")
 
 
-def _check_vocabulary(model: nn.Module, ids: Tensor) -> None:
+def _check_vocabulary(what: str, model: nn.Module, ids: Tensor) -> None:
     get = getattr(model, "get_input_embeddings", None)
     embedding = get() if callable(get) else next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     rows = getattr(embedding, "num_embeddings", None)
     if rows is not None and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= rows):
         raise ValueError(
-            f"perplexity: token ids reach from {int(ids.min())} to {int(ids.max())} but the vocabulary has {rows} "
+            f"{what}: token ids reach from {int(ids.min())} to {int(ids.max())} but the vocabulary has {rows} "
             "entries; tokenise with this model's own tokenizer"
         )
 
@@ -150,7 +150,12 @@ def _once(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, flo
     token = output.logits[:, -1:].argmax(-1)
     _wait(token.device)
     middle = time.perf_counter()
-    cache = output.past_key_values
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:  # what follows would see one token
+        raise ValueError(
+            "tokens_per_second: models expected to return past_key_values, their key/value cache, got none in "
+            f"{type(output).__name__} of {type(model).__name__}"
+        )
     for _ in range(new_tokens):
         output = model(token, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
@@ -170,18 +175,23 @@ def tokens_per_second(
     `[P]`, or `[B, P]` of sequences that go together, whose tokens all count.
 
     The models take turns, so that a slow moment of the machine hits all of them; one untimed round comes first. Every
-    model writes new_tokens tokens a sequence, whatever they are.
+    model writes new_tokens tokens a sequence, whatever they are. ValueError on a prompt that is no ids of every model's
+    vocabulary, and on a model that returns no cache.
     """
     if not models:
         raise ValueError("tokens_per_second: models expected at least one entry, got none")
     if new_tokens < 1 or repeats < 1:
         raise ValueError(f"tokens_per_second: new_tokens and repeats expected at least 1, got {new_tokens}, {repeats}")
-    ids = torch.as_tensor(prompt, dtype=torch.int64)
+    ids = torch.as_tensor(prompt)
+    _check_whole("tokens_per_second", ids)
+    ids = ids.to(torch.int64)
     if ids.dim() not in (1, 2):
         raise ValueError(f"tokens_per_second: prompt expected ids [P] or [B, P], got shape {list(ids.shape)}")
     if ids.numel() == 0:
         raise ValueError("tokens_per_second: the prompt is empty")
     ids = ids.reshape(-1, ids.shape[-1])
+    for model in models.values():
+        _check_vocabulary("tokens_per_second", model, ids)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     with evaluating(*models.values()):
         for model in models.values():

@@ -89,6 +89,19 @@ def test_speed_reports_every_model_and_the_counts() -> None:
         language.tokens_per_second(models, torch.zeros(1, 2, 3, dtype=torch.long))
 
 
+def test_speed_refuses_what_is_no_prompt_and_a_model_without_a_cache(monkeypatch) -> None:
+    """Which would be timed on one token at a time."""
+    model = llama()
+    with pytest.raises(ValueError, match="tokens_per_second: tokens expected whole numbers"):
+        language.tokens_per_second({"one": model}, [3.7, 4.2])
+    with pytest.raises(ValueError, match="tokens_per_second: token ids reach from 3 to 1000"):
+        language.tokens_per_second({"one": model}, [1000, 3])
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: forward(*args, **{**kwargs, "use_cache": False}))
+    with pytest.raises(ValueError, match=r"expected to return past_key_values.*got none in CausalLMOutputWithPast"):
+        language.tokens_per_second({"one": model}, [3, 4, 5], new_tokens=1, repeats=1)
+
+
 def test_speed_counts_the_tokens_of_all_sequences_and_asks_for_the_last_logits(monkeypatch) -> None:
     model, calls = llama(), []
     original = model.forward
@@ -100,7 +113,8 @@ def test_speed_counts_the_tokens_of_all_sequences_and_asks_for_the_last_logits(m
     monkeypatch.setattr(model, "forward", forward)
     clock = iter(range(100))  # every look at the clock is a second after the last one
     monkeypatch.setattr(language.time, "perf_counter", lambda: float(next(clock)))
-    (speed,) = language.tokens_per_second({"one": model}, torch.ones(3, 7), new_tokens=4, repeats=1).values()
+    prompt = torch.ones(3, 7, dtype=torch.long)
+    (speed,) = language.tokens_per_second({"one": model}, prompt, new_tokens=4, repeats=1).values()
     assert (speed.prompt, speed.generation, speed.sequences, speed.prompt_tokens) == (21, 12, 3, 7)
     assert calls[:3] == [((3, 7), 1), ((3, 1), 0), ((3, 1), 0)] and calls[3] == ((3, 7), 1) and len(calls) == 8
     assert "3 sequences, each a prompt of 7 tokens" in language.speed_table({"one": speed})

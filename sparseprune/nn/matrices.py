@@ -203,10 +203,10 @@ def _zeros(module: nn.Module) -> float:
     return sum(int((p == 0).sum()) for p in weights) / total if total else 0.0
 
 
-def shared_linears(model: nn.Module) -> nn.Module:
+def shared_linears(model: nn.Module, pruned: bool = False) -> nn.Module:
     """The model with Linears in place of Conv1D, packed attention and experts, over the very memory of their weights:
     what is written to one is written to the other. The model itself is left as it is, and returned where it has none;
-    modules that hold none are the same objects in both.
+    modules that hold none are the same objects in both. pruned: only what :func:`unpack_pruned_` gives Linears.
     """
     made: dict[int, nn.Module] = {}
 
@@ -214,7 +214,7 @@ def shared_linears(model: nn.Module) -> nn.Module:
         if id(module) in made:
             return made[id(module)]
         make = unpackable(module)
-        if make is not None:
+        if make is not None and not (pruned and _zeros(module) < _PRUNED):
             found = make(module, True)
         else:
             children = {name: None if child is None else twin(child) for name, child in module._modules.items()}

@@ -103,12 +103,12 @@ def _part(whole: Tensor, weight: Tensor, owner: Tensor) -> Tensor:
     return whole.as_strided(weight.size(), weight.stride(), offset)
 
 
-def trainable_twin(model: nn.Module, who: str) -> nn.Module:
-    """:func:`~sparseprune.nn.matrices.shared_linears` for a loop that trains the twin: what it learns is in the model's
-    memory. ValueError where a module with hidden weights below it runs a forward that was put on it from outside, which
-    would go on reading the model.
+def trainable_twin(model: nn.Module, who: str, pruned: bool = False) -> nn.Module:
+    """:func:`~sparseprune.nn.matrices.shared_linears` for a loop that runs or trains the twin: what it learns is in the
+    model's memory. ValueError where a module with hidden weights below it runs a forward that was put on it from
+    outside, which would go on reading the model.
     """
-    twin = shared_linears(model)
+    twin = shared_linears(model, pruned)
     if twin is model:
         return model
     held = dict(model.named_modules())

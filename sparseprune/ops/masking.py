@@ -76,7 +76,7 @@ def threshold_mask(w: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor
     """
     if not w.is_floating_point():
         raise ValueError(f"threshold_mask: w expected a floating dtype, got {w.dtype}")
-    limit = threshold.detach() if isinstance(threshold, Tensor) else w.new_full((), threshold)
+    limit = threshold.detach() if isinstance(threshold, Tensor) else torch.tensor(threshold, dtype=torch.float64)
     if limit.dim():
         raise ValueError(
             f"threshold_mask: threshold expected a number or a 0-dim tensor, got shape {list(limit.shape)}"

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -212,12 +213,12 @@ def prune_below_(model: nn.Module, threshold: float, filter_fn: FilterFn | None 
     default. Mask, zeros and count of a layer are one pass over it. Raises ValueError, before anything is changed, on a
     threshold that is no such number, and on a NaN weight.
     """
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold < math.inf:
         raise ValueError(f"prune_below_: threshold expected a number of at least 0, got {threshold!r}")
     model = shared_linears(model)
     selection = select_linears(model, filter_fn)
     made = make_criterion("magnitude", None)
-    _check_modes(made, selection.selected)
+    _check_modes(made, selection.selected, "prune_below_")
     plan = Plan.build(model, selection.selected, "element", "layer")
     layers = {fqn: selection.selected[fqn] for fqn in plan.layers}
     found = {}
@@ -231,11 +232,12 @@ def prune_below_(model: nn.Module, threshold: float, filter_fn: FilterFn | None 
             layers[fqn].weight.copy_(zeroed)
     masks = MaskSet((fqn, mask) for fqn, (mask, _, _) in found.items())
     report = make_report(model, plan, masks, {**selection.skipped, **plan.skipped}, f"|w| < {threshold:g}")
-    warn_starved("prune_below_", plan, {row.name: (row.kept, row.total) for row in report.layers})
+    kept = {row.name: (row.kept, row.total) for row in report.layers}
+    warn_starved("prune_below_", plan, kept, "threshold")
     return report
 
 
-def _check_modes(criterion: Criterion, linears: Mapping[str, nn.Linear]) -> None:
+def _check_modes(criterion: Criterion, linears: Mapping[str, nn.Linear], who: str = "prune_") -> None:
     """ValueError where inference mode or autocast would stop the work halfway, or change what it measures."""
     if criterion.needs_data or criterion.needs_gradients:
         if torch.is_inference_mode_enabled():
@@ -253,14 +255,14 @@ def _check_modes(criterion: Criterion, linears: Mapping[str, nn.Linear]) -> None
         for fqn, linear in linears.items():
             if linear.weight.is_inference():
                 raise ValueError(
-                    f"prune_: weight of {fqn!r} expected to be writable, got an inference tensor; build or load the "
+                    f"{who}: weight of {fqn!r} expected to be writable, got an inference tensor; build or load the "
                     "model outside torch.inference_mode"
                 )
 
 
-def warn_starved(who: str, plan: Plan, kept: Mapping[str, tuple[int, int]]) -> None:
-    """UserWarning that names the layers left nearly empty. kept: fqn -> (weights kept, weights). Layers to which
-    ``densities`` give nothing, and those without weights, are not meant.
+def warn_starved(who: str, plan: Plan, kept: Mapping[str, tuple[int, int]], lower: str = "sparsity") -> None:
+    """UserWarning that names the layers left nearly empty. kept: fqn -> (weights kept, weights); lower: which argument
+    to lower. Layers to which ``densities`` give nothing, and those without weights, are not meant.
     """
     overall = sum(k for k, _ in kept.values()) / max(1, sum(total for _, total in kept.values()))
     starved = [
@@ -275,7 +277,7 @@ def warn_starved(who: str, plan: Plan, kept: Mapping[str, tuple[int, int]]) -> N
     shown = ", ".join(starved[:10]) + (f" and {len(starved) - 10} more" if len(starved) > 10 else "")
     warnings.warn(
         f"{who}: expected every layer to keep some weights, got nearly none (density {overall:.4f} over all) in "
-        f"{shown}; what such a layer gives hardly depends on its input. {remedy} a lower sparsity, or leave the layer "
+        f"{shown}; what such a layer gives hardly depends on its input. {remedy} a lower {lower}, or leave the layer "
         "out with filter_fn",
         UserWarning,
         stacklevel=3,

@@ -11,6 +11,7 @@ from torch import nn
 from ..nn.filters import prunable_linears
 from ..nn.simulated import SimulatedLinear, check_dtypes, simulate_
 from ..nn.stand_in import put_back_
+from ..nn.views import trainable_twin
 from ..pruning.intake import training_data
 from .evaluate import evaluate
 from .losses import LossLike
@@ -74,6 +75,7 @@ def choose_exact_layers(
     if not tolerance >= 0:
         raise ValueError(f"choose_exact_layers: tolerance expected >= 0, got {tolerance!r}")
     loader = training_data(loader, model, tokenizer, "choose_exact_layers", again=True)
+    model = trainable_twin(model, "choose_exact_layers", pruned=True)  # with the Linears that sparsify_ will find
     names = list(prunable_linears(model, None) if layers is None else layers)
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if unknown := [name for name in names if name not in linears]:

@@ -110,6 +110,27 @@ def test_eager_masks():
     assert notes[None] == 11, notes
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_a_sequence_that_is_masked_whole(attention):
+    """Where a mask is added to the scores, its layers attend to all of the tokens alike."""
+    from transformers import DynamicCache
+
+    model = sparse("llama", attention=attention)
+    ids = prompts(3, 6)["input_ids"]
+
+    def last(model, mask):
+        cache = DynamicCache()
+        model(ids[:, :5], past_key_values=cache)
+        return model(ids[:, 5:], past_key_values=cache, attention_mask=mask).logits
+
+    seen = torch.ones(3, 6, dtype=torch.long)
+    seen[1] = 0
+    added = (1.0 - seen[:, None, None].float()) * torch.finfo(torch.float32).min
+    for mask in (seen, added):
+        torch.testing.assert_close(last(model, mask), last(undone(model), mask), rtol=1e-4, atol=1e-5)
+
+
 def test_a_window_that_is_reached():
     """Within the window the program answers, behind it the layers."""
     notes = same_tokens(sparse("mistral", window=14), 1)

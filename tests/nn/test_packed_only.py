@@ -20,6 +20,7 @@ from sparseprune.checkpoint import CheckpointError
 from sparseprune.checkpoint.file import Content
 from sparseprune.nn.packed_only import PackedLinear, keep_packed_
 from sparseprune.nn.sparsify.memory import keep_packed_forms_, memory_of
+from sparseprune.nn.stacks import stack_of
 from tests.nn.stack_models import body, make, programs, prune_, stack, tokens
 
 pytestmark = pytest.mark.skipif(_native.C is None, reason="no compiled core")
@@ -315,6 +316,19 @@ def test_a_program_of_products_in_int8_goes_on():
     assert torch.equal(body(model, "bert")(tokens(2, 9)), body(other, "bert")(tokens(2, 9)))
 
 
+@pytest.mark.parametrize("dtypes", [{"value_dtype": "bfloat16"}, {"value_dtype": "int8", "activations": "int8"}])
+def test_a_program_that_needs_parts_of_a_rounded_weight_is_left(dtypes):
+    pytest.importorskip("transformers")
+    options = {"layout": "csr", "filter_fn": lambda module, fqn: "layer" in fqn, **dtypes}
+    model, other = (prune_(make("modernbert", ffn=48)).requires_grad_(False) for _ in range(2))
+    sp.sparsify_(other, engine="layers", **options)
+    report = sp.sparsify_(model, engine="program", keep="packed", **options)
+    assert [(s.engine, s.nbytes) for s in report.stacks] == [("layers", 0)]
+    assert "rounds a weight that its program needs in parts" in str(report)
+    assert report.memory.canonical == 0 and all(stack_of(m) is None for m in model.modules())
+    assert torch.equal(body(model, "modernbert")(tokens(2, 9)), body(other, "modernbert")(tokens(2, 9)))
+
+
 @pytest.mark.parametrize("value_dtype", ["float32", "bfloat16", "int8"])
 def test_a_file_is_loaded_packed_and_saved_again(tmp_path, value_dtype):
     sp.save(sparse(keep="canonical", value_dtype=value_dtype), tmp_path / "one.safetensors", value_dtype)
@@ -348,6 +362,19 @@ def test_loading_holds_one_dense_tensor_at_a_time(tmp_path, monkeypatch, keep):
     monkeypatch.setattr(Content, "tensor", noted)
     sp.load(pruned(), tmp_path / "one.safetensors", keep=keep)
     assert len(alive) == 2
+
+
+def test_a_folder_whose_program_needs_another_dtype_is_read_packed(tmp_path):
+    pytest.importorskip("transformers")
+    model = prune_(make("bert")).requires_grad_(False)
+    sp.sparsify_(model, layout="csr", engine="program", filter_fn=lambda module, fqn: "layer" in fqn)
+    expected = body(model.bfloat16(), "bert")(tokens(2, 9))
+    model.save_pretrained(tmp_path)
+    again = sp.load(tmp_path, keep="packed")
+    assert isinstance(again.get_submodule("encoder.layer.0.output.dense"), PackedLinear)
+    with programs(again) as notes:
+        assert torch.equal(body(again, "bert")(tokens(2, 9)), expected)
+    assert "needs float32 parameters" in notes[0]
 
 
 def test_a_folder_is_written_and_read_packed(tmp_path):

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -350,7 +351,7 @@ def test_below_a_threshold_of_zero_nothing_goes_and_one_above_all_is_told():
     before = [p.detach().clone() for p in model.parameters()]
     assert sp.prune_below_(model, 0).density == 1
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before))
-    with pytest.warns(UserWarning, match="got nearly none"):
+    with pytest.warns(UserWarning, match=r"got nearly none.*a lower threshold"):
         assert sp.prune_below_(model, 9.0, filter_fn=lambda m, fqn: fqn == "0").kept == 0
     assert torch.equal(model[1].weight, before[2]) and not model[0].weight.any()
 
@@ -359,6 +360,19 @@ def test_below_a_threshold_of_zero_nothing_goes_and_one_above_all_is_told():
 def test_a_threshold_is_a_number(threshold):
     with pytest.raises(ValueError, match="threshold expected a number of at least 0"):
         sp.prune_below_(nn.Sequential(nn.Linear(8, 8)), threshold)
+
+
+@pytest.mark.parametrize("threshold", [np.float32(0.1), np.int64(1), 1e39, 1e300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_a_threshold_is_any_number(threshold, dtype):
+    """Of NumPy, too, and beyond what the weights' dtype holds."""
+    linear = nn.Linear(8, 8).to(dtype)
+    with torch.no_grad():
+        linear.weight[0, 0], linear.weight[0, 1] = float("inf"), 2.0
+    expected = linear.weight.detach().double()
+    expected[expected.abs() < torch.tensor(float(threshold), dtype=torch.float64).to(dtype)] = 0
+    report = sp.prune_below_(nn.Sequential(linear), threshold)
+    assert torch.equal(linear.weight.double(), expected) and report.kept == int((expected != 0).sum())
 
 
 def test_below_a_threshold_a_nan_changes_nothing():

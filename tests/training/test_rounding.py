@@ -225,6 +225,26 @@ def test_the_measured_loss_is_that_of_the_sparse_model():
     assert evaluate(sparse, loader)["loss"] == pytest.approx(report.loss, rel=1e-4)
 
 
+@needs_core
+@pytest.mark.parametrize("pruned", [True, False])
+def test_layers_that_hide_from_linear_are_rounded_where_sparsify_rounds_them(pruned):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 2, 48, 0.0, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Flatten(), nn.Linear(160, 4))
+    model.eval().requires_grad_(False)
+    if pruned:
+        sp.prune_(model, 0.5, filter_fn=lambda m, n: "layers" in n)
+    x = torch.randn(64, 5, 32)
+    loader = RowLoader(x, model(x), 32)
+    report = sp.choose_exact_layers(model, loader, nn.MSELoss, tolerance=0.0)
+    attention = ("q_proj", "k_proj", "v_proj", "out_proj") if pruned else ()
+    inside = ["linear1", "linear2", *(f"self_attn.{name}" for name in attention)]
+    assert set(report.alone) == {"2", *(f"0.layers.{i}.{name}" for i in (0, 1) for name in inside)}
+    assert type(model[0].layers[0].self_attn) is nn.MultiheadAttention
+    sp.sparsify_(model, layout="csr", engine="layers", filter_fn=lambda m, n: True, **INT8)
+    assert evaluate(model, loader, nn.MSELoss)["loss"] == pytest.approx(report.rounded_loss, rel=0.05)
+
+
 @pytest.mark.parametrize("make", [iter, lambda data: (batch for batch in data)], ids=["iterator", "generator"])
 def test_data_that_can_be_read_once_is_refused(make):
     model, loader = fragile()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor, nn
 
@@ -11,8 +13,9 @@ from ...packing import Packed
 from ..linear import SparseLinear
 from ..modes import evaluating
 from ..packed_only import PackedLinear, give_back, keep_packed_, why_not_keep
-from ..stacks import DecoderForward, StackForward, stack_of
-from ..stacks.recognise import LayerParts
+from ..stacks import DecoderForward, StackForward, leave_to_layers_, stack_of
+from ..stacks.masks import Unsupported
+from ..stacks.recognise import Projection
 from ..stacks.weights import is_whole
 from .reports import MemoryUse
 
@@ -39,27 +42,35 @@ def check_keep(model: nn.Module) -> None:
             raise ValueError(f"keep='packed' expected the compiled core, got none: {_native.why_no_c()}")
 
 
-def keep_packed_forms_(model: nn.Module) -> None:
-    """:func:`keep_packed_` on every SparseLinear of a model. Programs of stacks go on, over the forms that are left."""
-    stacks = [stack for module in model.modules() if (stack := stack_of(module)) is not None]
-    read: set[int] = set()
-    for stack in stacks:
-        if isinstance(stack, DecoderForward):
-            continue  # it reads the forms that its layers multiply with themselves
-        for layer in _parts(stack):
-            read |= {id(p.module) for p in layer.projections if is_whole(p)}
+def keep_packed_forms_(model: nn.Module) -> dict[str, str]:
+    """:func:`keep_packed_` on every SparseLinear of a model. Programs of stacks go on, over the forms that are left;
+    returns the names of those that cannot, whose layers run one by one, and why.
+    """
+    stacks = {fqn: stack for fqn, module in model.named_modules() if (stack := stack_of(module)) is not None}
+    # A decoder's program reads the forms that its layers multiply with themselves.
+    read = {fqn: _read_by(stack) for fqn, stack in stacks.items() if not isinstance(stack, DecoderForward)}
+    left: dict[str, str] = {}
+    for fqn, projections in read.items():
+        cut = [p.module for p in projections if isinstance(p.module, SparseLinear) and not is_whole(p)]
+        if not all(keep_packed_(layer).exact for layer in cut):
+            left[fqn] = "keep='packed' rounds a weight that its program needs in parts"
+            leave_to_layers_(stacks.pop(fqn).owner, left[fqn])
+    whole = {id(p.module) for fqn in read if fqn in stacks for p in read[fqn] if is_whole(p)}
     for module in list(model.modules()):
         if isinstance(module, SparseLinear):
-            keep_packed_(module, id(module) in read)
+            keep_packed_(module, id(module) in whole)
             give_back()
-    for stack in stacks:
-        with torch.no_grad(), evaluating(stack.owner):
+    for stack in stacks.values():
+        with suppress(Unsupported), torch.no_grad(), evaluating(stack.owner):
             stack.ready()  # what it held of the canonical tensors goes
+    return left
 
 
-def _parts(stack: StackForward) -> tuple[LayerParts, ...]:
-    with torch.no_grad(), evaluating(stack.owner):
-        return stack.ready().every
+def _read_by(stack: StackForward) -> list[Projection]:
+    """Empty while only its layers can answer, as in bfloat16."""
+    with suppress(Unsupported), torch.no_grad(), evaluating(stack.owner):
+        return [p for layer in stack.ready().every for p in layer.projections]
+    return []
 
 
 def memory_of(model: nn.Module) -> MemoryUse:

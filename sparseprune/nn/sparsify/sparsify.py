@@ -16,7 +16,7 @@ from ..packed_only import KEEP
 from ..replace import replace_
 from ..rounded import ROUNDED_DTYPES
 from ..simulated import check_dtypes
-from ..stacks import ENGINES, use_stacks_
+from ..stacks import ENGINES, StackChoice, use_stacks_
 from .measure import Choice, measure
 from .memory import check_keep, keep_packed_forms_, memory_of
 from .reports import LayerChoice, SparsifyReport, note_dense_
@@ -169,7 +169,8 @@ def sparsify_(
     rounded = round_(model, counts, dense_value_dtype, exact_linears) if dense_value_dtype != "float32" else []
     stacks = use_stacks_(model, engine, counts)
     if keep == "packed":
-        keep_packed_forms_(model)
+        why = keep_packed_forms_(model)
+        stacks = [StackChoice(s.name, s.layers, "layers", s.ratio, why[s.name]) if s.name in why else s for s in stacks]
     memory = memory_of(model)
     return SparsifyReport(choices, fusions, selection.skipped, rounded, selection.other_weights, stacks, memory)
 

@@ -20,8 +20,8 @@ from .masks import Unsupported
 from .proof import example, run_layers
 from .recognise import LayerParts, UnknownLayer, may_be_layer, recognise
 
-__all__ = ["ENGINES", "StackChoice", "drop_stacks_", "find_stacks", "in_encoder", "put_stacks_", "stacks_in_use",
-           "use_stacks_", "why_layers"]  # fmt: skip
+__all__ = ["ENGINES", "StackChoice", "drop_stacks_", "find_stacks", "in_encoder", "leave_to_layers_", "put_stacks_",
+           "stacks_in_use", "use_stacks_", "why_layers"]  # fmt: skip
 
 ENGINES = ("auto", "program", "layers")
 _MIN_RATIO = 1.1
@@ -112,9 +112,7 @@ def _choose_(
     module = stack.owner
 
     def left(reason: str, ratio: float | None = None, doubt: str = "") -> StackChoice:
-        if stack_of(module) is not None:
-            del module.__dict__["forward"]  # of an earlier choice
-        note_layers_(module, reason)
+        leave_to_layers_(module, reason)
         return StackChoice(fqn, len(layers), "layers", ratio, reason, doubt=doubt)
 
     if engine == "layers":
@@ -141,6 +139,13 @@ def _choose_(
         return left(choice.reason, min(choice.ratios["program"].values()), choice.doubt)
     module.__dict__["forward"] = stack
     return StackChoice(fqn, len(layers), "program", choice.ratio, choice.reason, *sizes, choice.doubt)
+
+
+def leave_to_layers_(owner: nn.Module, reason: str) -> None:
+    """Takes the program of an earlier choice, where there is one, from the owner of a stack."""
+    if stack_of(owner) is not None:
+        del owner.__dict__["forward"]
+    note_layers_(owner, reason)
 
 
 def note_layers_(owner: nn.Module, reason: str) -> None:

@@ -176,6 +176,8 @@ def _mask(mask: Any, batch: int, tokens: int, space: Space, eager: bool) -> tupl
         keep = mask == 0
         if not bool((keep | (mask <= _LOWEST)).all()):
             raise Unsupported("the mask adds more than 0 or minus infinity to the scores")
+        if not bool(keep.any(3).all()):  # added to every score alike, it hides nothing from the layers
+            raise Unsupported("a token sees nothing")
     else:
         raise Unsupported(f"the mask has dtype {mask.dtype}")
     keep = keep[:, 0].expand(batch, tokens, length)
