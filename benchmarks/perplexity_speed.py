@@ -6,7 +6,7 @@ pruned: one folder each, as ``python -m benchmarks.oneshot --save`` leaves them.
 second half, with every weight as one token reads it; all models take turns at a prompt and at greedy tokens after it;
 resident bytes are the growth of a fresh process that makes one model and calls it once. What is absent is named with
 the reason. Results are merged into ``benchmarks/results/perplexity-speed.json``, one record a machine's tier and number
-of threads; ``--plot`` draws one.
+of threads; a record of the same tier lends its perplexities and bytes. ``--plot`` draws one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import gc
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -154,12 +154,25 @@ def texts(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
     return language.token_windows(ids, arguments.context, arguments.windows), ids[: arguments.prompt]
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, known: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """known: earlier records; perplexity and bytes of a form are taken from one of the same tier, windows and prompt,
+    whatever its threads.
+    """
     makers, absent = forms(arguments)
     windows, prompt = texts(arguments)
+    same = {"model": arguments.model, "tier": machine.tier(), "prompt": arguments.prompt,
+            "judged_tokens": windows.shape[0] * (windows.shape[1] - 1)}  # fmt: skip
+    earlier: dict[str, dict[str, Any]] = {}
+    for record in known:
+        if all(record[key] == value for key, value in same.items()):
+            earlier |= record["forms"]
     found: dict[str, dict[str, Any]] = {}
     models: dict[str, nn.Module] = {}
     for name, make in makers.items():
+        if name in earlier:
+            found[name] = {key: earlier[name][key] for key in ("perplexity", "resident")}
+            models[name] = make(False)
+            continue
         judged = make(True)
         with rounded(judged):
             found[name] = {"perplexity": language.perplexity(judged, windows).value}
@@ -171,8 +184,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, speed in speeds.items():
         found[name]["speed"] = dataclasses.asdict(speed)
     return {
-        "model": arguments.model, "threads": arguments.threads, "tier": machine.tier(), "machine": machine.describe(),
-        "load": [before, machine.load()], "judged_tokens": windows.shape[0] * (windows.shape[1] - 1),
+        **same, "threads": arguments.threads, "machine": machine.describe(), "load": [before, machine.load()],
         "forms": found, "absent": absent,
     }  # fmt: skip
 
@@ -236,7 +248,7 @@ def main() -> None:
     if not arguments.table:
         if arguments.text is None:
             raise SystemExit("--text FILE is needed")
-        record = measure(arguments)
+        record = measure(arguments, known)
         known = [old for old in known if any(old[k] != record[k] for k in _KEY)] + [record]
         save_results(arguments.out, known, None)
     chosen = [r for r in known if (r["threads"], r["tier"]) == (arguments.threads, machine.tier())] or known
