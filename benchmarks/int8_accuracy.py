@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparseprune as sp
-from benchmarks.ablation import SIZES, Cell, append, arm_config, read
+from benchmarks.ablation import SIZES, Cell, Setting, append, arm_config, read
 from sparseprune._files import replacing
 from sparseprune.bench import describe
 from sparseprune.bench.tables import text_table
@@ -70,9 +70,15 @@ def share_kept(right: Tensor, dense: Tensor, draws: int = 4000) -> list[float]:
     return [float(value) for value in found]
 
 
+def setting_of(size: str, autocast: str) -> Setting:
+    """A size's setting, computed in what ``autocast`` names."""
+    found = SIZES[size]
+    return replace(found, changes=(*((k, v) for k, v in found.changes if k != "autocast"), ("autocast", autocast)))
+
+
 def run(cell: Cell, size: str, sparsity: float, seed: int, simulate: bool, work: Path) -> dict[str, Any]:
     """One pruned model, from ``work``'s checkpoint on where there is one; its figures."""
-    base = arm_config("scores_kd", sparsity, seed, SIZES[size], granularity="1x4")
+    base = arm_config("scores_kd", sparsity, seed, cell.setting, granularity="1x4")
     config = replace(base, **INT8) if simulate else base
     pruner = sp.DistillPruner(copy.deepcopy(cell.dense), config, copy.deepcopy(cell.dense), cell.filter_fn)
     cell.train.seed = seed
@@ -100,12 +106,12 @@ def run(cell: Cell, size: str, sparsity: float, seed: int, simulate: bool, work:
                 right, dense = (logits[which][0].argmax(-1) == targets for which in (form, FORMS[0]))
                 kept[form] = share_kept(right, dense)
     report = None  # which takes two passes a layer where rounding costs much, too long with a large model
-    if SIZES[size].pretrained is None:
+    if cell.setting.pretrained is None:
         report = sp.choose_exact_layers(model, cell.valid, layers=list(pruner.masks)).to_dict()
     (work / f"{name}.ckpt").unlink(missing_ok=True)
     return {
         "forms": figures, "kept": kept, "examples": len(cell.data.test.labels), "density": pruner.density,
-        "steps": len(history.steps), "seconds": round(time.monotonic() - began, 1), "exact_layers": report,
+        "autocast": config.autocast, "steps": len(history.steps), "seconds": round(time.monotonic() - began, 1), "exact_layers": report,
         "healed_on": [e["layers"] for e in history.events if e["event"].startswith("healing")][-1:],
     }  # fmt: skip
 
@@ -151,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--heal", nargs="+", choices=("rounded", "exact"), default=["rounded"])
+    parser.add_argument("--autocast", choices=("bfloat16", "none"), help="as the size has it; a CPU without bfloat16 "
+                        "instructions takes many times as long with it as with none")  # fmt: skip
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--markdown", action="store_true")
@@ -158,14 +166,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.table:
         done = {tuple(r[k] for k in ("size", "data", "sparsity", "seed", "simulate")) for r in read(arguments.output)}
         cells: dict[int, Cell] = {}
+        setting = setting_of(arguments.size, arguments.autocast) if arguments.autocast else SIZES[arguments.size]
         for seed, sparsity, heal in itertools.product(arguments.seeds, arguments.sparsity, arguments.heal):
             simulate = heal == "rounded"
             if (arguments.size, arguments.data, sparsity, seed, simulate) in done:
                 continue
             # A pretrained model has one dense start for all seeds, which differ in order and draws.
-            start = 0 if SIZES[arguments.size].pretrained else seed
+            start = 0 if setting.pretrained else seed
             if start not in cells:
-                cells[start] = Cell(arguments.data, start, SIZES[arguments.size], arguments.data_dir, arguments.cache)
+                cells[start] = Cell(arguments.data, start, setting, arguments.data_dir, arguments.cache)
             print(f"{arguments.size}, {sparsity:.0%} zeros, seed {seed}, healed {heal}", flush=True)
             found = run(cells[start], arguments.size, sparsity, seed, simulate, arguments.cache)
             record = {"size": arguments.size, "data": arguments.data, "sparsity": sparsity, "seed": seed,
