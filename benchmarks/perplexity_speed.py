@@ -77,7 +77,14 @@ def forms(arguments: argparse.Namespace) -> tuple[dict[str, Maker], dict[str, st
         return model
 
     def sparse(folder: Path, how: dict[str, Any]) -> Maker:
-        return lambda judged: ours(read(folder), 1 if judged else (1, arguments.prompt), **how)
+        def make(judged: bool) -> nn.Module:
+            model = read(folder)
+            if not judged:
+                return ours(model, (1, arguments.prompt), **how)
+            sp.sparsify_(model, tokens=1, engine="layers", **how)  # whole windows are the layers' in any case
+            return model
+
+        return make
 
     makers["torch float32"] = lambda _: read(plain)
     makers["torch bfloat16"] = lambda _: read(plain).to(torch.bfloat16)
