@@ -111,7 +111,8 @@ def run(cell: Cell, size: str, sparsity: float, seed: int, simulate: bool, work:
     (work / f"{name}.ckpt").unlink(missing_ok=True)
     return {
         "forms": figures, "kept": kept, "examples": len(cell.data.test.labels), "density": pruner.density,
-        "autocast": config.autocast, "steps": len(history.steps), "seconds": round(time.monotonic() - began, 1), "exact_layers": report,
+        "autocast": config.autocast, "steps": len(history.steps), "seconds": round(time.monotonic() - began, 1),
+        "exact_layers": report,
         "healed_on": [e["layers"] for e in history.events if e["event"].startswith("healing")][-1:],
     }  # fmt: skip
 
