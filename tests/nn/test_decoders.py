@@ -20,6 +20,7 @@ from torch import Tensor
 
 import sparseprune as sp
 from sparseprune import _native
+from sparseprune.nn.rounded import RoundedLinear
 from sparseprune.nn.sparsify import rounding
 from sparseprune.nn.stacks import DecoderForward, decoder_measure, drop_stacks_, stack_of, use_stacks_
 from sparseprune.nn.stacks.decoder_cache import space_in
@@ -195,6 +196,25 @@ def test_dense_layers_held_in_fewer_bits(rest, monkeypatch):
     )  # fmt: skip
     assert same_tokens(model, 2)[None] == 11
     assert same_tokens(model, 3)["the call has 3 x 1 new tokens; the program takes 1 to 2"] == 11
+
+
+@pytest.mark.parametrize("activations", ["float32", "int8"])
+def test_a_rounding_that_changes_much_is_no_doubt_about_the_program(activations, monkeypatch):
+    """The proof tries calls of more rows than the copies serve."""
+    monkeypatch.setattr(rounding, "rounded_ratio", lambda weight, bias, rows, dtype: 2.0)
+    model = make("llama")
+    sp.prune_(model, sparsity=0.5, filter_fn=lambda m, fqn: "q_proj" in fqn)
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight[0] = 0
+        layer.self_attn.o_proj.weight[:, 0] = 99  # of a feature that is zero; beside it most of each row rounds to zero
+    options = {"value_dtype": "int8", "activations": "int8"} if activations == "int8" else {}
+    (choice,) = sp.sparsify_(
+        model, layout="csr", engine="program", tokens=(1, 64), dense_value_dtype="int8",
+        filter_fn=lambda m, fqn: "q_proj" in fqn, **options,
+    ).stacks  # fmt: skip
+    assert choice.engine == "program", choice
+    assert {m.rows for m in model.modules() if isinstance(m, RoundedLinear)} == {1}
+    assert same_tokens(model, 1)[None] == 11
 
 
 def test_layers_that_stay_dense():

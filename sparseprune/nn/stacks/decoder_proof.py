@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -118,20 +119,33 @@ def prove_decoder(layers: Sequence[nn.Module], parts: Sequence[DecoderParts], bo
     """Whether the layers give tuples. :class:`UnknownLayer` where layers and program do not agree.
 
     Where products round activations, the same steps are proven without any rounding, and then layer by layer with it,
-    less strictly: what differs in the last bit may round to the next number, which many layers make more of. So are
-    layers whose weight calls of more rows than one read unrounded.
+    less strictly: what differs in the last bit may round to the next number, which many layers make more of. Layers
+    that read a rounded copy for so many rows read it here for all that are tried, as the program does.
     """
     projections = [p for part in parts for p in part.projections]
-    rounding = any(map(rounds, projections))
-    if not rounding and not any(isinstance(p.module, RoundedLinear) for p in projections):
-        return _prove(layers, parts, bound, False)
-    if rounding and not any(isinstance(p.module, PackedLinear | RoundedLinear) for p in projections):
-        with exact(projections):  # of packed and rounded ones nothing exact is read
-            _prove(layers, parts, _bound(parts), False)
-    in_tuples = False
-    for layer, part in zip(layers, parts):
-        in_tuples = _prove([layer], [part], _bound([part]), True)
-    return in_tuples
+    with _rounded_rows([p.module for p in projections]):
+        if not any(map(rounds, projections)):
+            return _prove(layers, parts, bound, False)
+        if not any(isinstance(p.module, PackedLinear | RoundedLinear) for p in projections):
+            with exact(projections):  # of packed and rounded ones nothing exact is read
+                _prove(layers, parts, _bound(parts), False)
+        in_tuples = False
+        for layer, part in zip(layers, parts):
+            in_tuples = _prove([layer], [part], _bound([part]), True)
+        return in_tuples
+
+
+@contextmanager
+def _rounded_rows(modules: Sequence[nn.Module]) -> Iterator[None]:
+    most = max(batch * tokens for batch, _, tokens in _CASES)
+    held = {module: module.rows for module in modules if isinstance(module, RoundedLinear)}
+    try:
+        for module in held:
+            module.rows = most
+        yield
+    finally:
+        for module, rows in held.items():
+            module.rows = rows
 
 
 def _bound(parts: Sequence[DecoderParts]) -> BoundDecoder:
