@@ -41,14 +41,14 @@ VALUES: dict[str, dict[str, str]] = {
 _KEY = ("sparsity", "threads", "tier", "batch", "prompt")
 
 
-def pruned_models(dense: Any, sparsity: float, names: list[str], prompt: int) -> dict[str, Any]:
+def pruned_models(dense: Any, sparsity: float, names: list[str], tokens: tuple[int, int]) -> dict[str, Any]:
     """name -> the model with these zeros and values, as a program and layer by layer."""
     models = {}
     pruned = copy.deepcopy(dense)
     sp.prune_(pruned, sparsity, scope="layer")
     for name in names:
         program = copy.deepcopy(pruned)
-        report = sp.sparsify_(program, tokens=(1, prompt), engine="program", **VALUES[name])  # type: ignore[arg-type]
+        report = sp.sparsify_(program, tokens=tokens, engine="program", **VALUES[name])  # type: ignore[arg-type]
         (stack,) = report.stacks
         if stack.engine != "program":
             raise SystemExit(f"no program: {stack.reason}")
@@ -81,7 +81,8 @@ def main() -> None:
     if arguments.peers:
         models |= {"torch bfloat16": torch_bfloat16(dense), "torch int8 dynamic": torch_int8(dense)}
     for sparsity in arguments.sparsity:
-        models |= pruned_models(dense, sparsity, arguments.values, arguments.prompt)
+        tokens = (arguments.batch, arguments.batch * arguments.prompt)
+        models |= pruned_models(dense, sparsity, arguments.values, tokens)
     speeds = language.tokens_per_second(models, ids, new_tokens=arguments.new_tokens, repeats=arguments.repeats)
     print(language.speed_table(speeds))
     print(f"{machine.one_line()}; load {os.getloadavg()[0]:.1f}")
