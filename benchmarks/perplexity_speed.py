@@ -1,7 +1,7 @@
 """``python -m benchmarks.perplexity_speed --text FILE --pruned DIR ...``: what a language model is worth, how fast it
 writes and what memory it takes, in every form that one could run on a CPU.
 
-Dense in torch (float32, bfloat16, dynamic int8), in llama.cpp (the file as it comes, Q8_0, Q4_0) and rounded by us, and
+Dense in torch (float32, dynamic int8), in llama.cpp (the file as it comes, Q8_0, Q4_0) and rounded by us, and
 pruned: one folder each, as ``python -m benchmarks.oneshot --save`` leaves them. Perplexity is of windows of the text's
 second half, with every weight as one token reads it; all models take turns at a prompt and at greedy tokens after it;
 resident bytes are the growth of a fresh process that makes one model and calls it once. What is absent is named with
@@ -87,7 +87,6 @@ def forms(arguments: argparse.Namespace) -> tuple[dict[str, Maker], dict[str, st
         return make
 
     makers["torch float32"] = lambda _: read(plain)
-    makers["torch bfloat16"] = lambda _: read(plain).to(torch.bfloat16)
     makers["torch int8"] = lambda _: torch_int8(read(plain))
     makers["ours dense int8"] = sparse(plain, {"layout": "csr", **VALUES["int8"]})
     for folder in arguments.pruned:
