@@ -3,7 +3,7 @@ writes and what memory it takes, in every form that one could run on a CPU.
 
 Dense in torch (float32, dynamic int8), in llama.cpp (the file as it comes, Q8_0, Q4_0) and rounded by us, and
 pruned: one folder each, as ``python -m benchmarks.oneshot --save`` leaves them. Perplexity is of windows of the text's
-second half, with every weight as one token reads it; all models take turns at a prompt and at greedy tokens after it;
+second half, with weights rounded as one token reads them; all models take turns at a prompt and at greedy tokens after it;
 resident bytes are the growth of a fresh process that makes one model and calls it once. What is absent is named with
 the reason. Results are merged into ``benchmarks/results/perplexity-speed.json``, one record a machine's tier and number
 of threads; a record of the same tier lends its perplexities and bytes. ``--plot`` draws one.
@@ -81,7 +81,8 @@ def forms(arguments: argparse.Namespace) -> tuple[dict[str, Maker], dict[str, st
             model = read(folder)
             if not judged:
                 return ours(model, (1, arguments.prompt), **how)
-            sp.sparsify_(model, tokens=1, engine="layers", **how)  # whole windows are the layers' in any case
+            # int8 gives the same bits in every packed form, and the layers answer whole windows in any case
+            sp.sparsify_(model, tokens=(1, 2048), engine="layers", **{**how, "layout": "csr"})
             return model
 
         return make
