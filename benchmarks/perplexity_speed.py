@@ -3,10 +3,10 @@ writes and what memory it takes, in every form that one could run on a CPU.
 
 Dense in torch (float32, dynamic int8), in llama.cpp (the file as it comes, Q8_0, Q4_0) and rounded by us, and
 pruned: one folder each, as ``python -m benchmarks.oneshot --save`` leaves them. Perplexity is of windows of the text's
-second half, with weights rounded as one token reads them; all models take turns at a prompt and at greedy tokens after it;
-resident bytes are the growth of a fresh process that makes one model and calls it once. What is absent is named with
-the reason. Results are merged into ``benchmarks/results/perplexity-speed.json``, one record a machine's tier and number
-of threads; a record of the same tier lends its perplexities and bytes. ``--plot`` draws one.
+second half, with weights rounded as one token reads them; all models take turns at a prompt and at greedy tokens after
+it; resident bytes are the growth of a fresh process that makes one model and calls it once. What is absent is named
+with the reason. Results are merged into ``benchmarks/results/perplexity-speed.json``, one record a machine's tier and
+number of threads; a record of the same tier lends its perplexities and bytes. ``--plot`` draws one.
 """
 
 from __future__ import annotations
