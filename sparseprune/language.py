@@ -143,7 +143,8 @@ def _once(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, flo
     """Seconds for the prompt and seconds for new_tokens greedy steps after it. A GPU is waited for at both ends of
     each. Of the prompt the last position's logits are asked for, as ``generate`` does, where the model can be asked.
     """
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    parameters = inspect.signature(getattr(model, "forward", model)).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
     _wait(prompt.device)
     begin = time.perf_counter()
     output = model(prompt, use_cache=True, **last)
