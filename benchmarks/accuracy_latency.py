@@ -29,6 +29,7 @@ from benchmarks.ablation import SIZES, Cell
 from benchmarks.int8 import INT8, torch_int8
 from benchmarks.model_peers import onnxruntime_of, openvino_of
 from benchmarks.models import inputs
+from benchmarks.run import merged
 from sparseprune import bench
 from sparseprune.bench import machine, plots
 from sparseprune.bench.run import load_results, save_results
@@ -280,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = load_results(arguments.output)["records"] if arguments.output.exists() else []
     if not arguments.table:
         record = measure(arguments)
-        known = [old for old in known if any(old[k] != record[k] for k in _KEY)] + [record]
+        known = merged(known, record, _KEY)
         save_results(arguments.output, known, None)
     chosen = [r for r in known if (r["threads"], r["tier"]) == (arguments.threads, machine.tier())] or known
     for record in chosen:

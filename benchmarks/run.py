@@ -41,6 +41,13 @@ PARTS: dict[str, tuple[str, int | None]] = {
 }
 
 
+def merged(
+    records: Sequence[dict[str, Any]], record: dict[str, Any], key: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The records with this one in place of the one that has the same under every name of key."""
+    return [old for old in records if any(old[name] != record[name] for name in key)] + [record]
+
+
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -175,6 +175,7 @@ def prune_(
     selection = select_linears(model, filter_fn)
     made = make_criterion(criterion, criterion_options)
     _check_modes(made, selection.selected)
+    _check_writable("prune_", selection.selected)
     if made.needs_data and data is None:
         raise ValueError(f"prune_: criterion {made.name!r} needs data; pass data=batches of the model's inputs")
     if made.needs_data:
@@ -210,15 +211,14 @@ def prune_below_(model: nn.Module, threshold: float, filter_fn: FilterFn | None 
     weights small (L1, weight decay under masks), and returns the report; how many stay is what the weights give.
 
     threshold: at least 0, rounded to each weight's dtype. filter_fn(module, fqn): which Linears, instead of the
-    default. Mask, zeros and count of a layer are one pass over it. Raises ValueError, before anything is changed, on a
-    threshold that is no such number, and on a NaN weight.
+    default. Mask and zeros of a layer are one pass over it. Raises ValueError, before anything is changed, on a
+    threshold that is no such number, on a NaN weight, and on weights of inference mode.
     """
     if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold < math.inf:
         raise ValueError(f"prune_below_: threshold expected a number of at least 0, got {threshold!r}")
     model = shared_linears(model)
     selection = select_linears(model, filter_fn)
-    made = make_criterion("magnitude", None)
-    _check_modes(made, selection.selected, "prune_below_")
+    _check_writable("prune_below_", selection.selected)
     plan = Plan.build(model, selection.selected, "element", "layer")
     layers = {fqn: selection.selected[fqn] for fqn in plan.layers}
     found = {}
@@ -237,7 +237,7 @@ def prune_below_(model: nn.Module, threshold: float, filter_fn: FilterFn | None 
     return report
 
 
-def _check_modes(criterion: Criterion, linears: Mapping[str, nn.Linear], who: str = "prune_") -> None:
+def _check_modes(criterion: Criterion, linears: Mapping[str, nn.Linear]) -> None:
     """ValueError where inference mode or autocast would stop the work halfway, or change what it measures."""
     if criterion.needs_data or criterion.needs_gradients:
         if torch.is_inference_mode_enabled():
@@ -251,6 +251,10 @@ def _check_modes(criterion: Criterion, linears: Mapping[str, nn.Linear], who: st
                 f"prune_: criterion {criterion.name!r} measures the model in its own precision, got torch.autocast "
                 f"({torch.get_autocast_dtype(device)}); call it outside"
             )
+
+
+def _check_writable(who: str, linears: Mapping[str, nn.Linear]) -> None:
+    """ValueError where a weight was made in inference mode and is written outside of it."""
     if not torch.is_inference_mode_enabled():
         for fqn, linear in linears.items():
             if linear.weight.is_inference():

@@ -56,7 +56,7 @@ def test_names_in_a_picture_of_trade_offs_cover_neither_points_nor_each_other(tm
     drawn = []
     monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
     makers = ("ours", "torch", "openvino") * 3
-    found = {f"{maker} number {i}": (10 + i / 9, 27 + i / 50) for i, maker in enumerate(makers)}
+    found = {f"{maker} number {i}": (10 + i % 3, 27 + i // 3 / 40) for i, maker in enumerate(makers)}
     plots.trade_off({"ms": found, "MB": found}, tmp_path / "a.svg", "accuracy")
     drawn[0].canvas.draw()
     for axis in drawn[0].axes:

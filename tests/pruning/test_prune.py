@@ -383,3 +383,10 @@ def test_below_a_threshold_a_nan_changes_nothing():
     with pytest.raises(ValueError, match=r"prune_below_: weight of '1'.*NaN"):
         sp.prune_below_(model, 0.1)
     assert torch.equal(model[0].weight, before)
+
+
+def test_below_a_threshold_weights_of_inference_mode_are_named():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="prune_below_: weight of '0' expected to be writable"):
+        sp.prune_below_(model, 0.1)
