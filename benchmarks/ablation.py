@@ -536,14 +536,12 @@ def spoken(arm: str) -> str:
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
     """The paired accuracy differences with their intervals, or with dots the range of the pairs, drawn to ``path``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     rows = [(f"{spoken(a)}, minus {spoken(b)}", *spread(paired(records, a, b, "accuracy"))) for a, b in CONTRASTS]
     rows = [row for row in rows if row[-1]]
-    figure, axis = pyplot.subplots(figsize=(7, 0.5 * len(rows) + 1.2))
+    figure = Figure(figsize=(7, 0.5 * len(rows) + 1.2))
+    axis = figure.subplots()
     for i, (_, what, mean, low, high, _n) in enumerate(rows):
         axis.plot([100 * low, 100 * high], [i, i], "-" if what == "interval" else ":", color="#2f6f8f", linewidth=2)
         axis.plot([100 * mean], [i], "o", color="#c8452f")
@@ -557,7 +555,6 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25, axis="x")
     figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -391,14 +391,12 @@ def judge(
 
 
 def plot(source: Path, image: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     content = json.loads(source.read_text())
     dense = content["dense"]["perplexity"]
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.4))
+    figure = Figure(figsize=(6.4, 4.4))
+    axes = figure.subplots()
     for criterion in dict.fromkeys(row["criterion"] for row in content["rows"]):
         rows = [r for r in content["rows"] if r["criterion"] == criterion and ":" not in r["setting"]]
         if rows and rows[0].get("allocation", "uniform") != "uniform":

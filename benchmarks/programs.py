@@ -237,10 +237,10 @@ def sweep(threads: int, sparsity: float, rounds: int) -> list[dict[str, Any]]:
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Latency over batch size and over length, both axes logarithmic."""
-    from sparseprune.bench.plots import _COLOURS, _pyplot, _save, spoken
+    from sparseprune.bench.plots import _COLOURS, _figure, _save, spoken
 
-    plt = _pyplot()
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    figure = _figure(11, 4.2)
+    panels = figure.subplots(1, 2, sharey=True)
     for panel, axis, title in zip(panels, ("batch", "length"), ("64 tokens a sentence", "one sentence")):
         chosen = sorted((r for r in rows if r["axis"] == axis), key=lambda r: r[axis])
         for colour, name in zip(_COLOURS, chosen[0]["ms"] if chosen else ()):

@@ -44,8 +44,10 @@ def run_cell(source: str, names: dict[str, Any], where: str) -> list[dict[str, A
 def run_notebook(notebook: dict[str, Any], name: str) -> dict[str, Any]:
     """The notebook with its outputs made anew; an exception in a cell is the caller's."""
     import matplotlib
+    from matplotlib import pyplot
 
     matplotlib.use("Agg")
+    pyplot.close("all")  # figures of whoever called belong to no cell
     names: dict[str, Any] = {"__name__": "__main__"}
     count = 0
     for cell in notebook["cells"]:

@@ -15,15 +15,13 @@ __all__ = ["bars", "break_even", "roofline", "speedup", "spoken", "trade_off"]
 _COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#edae49", "#8d6a9f", "#7a7a7a", "#2e4057", "#b5651d")
 
 
-def _pyplot() -> Any:
+def _figure(width: float, height: float) -> Any:
+    """A figure of that many inches, which pyplot does not know of: it leaves neither a backend nor itself behind."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise RuntimeError(f"plots need matplotlib ({error}); pip install 'sparseprune[plot]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    return Figure(figsize=(width, height))
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -69,10 +67,10 @@ def trade_off(
     """panels: label of the logarithmic axis below -> contestant -> (x, y), y one figure of all panels, ``height``. Ours
     are round and coloured; what is in int8 or fewer bits is filled.
     """
-    plt = _pyplot()
     colours = {"ours": _COLOURS[1], "torch": _COLOURS[5], "onnxruntime": _COLOURS[0], "openvino": _COLOURS[2],
                "llama.cpp": _COLOURS[0]}  # fmt: skip
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 5), squeeze=False, sharey=True)
+    figure = _figure(6 * len(panels), 5)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)
     for axis, (label, found) in zip(axes.flat, panels.items()):
         axis.set_xscale("log")
         axis.set_yscale("log" if log_height else "linear")
@@ -131,10 +129,10 @@ def bars(panels: dict[str, dict[str, tuple[float, float]]], path: Path, title: s
     """panels: title -> contestant -> (ms, times as fast as the first). A bar each, from 0; ours in colour, with its
     ratio.
     """
-    plt = _pyplot()
     rows = max(map(len, panels.values()))
     size = (4.6 * len(panels) + 1.2, 0.38 * rows + 1.3)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
+    figure = _figure(*size)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)
     for axis, (heading, found) in zip(axes.flat, panels.items()):
         ours = [spoken(name).startswith("ours") for name in found]
         times, ratios = zip(*found.values())
@@ -151,7 +149,6 @@ def bars(panels: dict[str, dict[str, tuple[float, float]]], path: Path, title: s
         figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     _save(figure, path)
-    plt.close(figure)
 
 
 def break_even(sparsities: Sequence[float], ratios: Sequence[float]) -> float | None:
@@ -172,7 +169,6 @@ def break_even(sparsities: Sequence[float], ratios: Sequence[float]) -> float | 
 
 def speedup(records: Sequence[Record], path: Path, title: str = "", per_row: int = 3) -> None:
     """One panel a shape and token count: ratio to the baseline over sparsity, quartiles shaded, break-even marked."""
-    plt = _pyplot()
     panels: dict[tuple, dict[str, list[tuple[float, dict[str, float]]]]] = {}
     structures = list(dict.fromkeys(record["case"]["structure"] for record in records))
     for record in records:
@@ -188,7 +184,8 @@ def speedup(records: Sequence[Record], path: Path, title: str = "", per_row: int
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     columns = min(per_row, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.9 * rows + 0.5), squeeze=False, sharex=True)
+    figure = _figure(3.4 * columns, 2.9 * rows + 0.5)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for axis, ((shape, tokens), lines) in zip(axes.flat, panels.items()):
         axis.axhline(1, color="black", linewidth=0.8)
         for name, points in lines.items():
@@ -225,7 +222,6 @@ def speedup(records: Sequence[Record], path: Path, title: str = "", per_row: int
     figure.tight_layout(rect=(0, height, 1, 1))
     figure.legend(handles, labels, loc="lower center", ncol=min(len(labels), 4), fontsize=8, frameon=False)
     _save(figure, path)
-    plt.close(figure)
 
 
 def roofline(records: Sequence[Record], peaks: dict[str, Any], path: Path, title: str = "") -> None:
@@ -233,8 +229,8 @@ def roofline(records: Sequence[Record], peaks: dict[str, Any], path: Path, title
 
     ``peaks``: :meth:`Peaks.to_dict`.
     """
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(7.2, 4.2))
+    figure = _figure(7.2, 4.2)
+    axis = figure.subplots()
     low, high = 0.05, 300.0
     xs = [low * (high / low) ** (i / 200) for i in range(201)]
     bandwidths = peaks["read_gbs"]
@@ -276,4 +272,3 @@ def roofline(records: Sequence[Record], peaks: dict[str, Any], path: Path, title
         axis.set_title(title, fontsize=9)
     figure.tight_layout()
     _save(figure, path)
-    plt.close(figure)

@@ -161,14 +161,13 @@ def _write_folder(model: Any, tokenizer: Any, folder: Path, value_dtype: str) ->
 
 def _draw(folder: Path, record: dict[str, Any], say: Callable[[str], None]) -> None:
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         say(f"no picture: it needs matplotlib ({error}); pip install 'sparseprune[plot]'")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(9, 3))
+    figure = Figure(figsize=(9, 3))
+    axes = figure.subplots(1, 3)
     for axis, (key, title) in zip(
         axes,
         (("perplexity", "perplexity"), ("new_tokens_per_second", "tokens a second"), ("bytes", "bytes on disk")),
@@ -180,7 +179,6 @@ def _draw(folder: Path, record: dict[str, Any], say: Callable[[str], None]) -> N
         axis.spines[["top", "right"]].set_visible(False)
     with replacing(folder / _PICTURE) as unfinished:
         figure.savefig(unfinished, dpi=120, bbox_inches="tight", format="png")
-    pyplot.close(figure)
 
 
 def check_record(record: dict[str, Any], source: str | Path) -> dict[str, Any]:

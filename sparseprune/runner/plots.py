@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 from .._files import replacing
 
@@ -31,7 +28,6 @@ def draw(folder: Path, history: dict[str, Any], record: dict[str, Any]) -> list[
     for name, figure in pictures.items():
         with replacing(folder / name) as unfinished:
             figure.savefig(unfinished, dpi=120, bbox_inches="tight", format="png")
-        pyplot.close(figure)
     return list(pictures)
 
 
@@ -56,7 +52,8 @@ def _curves(history: dict[str, Any]) -> Any:
     x = [s["step"] for s in steps]
     width = max(1, len(steps) // 60)
     has_game = any("discriminator_accuracy" in s for s in steps)
-    figure, axes = pyplot.subplots(3 if has_game else 2, 1, figsize=(8, 8 if has_game else 5.5), sharex=True)
+    figure = Figure(figsize=(8, 8 if has_game else 5.5))
+    axes = figure.subplots(3 if has_game else 2, 1, sharex=True)
     frozen = next((e["step"] for e in history["events"] if e["event"] == "masks frozen"), None)
     for key, colour in (("loss", INK), ("ce", DENSE), ("kd", PRUNED), ("hidden", THIRD)):
         if steps and key in steps[0]:
@@ -97,7 +94,8 @@ def _curves(history: dict[str, Any]) -> Any:
 def _layers(record: dict[str, Any]) -> Any:
     names = list(record["layers"])
     values = [1 - record["layers"][name] for name in names]
-    figure, axis = pyplot.subplots(figsize=(8, max(2.5, 0.28 * len(names) + 1)))
+    figure = Figure(figsize=(8, max(2.5, 0.28 * len(names) + 1)))
+    axis = figure.subplots()
     axis.barh(range(len(names)), values, color=PRUNED, height=0.7)
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.invert_yaxis()
@@ -109,7 +107,8 @@ def _layers(record: dict[str, Any]) -> Any:
 
 
 def _tradeoff(record: dict[str, Any]) -> Any:
-    figure, axis = pyplot.subplots(figsize=(6, 4))
+    figure = Figure(figsize=(6, 4))
+    axis = figure.subplots()
     points = [("dense", DENSE, record["dense"]), ("pruned", PRUNED, record["pruned"])]
     for name, colour, figures in points:
         x, y = figures["latency_ms"], figures["test"]["accuracy"]
@@ -130,7 +129,8 @@ def _tradeoff(record: dict[str, Any]) -> Any:
 
 
 def _robustness(found: dict[str, Any]) -> Any:
-    figure, axis = pyplot.subplots(figsize=(7, 0.5 * len(found) + 1))
+    figure = Figure(figsize=(7, 0.5 * len(found) + 1))
+    axis = figure.subplots()
     for i, entry in enumerate(found.values()):
         axis.plot([entry["dense"], entry["pruned"]], [i, i], color=INK, linewidth=1, zorder=1)
         for which, colour in (("dense", DENSE), ("pruned", PRUNED)):

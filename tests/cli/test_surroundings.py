@@ -122,13 +122,10 @@ def test_without_matplotlib(without, tmp_path, monkeypatch, capsys):
 
 def test_bars_start_at_zero():
     pytest.importorskip("matplotlib")
-    from matplotlib import pyplot
-
     from sparseprune.runner.plots import _layers
 
     figure = _layers({"layers": {"a": 0.1, "b": 0.35}, "density": 0.2})
     assert figure.axes[0].get_xlim() == (0.0, 1.0)
-    pyplot.close(figure)
 
 
 def test_data_that_can_only_be_read(tmp_path):

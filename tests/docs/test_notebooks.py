@@ -45,6 +45,9 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
 
 
 def test_the_runner_keeps_what_cells_print_and_draw():
+    from matplotlib import pyplot
+
+    pyplot.figure()  # of someone else
     drawn = "from matplotlib import pyplot\npyplot.plot([0, 1])\nprint('a')\n1 + 1"
     cells = [{"cell_type": "code", "source": [line]} for line in ("b = 2", drawn, "b")]
     cells = RUNNER["run_notebook"]({"cells": cells}, "a notebook")["cells"]

@@ -166,16 +166,16 @@ class Sensitivity:
     def plot(self, path: str | os.PathLike[str]) -> None:
         """A heat map of the rises as PNG or SVG. Needs matplotlib."""
         try:
-            import matplotlib
+            from matplotlib import colors
+            from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError("Sensitivity.plot needs matplotlib; pip install 'sparseprune[plot]'") from error
-        matplotlib.use("Agg")
-        from matplotlib import colors, pyplot
 
         densities = sorted({d for row in self.losses.values() for d in row}, reverse=True)
         groups = list(self.losses)
         values = [[max(0.0, self.losses[g][d] - self.dense) for d in densities] for g in groups]
-        figure, axes = pyplot.subplots(figsize=(2 + 0.9 * len(densities), 1.5 + 0.22 * len(groups)))
+        figure = Figure(figsize=(2 + 0.9 * len(densities), 1.5 + 0.22 * len(groups)))
+        axes = figure.subplots()
         # By the square root: the first and the last block often cost ten times what the others do.
         image = axes.imshow(values, aspect="auto", cmap="viridis", norm=colors.PowerNorm(0.5, vmin=0.0))
         axes.set_xticks(range(len(densities)), [f"{d:g}" for d in densities])
@@ -185,7 +185,6 @@ class Sensitivity:
         figure.tight_layout()
         with replacing(path) as temporary:
             figure.savefig(temporary)
-        pyplot.close(figure)
 
 
 def _convex(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
