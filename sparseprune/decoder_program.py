@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from .activations import ACTIVATION_CODES, ACTIVATIONS
-from .encoder_program import Weight, decode_plan, encode_plan, result_features
-from .packing import Plan
+from .encoder_program import WHOLE, Weight, decode_plan, encode_plan, result_features, whole_plan
 
 __all__ = [
     "MOST_ROWS",
@@ -33,7 +32,6 @@ __all__ = [
 ]
 
 MOST_ROWS = 16  # new tokens of a call, over all sequences; csrc/cpu/kernels.h, kMostRows
-WHOLE = -1  # in the place of a plan's kind: values `[rows, columns]` hold every column, index and offsets are -1
 
 
 class RowStepKind(IntEnum):
@@ -46,11 +44,6 @@ class RowStepKind(IntEnum):
 
 _VERSION = 1
 _STEP_INTS = 28
-
-
-def whole_plan(rows: int, columns: int) -> Plan:
-    """The plan of a weight that is not packed."""
-    return Plan(WHOLE, rows, columns, 1, columns, rows)
 
 
 @dataclass(frozen=True)

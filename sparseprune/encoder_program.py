@@ -1,8 +1,10 @@
-"""A stack of layers as data: a list of steps on buffers of features, which one native call takes every token through.
+"""A stack of layers as data: a list of steps on buffers of features, which one native call takes every token through:
+of encoders, and of decoders that get a prompt.
 
 A buffer holds some features of every token. Buffer 0 begins as the stack's input, a step reads one buffer and writes
-another, the result is one of them. :meth:`Program.encode` gives the numbers that the op ``encoder`` takes, beside the
-tensors that the steps name by their place in a list; csrc/bindings/encoder.cpp reads and checks them. Floor 0.
+another, the result is one of them. :meth:`Program.encode` gives the numbers that the ops ``encoder`` and ``prompt``
+take, beside the tensors that the steps name by their place in a list; csrc/bindings/encoder.cpp reads and checks them.
+Floor 0.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from .packing import Plan
 
 __all__ = [
     "COMBINE",
+    "WHOLE",
     "Attention",
+    "Keep",
     "Linear",
     "Norm",
     "Program",
@@ -29,11 +33,13 @@ __all__ = [
     "decode_plan",
     "encode_plan",
     "result_features",
+    "whole_plan",
 ]
 
 T = TypeVar("T")
 
 COMBINE = ("replace", "add", "multiply")
+WHOLE = -1  # in the place of a plan's kind: values `[rows, columns]` hold every column, index and offsets are -1
 
 
 class StepKind(IntEnum):
@@ -44,10 +50,16 @@ class StepKind(IntEnum):
     ROTARY = 2
     ATTENTION = 3
     ROUND = 4
+    KEEP = 5
 
 
 _VERSION = 1
 _STEP_INTS = 16
+
+
+def whole_plan(rows: int, columns: int) -> Plan:
+    """The plan of a weight that is not packed."""
+    return Plan(WHOLE, rows, columns, 1, columns, rows)
 
 
 class Weight(NamedTuple):
@@ -110,9 +122,9 @@ class Norm:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Turns ``heads`` heads of ``depth`` features from ``to_row`` on of buffer ``to`` by the token's place: with the
-    halves a, b of a head, (a cos - b sin, b cos + a sin). table: place in the tables of cos `[length, depth]`; sin
-    follows it.
+    """Turns the first ``depth`` features of ``heads`` heads from ``to_row`` on of buffer ``to`` by the token's place:
+    with their halves a, b, (a cos - b sin, b cos + a sin). every: features from one head to the next, 0: ``depth``.
+    table: place in the tables of cos `[length, depth]`, or with ``each`` `[B, length, depth]`; sin follows it.
     """
 
     to: int
@@ -121,6 +133,8 @@ class Rotary:
     table: int
     to_row: int = 0
     together: bool = False
+    every: int = 0
+    each: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,8 +142,9 @@ class Attention:
     """softmax(factor * Q K^T + bias) V for every sequence by itself, of ``heads`` heads with ``depth`` features.
 
     Queries, keys and values begin at rows q_row, k_row and v_row of buffer ``source``; the latter two have kv_heads
-    heads. window: the most places between a query and its keys, -1 for any. table: place in the tables of a bias
-    `[heads, length of keys, length of queries]`, -1 for none.
+    heads. every: features from one head to the next there, 0: ``depth``. window: the most places between a query and
+    its keys, -1 for any. causal: a query sees no key behind itself. table: place in the tables of a bias `[heads,
+    length of keys, length of queries]`, -1 for none.
     """
 
     to: int
@@ -144,6 +159,25 @@ class Attention:
     window: int = -1
     table: int = -1
     to_row: int = 0
+    together: bool = False
+    every: int = 0
+    causal: bool = False
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Writes the keys and values from rows k_row and v_row on of buffer ``source``, ``heads`` heads of ``depth``
+    features, ``every`` from one to the next (0: ``depth``), to layer ``cache`` of the call's cache, each token at its
+    place.
+    """
+
+    source: int
+    heads: int
+    depth: int
+    k_row: int
+    v_row: int
+    cache: int
+    every: int = 0
     together: bool = False
 
 
@@ -161,8 +195,8 @@ class Round:
     together: bool = False
 
 
-Step = Linear | Norm | Rotary | Attention | Round
-_STEPS = "Linear, Norm, Rotary, Attention, Round"
+Step = Linear | Norm | Rotary | Attention | Round | Keep
+_STEPS = "Linear, Norm, Rotary, Attention, Round, Keep"
 
 
 @dataclass(frozen=True)
@@ -247,17 +281,21 @@ def _encode(step: Step, scalars: list[float]) -> list[int]:
         numbers = [step.rows, step.to_row, step.from_row, step.weight, step.bias, scalar(step.eps), int(step.centred)]
     elif isinstance(step, Rotary):
         kind, source = StepKind.ROTARY, step.to
-        numbers = [step.heads, step.depth, step.to_row, step.table]
+        numbers = [step.heads, step.depth, step.to_row, step.table, step.every, int(step.each)]
     elif isinstance(step, Attention):
         kind, source = StepKind.ATTENTION, step.source
         numbers = [step.heads, step.kv_heads, step.depth, step.to_row, step.q_row, step.k_row, step.v_row]
-        numbers += [step.window, scalar(step.factor), step.table]
+        numbers += [step.window, scalar(step.factor), step.table, step.every, int(step.causal)]
+    elif isinstance(step, Keep):
+        kind, source = StepKind.KEEP, step.source
+        numbers = [step.heads, step.depth, step.k_row, step.v_row, step.every, step.cache]
     elif isinstance(step, Round):
         kind, source = StepKind.ROUND, step.source
         numbers = [step.rows, step.from_row]
     else:
         raise TypeError(f"encoder: a step expected one of {_STEPS}, got {type(step).__name__}")
-    numbers = [int(kind), step.to, source, int(step.together), *numbers]
+    to = step.source if isinstance(step, Keep) else step.to
+    numbers = [int(kind), to, source, int(step.together), *numbers]
     return numbers + [0] * (_STEP_INTS - len(numbers))
 
 
@@ -271,14 +309,18 @@ def _decode(numbers: tuple[int, ...], scalars: Sequence[float]) -> Step:
         rows, to_row, from_row, weight, bias, eps, centred = rest[:7]
         return Norm(to, source, rows, weight, bias, scalars[eps], bool(centred), to_row, from_row, together)
     if kind == StepKind.ROTARY:
-        heads, depth, to_row, table = rest[:4]
-        return Rotary(to, heads, depth, table, to_row, together)
+        heads, depth, to_row, table, every, each = rest[:6]
+        return Rotary(to, heads, depth, table, to_row, together, every, bool(each))
     if kind == StepKind.ROUND:
         rows, from_row = rest[:2]
         return Round(to, source, rows, from_row, together)
     if kind == StepKind.ATTENTION:
-        heads, kv_heads, depth, to_row, q_row, k_row, v_row, window, factor, table = rest[:10]
+        heads, kv_heads, depth, to_row, q_row, k_row, v_row, window, factor, table, every, causal = rest[:12]
         return Attention(
-            to, source, heads, kv_heads, depth, q_row, k_row, v_row, scalars[factor], window, table, to_row, together
-        )
+            to, source, heads, kv_heads, depth, q_row, k_row, v_row, scalars[factor], window, table, to_row, together,
+            every, bool(causal),
+        )  # fmt: skip
+    if kind == StepKind.KEEP:
+        heads, depth, k_row, v_row, every, cache = rest[:6]
+        return Keep(source, heads, depth, k_row, v_row, cache, every, together)
     raise ValueError(f"encoder: a step's kind expected one of {[int(k) for k in StepKind]}, got {kind}")

@@ -51,14 +51,10 @@ class DecoderProgram {
     if (batch < 0 || tokens < 0 || n > kMostRows) refuse_call("expected up to " + std::to_string(kMostRows) + " tokens, got " + std::to_string(n));
     if (past < 0 || past + tokens > room) refuse_call("the cache has " + std::to_string(room) + " places, needed " + std::to_string(past + tokens));
     if (n == 0) return;
-    std::vector<CacheLayer> layers(cache.size() / 6);
+    const std::vector<CacheLayer> layers = cache_layers("decoder", cache);
     std::vector<SeenKeys> seen(masks.size() / 4);
     std::vector<RotaryTable> turns(tables.size() / 5);
-    if (cache.size() % 6 || masks.size() % 4 || tables.size() % 5) refuse_call("the call is not whole");
-    for (size_t i = 0; i < layers.size(); ++i) {
-      const int64_t* c = cache.data() + 6 * i;
-      layers[i] = {at<float>(static_cast<uintptr_t>(c[0])), at<float>(static_cast<uintptr_t>(c[1])), c[2], c[3], c[4], c[5]};
-    }
+    if (masks.size() % 4 || tables.size() % 5) refuse_call("the call is not whole");
     for (size_t i = 0; i < seen.size(); ++i) {
       const int64_t* m = masks.data() + 4 * i;
       if (m[3] < past + tokens || m[3] > room) {

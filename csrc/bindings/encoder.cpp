@@ -17,6 +17,7 @@
 namespace sparseprune {
 namespace {
 constexpr int64_t kVersion = 1, kStepInts = 16;
+constexpr int64_t kWholeKind = -1, kWholeBlock = 32;  // sparseprune/encoder_program.py, WHOLE; outputs of a piece of such a weight
 
 [[noreturn]] void refuse(const std::string& what) { refuse_plan("encoder", what); }
 
@@ -35,6 +36,7 @@ class EncoderProgram {
     program_.result = static_cast<int>(in.next("the result's buffer", 0, buffers - 1));
     weights_.resize(static_cast<size_t>(in.next("the number of weights", 0, kLargest)));
     scales_.resize(weights_.size());
+    whole_.resize(weights_.size());
     for (size_t i = 0; i < weights_.size(); ++i) read_weight(in, i);
     steps_.resize(static_cast<size_t>(in.next("the number of steps", 0, kLargest)));
     for (auto& step : steps_) read_step(in, scalars, step);
@@ -46,13 +48,18 @@ class EncoderProgram {
   }
 
   void run(uintptr_t x, int64_t x_stride, uintptr_t mask, int64_t batch, int64_t length, const std::vector<uintptr_t>& tables,
-           const std::vector<int64_t>& table_lengths, uintptr_t y) const {
+           const std::vector<int64_t>& table_lengths, uintptr_t y, const std::vector<int64_t>& cache, int64_t room) const {
     for (const Table& t : tables_) {
-      const int64_t needed = length * t.features * (t.squared ? length : 1);
+      const int64_t needed = length * t.features * (t.squared ? length : 1) * (t.each ? batch : 1);
       if (tables.size() <= t.place || table_lengths.size() <= t.place || table_lengths[t.place] < needed) {
         throw std::invalid_argument("encoder: table " + std::to_string(t.place) + " expected at least " + std::to_string(needed) +
                                     " floats for sequences of " + std::to_string(length) + " tokens");
       }
+    }
+    const std::vector<CacheLayer> layers = cache_layers("encoder", cache);
+    if (!layers.empty() && (static_cast<int64_t>(layers.size()) < cached_ || room < length)) {
+      throw std::invalid_argument("encoder: the cache expected " + std::to_string(cached_) + " layers with room for " +
+                                  std::to_string(length) + " tokens, got " + std::to_string(layers.size()) + " with " + std::to_string(room));
     }
     py::gil_scoped_release release;
     const uint8_t* real = at<const uint8_t>(mask);
@@ -71,26 +78,32 @@ class EncoderProgram {
     std::vector<const float*> places(tables.size());
     for (size_t i = 0; i < tables.size(); ++i) places[i] = at<const float>(tables[i]);
     const Sequences sequences = {static_cast<int64_t>(found.units.size()), found.units.data(), found.row.data(),
-                                 found.position.data(), found.start.data(), found.longest, length, places.data()};
+                                 found.position.data(), found.start.data(), found.longest, length, places.data(),
+                                 layers.empty() ? nullptr : layers.data()};
     kernels().encoder.encoder(program_, sequences, at<const float>(x), x_stride, at<float>(y), found.threads, found.shared);
   }
 
  private:
-  // A table that a step reads: features [length] or, squared, features [length, length].
+  // A table that a step reads: features [length] or, squared, features [length, length]; each: of every sequence.
   struct Table {
     size_t place;
     int64_t features;
-    bool squared;
+    bool squared, each;
   };
 
   void read_weight(PlanReader& in, size_t i) {
     const size_t end = in.place() + kWeightInts;
     Packed& w = weights_[i];
-    const int64_t values = tensors_.place(in, "a weight's values", 0, kAnyDtype), index = tensors_.place(in, "a weight's index", 0, kInt16),
-                  slots = tensors_.place(in, "a weight's offsets", 0, kInt32),
+    const int64_t values = tensors_.place(in, "a weight's values", 0, kAnyDtype),
+                  index = tensors_.place(in, "a weight's index", 0, kInt16, true),
+                  slots = tensors_.place(in, "a weight's offsets", 0, kInt32, true),
                   scale = tensors_.place(in, "a weight's scale", 0, kFloat32, true);
-    w.kind = static_cast<int>(in.next("a weight's kind (groups or quads)", kGroups, kQuads));
-    if (w.kind != kGroups && w.kind != kQuads) refuse("a weight's kind expected groups or quads");
+    const int64_t kind = in.next("a weight's kind (whole, groups or quads)", kWholeKind, kQuads);
+    whole_[i] = kind == kWholeKind;
+    if (whole_[i]) return read_whole(in, i, values, scale, end);
+    w.kind = static_cast<int>(kind);
+    if (w.kind != kGroups && w.kind != kQuads) refuse("a weight's kind expected whole, groups or quads");
+    if (index < 0 || slots < 0) refuse("a packed weight expected an index and offsets");
     const bool quads = w.kind == kQuads;
     read_sizes(in, w);
     if (quads && (w.columns % 4 || w.columns > kMostRounded || w.k_block % 4)) {
@@ -108,6 +121,35 @@ class EncoderProgram {
     products_ += int64_t{w.slots[2 * (w.rows / w.height * w.k_blocks)]} * w.height;
     program_.scratch = std::max(program_.scratch, w.row_block * 64 + w.height * w.k_block + 64);
     in.skip_to(end);
+  }
+
+  void read_whole(PlanReader& in, size_t i, int64_t values, int64_t scale, size_t end) {
+    Packed& w = weights_[i];
+    w.kind = kGroups;
+    read_sizes(in, w);
+    w.row_block = std::min(kWholeBlock, w.rows);
+    w.values = tensors_.pointer<void>(values);
+    w.values_dtype = tensors_.value_dtype(values);
+    if (w.values_dtype == kInt8 && scale < 0) refuse("a weight in int8 expected a scale");
+    if (scale >= 0) tensors_.expect("a weight's scale", scale, w.rows);
+    scales_[i] = tensors_.pointer<float>(scale);
+    tensors_.expect("a weight's values", values, w.rows * w.columns);
+    products_ += w.rows * w.columns;
+    program_.scratch = std::max(program_.scratch, w.row_block * 64 + kWholeScratch);
+    in.skip_to(end);
+  }
+
+  // `count` heads of s.depth rows, s.every from one to the next, from the next int on of buffer `b`.
+  int64_t heads_in(PlanReader& in, const char* what, int64_t b, const Step& s, int64_t count) {
+    return rows_in(in, what, b, (count - 1) * s.every + s.depth);
+  }
+
+  // s.every, which the plan names behind the rows: an int further on, 0 for heads beside each other.
+  int64_t every_at(PlanReader in, size_t place, const Step& s) const {
+    in.skip_to(place);
+    const int64_t every = in.next("features from one head to the next", 0, kLargest / s.heads);
+    if (every && every < s.depth) refuse("features from one head to the next expected 0 or at least those of a head");
+    return every ? every : s.depth;
   }
 
   // `count` rows from the next int on of buffer `b`.
@@ -131,7 +173,7 @@ class EncoderProgram {
     const size_t end = in.place() + kStepInts;
     const int64_t last = static_cast<int64_t>(rows_.size()) - 1;
     s = Step();
-    s.kind = static_cast<int>(in.next("a step's kind", kLinear, kRound));
+    s.kind = static_cast<int>(in.next("a step's kind", kLinear, kKeep));
     s.to = static_cast<int>(in.next("a step's buffer", 0, last));
     s.from = static_cast<int>(in.next("a step's buffer", 0, last));
     s.together = in.next("together", 0, 1) == 1;
@@ -144,6 +186,7 @@ class EncoderProgram {
         const int64_t w = in.next("a step's weight", 0, static_cast<int64_t>(weights_.size()) - 1);
         s.weight = &weights_[static_cast<size_t>(w)];
         s.scale = scales_[static_cast<size_t>(w)];
+        s.whole = whole_[static_cast<size_t>(w)];
         s.to_row = rows_in(in, "a linear step's outputs", s.to, s.weight->rows);
         if (quads) {
           if (rounded_[static_cast<size_t>(s.from)] != s.weight->columns) {
@@ -187,24 +230,40 @@ class EncoderProgram {
         s.heads = in.next("heads", 1, kLargest);
         s.depth = in.next("a head's features", 2, kLargest / s.heads);
         if (s.depth % 2) refuse("a rotary head's features expected even");
-        s.to_row = rows_in(in, "rotary heads", s.to, s.heads * s.depth);
+        s.every = every_at(in, in.place() + 2, s);
+        s.to_row = heads_in(in, "rotary heads", s.to, s, s.heads);
         s.table = static_cast<int>(in.next("a table", 0, 1 << 16));
-        for (int i = 0; i < 2; ++i) tables_.push_back({static_cast<size_t>(s.table + i), s.depth, false});
+        in.next("features from one head to the next", 0, kLargest);
+        s.each = in.next("each", 0, 1) == 1;
+        for (int i = 0; i < 2; ++i) tables_.push_back({static_cast<size_t>(s.table + i), s.depth, false, s.each});
         break;
       case kAttention:
         s.heads = in.next("heads", 1, kLargest);
         s.kv_heads = in.next("heads of keys", 1, s.heads);
         if (s.heads % s.kv_heads) refuse("heads of keys expected to divide heads");
         s.depth = in.next("a head's features", 1, kLargest / s.heads);
+        s.every = every_at(in, in.place() + 7, s);
         s.to_row = rows_in(in, "attention's outputs", s.to, s.heads * s.depth);
-        s.from_row = rows_in(in, "queries", s.from, s.heads * s.depth);
-        s.k_row = rows_in(in, "keys", s.from, s.kv_heads * s.depth);
-        s.v_row = rows_in(in, "values", s.from, s.kv_heads * s.depth);
+        s.from_row = heads_in(in, "queries", s.from, s, s.heads);
+        s.k_row = heads_in(in, "keys", s.from, s, s.kv_heads);
+        s.v_row = heads_in(in, "values", s.from, s, s.kv_heads);
         s.window = in.next("window", -1, kLargest);
         s.factor = scalar(in, scalars);
         s.table = static_cast<int>(in.next("a table", -1, 1 << 16));
-        if (s.table >= 0) tables_.push_back({static_cast<size_t>(s.table), s.heads, true});
+        if (s.table >= 0) tables_.push_back({static_cast<size_t>(s.table), s.heads, true, false});
         if (s.to == s.from) refuse("attention writes the buffer that it reads");
+        in.next("features from one head to the next", 0, kLargest);
+        s.causal = in.next("causal", 0, 1) == 1;
+        break;
+      case kKeep:
+        s.heads = s.kv_heads = in.next("heads of keys", 1, kLargest);
+        s.depth = in.next("a head's features", 1, kLargest / s.heads);
+        s.every = every_at(in, in.place() + 2, s);
+        s.k_row = heads_in(in, "keys", s.from, s, s.kv_heads);
+        s.v_row = heads_in(in, "values", s.from, s, s.kv_heads);
+        in.next("features from one head to the next", 0, kLargest);
+        s.cache = static_cast<int>(in.next("a layer of the cache", 0, 1 << 16));
+        cached_ = std::max(cached_, int64_t{s.cache} + 1);
         break;
       default: refuse("no such kind of step: " + std::to_string(s.kind));
     }
@@ -215,10 +274,11 @@ class EncoderProgram {
   std::vector<int64_t> rows_, rounded_;  // rounded_: the features that a buffer holds in 8 bits, 0: floats
   std::vector<Packed> weights_;
   std::vector<const float*> scales_;
+  std::vector<bool> whole_;  // dense weights: what they would have to be packed is not set
   std::vector<Step> steps_;
   Program program_ = {};
   std::vector<Table> tables_;
-  int64_t products_ = 0;
+  int64_t products_ = 0, cached_ = 0;  // layers of a cache that steps write to
 };
 }  // namespace
 

@@ -51,6 +51,17 @@ inline void read_sizes(PlanReader& in, Packed& w) {
   w.k_blocks = (w.columns + w.k_block - 1) / w.k_block;
 }
 
+// Six numbers a layer: keys, values, their strides of a sequence and of a head.
+inline std::vector<CacheLayer> cache_layers(const char* op, const std::vector<int64_t>& numbers) {
+  if (numbers.size() % 6) throw std::invalid_argument(std::string(op) + ": the cache expected six numbers a layer");
+  std::vector<CacheLayer> layers(numbers.size() / 6);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const int64_t* c = numbers.data() + 6 * i;
+    layers[i] = {at<float>(static_cast<uintptr_t>(c[0])), at<float>(static_cast<uintptr_t>(c[1])), c[2], c[3], c[4], c[5]};
+  }
+  return layers;
+}
+
 // The tensors that a plan names by place. Whoever holds a program holds them too.
 class PlanTensors {
  public:

@@ -22,8 +22,9 @@ static void gather_panel(const float* x, int64_t x_stride, const int32_t* row, i
   }
 }
 
-// The other way; y rows are `columns` long.
-static void scatter_panel(const float* panel, int T, const int32_t* row, int64_t n, int64_t columns, float* y) {
+// The other way: n tokens of panel [columns][T], token j to `columns` floats at place(j).
+template <class Place>
+static void scatter_panel(const float* panel, int T, int64_t n, int64_t columns, Place place) {
   for (int64_t j = 0; j < n; j += 8) {
     const int here = n - j < 8 ? static_cast<int>(n - j) : 8;
     int64_t k = 0;
@@ -31,12 +32,21 @@ static void scatter_panel(const float* panel, int T, const int32_t* row, int64_t
       v8 v[8];
       for (int i = 0; i < 8; ++i) v[i] = read<v8>(panel + (k + i) * T + j);
       transpose8(v);
-      for (int i = 0; i < here; ++i) write(y + row[j + i] * columns + k, v[i]);
+      for (int i = 0; i < here; ++i) write(place(j + i) + k, v[i]);
     }
     for (; k < columns; ++k) {
-      for (int i = 0; i < here; ++i) y[row[j + i] * columns + k] = panel[k * T + j + i];
+      for (int i = 0; i < here; ++i) place(j + i)[k] = panel[k * T + j + i];
     }
   }
+}
+
+// Rows [row, row + depth) of panel p, a head of keys or values, to a cache: each token's one behind the other from `to` on, a sequence
+// `batch` floats behind the one before. number: the token's in [batch][length]; position: its place in its sequence.
+static void keep_head(const Panels& from, int64_t p, int64_t row, int64_t depth, int64_t n, const int32_t* number,
+                      const int32_t* position, int64_t length, float* to, int64_t batch) {
+  scatter_panel(from.row(p, row), from.width(p), n, depth, [&](int64_t j) {
+    return to + number[j] / length * batch + position[j] * depth;
+  });
 }
 
 // ---- linear
@@ -94,6 +104,82 @@ static __attribute__((noinline)) void add_row_block(const Packed& w, int T, int6
   }
 }
 
+// The same of a dense weight, [rows][columns] in any dtype of values: pieces of it are turned into entries of kWholeRows values, as a
+// packed one of that height has them. scratch: kWholeScratch floats.
+constexpr int kWholeRows = 16, kWholeColumns = 256;
+static_assert(kWholeRows * kWholeColumns + 8 * kTile <= kWholeScratch);
+struct WholePlaces {
+  uint16_t at[kWholeColumns];
+  constexpr WholePlaces() : at() {
+    for (int i = 0; i < kWholeColumns; ++i) at[i] = static_cast<uint16_t>(i);
+  }
+};
+static constexpr WholePlaces kWholePlaces;
+
+static inline v8 widen_eight(const float* p) { return read<v8>(p); }
+static inline v8 widen_eight(const uint16_t* p) { return widen_bf16(p); }
+static inline v8 widen_eight(const int8_t* p) { return widen_int8(p); }
+
+template <class V>
+static void turn_whole(const V* w, int64_t columns, int64_t rows, int64_t n, float* to) {
+  for (int64_t r = 0; r < kWholeRows; r += 8) {
+    int64_t k = 0;
+    for (; k + 8 <= n; k += 8) {
+      v8 v[8];
+      for (int i = 0; i < 8; ++i) v[i] = r + i < rows ? widen_eight(w + (r + i) * columns + k) : v8{};
+      transpose8(v);
+      for (int i = 0; i < 8; ++i) write(to + (k + i) * kWholeRows + r, v[i]);
+    }
+    for (; k < n; ++k) {
+      for (int i = 0; i < 8; ++i) to[k * kWholeRows + r + i] = r + i < rows ? whole_one(w[(r + i) * columns + k]) : 0.0f;
+    }
+  }
+}
+
+template <class F, int T>
+static void add_whole_block(const Packed& w, int64_t b, const float* panel, float* sums, bool first, const float* bias, float* scratch) {
+  constexpr int L = lanes_of<F>(), V = kManyRegisters ? 8 : 4, R = T / L % 2 == 0 ? 2 : T / L;
+  const int64_t row = b * w.row_block, rows = row + w.row_block < w.rows ? w.row_block : w.rows - row;
+  float *values = scratch, *rest = values + kWholeRows * kWholeColumns;  // rest: the last rows, fewer than V
+  for (int64_t r = 0; r < rows; r += kWholeRows) {
+    const int64_t here = rows - r < kWholeRows ? rows - r : kWholeRows;
+    for (int64_t k = 0; k < w.columns; k += kWholeColumns) {
+      const int64_t n = w.columns - k < kWholeColumns ? w.columns - k : kWholeColumns, at = (row + r) * w.columns + k;
+      switch (w.values_dtype) {
+        case kFloat32: turn_whole(static_cast<const float*>(w.values) + at, w.columns, here, n, values); break;
+        case kBfloat16: turn_whole(static_cast<const uint16_t*>(w.values) + at, w.columns, here, n, values); break;
+        default: turn_whole(static_cast<const int8_t*>(w.values) + at, w.columns, here, n, values);
+      }
+      const bool fresh = first && k == 0;
+      for (int64_t v = 0; v < here; v += V) {
+        const bool all = v + V <= here;
+        float* to = all ? sums + (r + v) * T : rest;
+        if (!all && !fresh) __builtin_memcpy(rest, sums + (r + v) * T, static_cast<size_t>(here - v) * T * sizeof(float));
+        for (int c = 0; c < T; c += R * L) {
+          panel_group<F, T, R, V, false>(panel + k * T + c, kWholePlaces.at, values + v, kWholeRows, n, to + c, fresh);
+        }
+        if (!all) __builtin_memcpy(sums + (r + v) * T, rest, static_cast<size_t>(here - v) * T * sizeof(float));
+      }
+    }
+    for (int64_t i = r; bias && i < r + here; ++i) {
+      for (int c = 0; c < T; c += kLanes) store(sums + i * T + c, load(sums + i * T + c) + bias[i]);
+    }
+  }
+}
+
+static __attribute__((noinline)) void add_whole_block(const Packed& w, int T, int64_t b, const float* panel, float* sums, bool first,
+                                                      const float* bias, float* scratch) {
+  switch (T) {
+#if SP_LANES == 8
+    case 8: return add_whole_block<vf, 8>(w, b, panel, sums, first, bias, scratch);
+#endif
+    case 16: return add_whole_block<vf, 16>(w, b, panel, sums, first, bias, scratch);
+    case 32: return add_whole_block<vf, 32>(w, b, panel, sums, first, bias, scratch);
+    case 48: return add_whole_block<vf, 48>(w, b, panel, sums, first, bias, scratch);
+    default: return add_whole_block<vf, 64>(w, b, panel, sums, first, bias, scratch);
+  }
+}
+
 // One function an activation, so that no lane asks again which it is.
 template <int kind>
 static void activate_rows(float* x, int64_t n) {
@@ -133,7 +219,9 @@ static void quads_block(const Step& s, const Panels& from, const Panels& to, int
   }
 }
 
-// Row block b of a linear step for panel p. scratch: row_block * kTile floats and those that float_values needs.
+typedef void AddBlock(const Packed&, int, int64_t, const float*, float*, bool, const float*, float*);
+
+// Row block b of a linear step for panel p. scratch: row_block * kTile floats and those that the values need.
 static void linear_block(const Step& s, const Panels& from, const Panels& to, int64_t b, int64_t p, float* scratch) {
   const Packed& w = *s.weight;
   if (w.kind == kQuads) return quads_block(s, from, to, b, p, scratch);
@@ -143,9 +231,10 @@ static void linear_block(const Step& s, const Panels& from, const Panels& to, in
   float* y = to.row(p, s.to_row + row);
   float* values = scratch + w.row_block * kTile;
   const float* bias = s.bias ? s.bias + row : nullptr;
+  const auto add = s.whole ? static_cast<AddBlock*>(add_whole_block) : static_cast<AddBlock*>(add_row_block);
   if (s.combine == kReplace || (s.combine == kAdd && !s.activation && !s.scale)) {  // summed where the result belongs
     const bool fresh = s.combine == kReplace;
-    add_row_block(w, T, b, x, y, fresh, s.scale ? nullptr : bias, values);
+    add(w, T, b, x, y, fresh, s.scale ? nullptr : bias, values);
     if (s.scale) {
       for (int64_t r = 0; r < rows; ++r) {
         const float scale = s.scale[row + r], shift = bias ? bias[r] : 0.0f;
@@ -154,7 +243,7 @@ static void linear_block(const Step& s, const Panels& from, const Panels& to, in
     }
     return activate_rows(y, rows * T, s.activation);
   }
-  add_row_block(w, T, b, x, scratch, true, nullptr, values);
+  add(w, T, b, x, scratch, true, nullptr, values);
   for (int64_t r = 0; r < rows; ++r) {
     const float scale = s.scale ? s.scale[row + r] : 1.0f, shift = bias ? bias[r] : 0.0f;
     for (int i = 0; i < T; i += kLanes) store(scratch + r * T + i, load(scratch + r * T + i) * scale + shift);
@@ -288,26 +377,42 @@ static void run_unit(const Program& program, const Sequences& batch, const Unit&
         break;
       case kRotary:
         team.each(vectors, !s.together, [&](int64_t v) {
-          rotate_lanes(to, s.to_row, s.heads, s.depth, v * kLanes / kTile, static_cast<int>(v * kLanes % kTile), position,
-                       batch.tables[s.table], batch.tables[s.table + 1]);
+          rotate_lanes(to, s.to_row, s.heads, s.depth, s.every, v * kLanes / kTile, static_cast<int>(v * kLanes % kTile),
+                       s.each ? row : position, batch.tables[s.table], batch.tables[s.table + 1]);
         });
         break;
-      case kAttention:  // heads are shared, not sequences: two of these may meet in one vector of lanes
-        team.each(s.heads, !s.together, [&](int64_t h) {
-          const int64_t kv = h / (s.heads / s.kv_heads);
-          const Head head = {s.from_row + h * s.depth, s.k_row + kv * s.depth, s.v_row + kv * s.depth, s.to_row + h * s.depth, s.depth};
+      case kAttention:  // panels are shared, not sequences: two of these may meet in one vector of lanes
+        team.each(s.heads * panels, !s.together, [&](int64_t n) {
+          const int64_t h = n % s.heads, kv = h / (s.heads / s.kv_heads), p = panels - 1 - n / s.heads;  // where causal, the last see most
+          const Head head = {s.from_row + h * s.every, s.k_row + kv * s.every, s.v_row + kv * s.every, s.to_row + h * s.depth, s.depth};
           const float* bias = s.table < 0 ? nullptr : batch.tables[s.table] + h * batch.length * batch.length;
-          const ScoreTerms terms = {bias, batch.length, s.window, position, s.factor};
+          const ScoreTerms terms = {bias, batch.length, s.window, s.causal, position, s.factor};
           for (int64_t q = unit.sequence; q < unit.sequence + unit.sequences; ++q) {
-            attend_sequence(from, to, head, batch.start[q] - unit.first, batch.start[q + 1] - unit.first, terms, scratch);
+            const int64_t begin = batch.start[q] - unit.first, end = batch.start[q + 1] - unit.first;
+            if (begin < (p + 1) * kTile && p * kTile < end) attend_panel(from, to, head, begin, end, p, terms, scratch);
           }
         });
         break;
+      case kKeep: {
+        if (batch.cache == nullptr) break;
+        const CacheLayer& c = batch.cache[s.cache];
+        team.each(2 * s.kv_heads * panels, !s.together, [&](int64_t n) {
+          const int64_t p = n / (2 * s.kv_heads), kv = n / 2 % s.kv_heads;
+          const int32_t *number = row + p * kTile, *place = position + p * kTile;
+          if (n % 2) {
+            keep_head(from, p, s.v_row + kv * s.every, s.depth, tokens_in(p), number, place, batch.length, c.values + kv * c.value_head, c.value_batch);
+          } else {
+            keep_head(from, p, s.k_row + kv * s.every, s.depth, tokens_in(p), number, place, batch.length, c.keys + kv * c.key_head, c.key_batch);
+          }
+        });
+        break;
+      }
     }
   }
   const Panels& result = buffer[program.result];
   team.each(panels, true, [&](int64_t p) {
-    scatter_panel(result.panel(p), result.width(p), row + p * kTile, tokens_in(p), result.rows, y);
+    const int32_t* mine = row + p * kTile;
+    scatter_panel(result.panel(p), result.width(p), tokens_in(p), result.rows, [&](int64_t j) { return y + mine[j] * result.rows; });
   });
 }
 

@@ -68,6 +68,7 @@ struct ScoreTerms {
   const float* bias;        // [length keys][length queries] of this head, or null
   int64_t length;
   int64_t window;           // most places between query and key; -1: any
+  bool causal;              // no key behind the query
   const int32_t* position;  // [tokens of the unit]
   float scale;              // scores are multiplied with it later, biases are not
 };
@@ -82,6 +83,17 @@ static void add_terms(const ScoreTerms& terms, int64_t first_query, int64_t toke
       float& s = scores[j * lanes + i];
       if (terms.bias) s += terms.bias[key * terms.length + query] / terms.scale;
       if (terms.window >= 0 && apart > terms.window) s = -3.0e38f;
+    }
+  }
+}
+
+// -inf where the key stands behind the query: the keys from `key` on against R vectors of queries from token `first` on.
+template <int R>
+static void hide_later(int64_t first, int64_t key, int64_t end, float* scores) {
+  for (; key < end; ++key, scores += R * kLanes) {
+    for (int r = 0; r < R; ++r) {
+      const vi query = lane_numbers() + static_cast<int32_t>(first + r * kLanes);
+      store(scores + r * kLanes, choose<vf, vi>(query < static_cast<int32_t>(key), splat(-3.0e38f), load(scores + r * kLanes)));
     }
   }
 }
@@ -120,15 +132,20 @@ static void attend(const Panels& qkv, const Panels& out, const Head& head, int64
   constexpr int64_t kRow = R * kLanes;
   const float* q = qkv.row(p, head.q_row) + c;
   const int64_t q_stride = qkv.width(p), first = p * kTile + c;
+  const int64_t seen = terms.causal && first + kRow < end ? first + kRow : end;  // keys from here on are behind every query
   float* s = scores;
-  for (int64_t j = begin; j < end;) {
-    const int64_t kp = j / kTile, stop = (kp + 1) * kTile < end ? (kp + 1) * kTile : end, k_stride = qkv.width(kp);
+  for (int64_t j = begin; j < seen;) {
+    const int64_t kp = j / kTile, stop = (kp + 1) * kTile < seen ? (kp + 1) * kTile : seen, k_stride = qkv.width(kp);
     const float* k = qkv.row(kp, head.k_row) - kp * kTile;
     for (; j + 4 <= stop; j += 4, s += 4 * kRow) score_keys<R, 4>(q, q_stride, k + j, k_stride, head.depth, s);
     for (; j + 2 <= stop; j += 2, s += 2 * kRow) score_keys<R, 2>(q, q_stride, k + j, k_stride, head.depth, s);
     for (; j < stop; ++j, s += kRow) score_keys<R, 1>(q, q_stride, k + j, k_stride, head.depth, s);
   }
-  const int64_t keys = end - begin;
+  const int64_t keys = seen - begin;
+  if (terms.causal) {
+    const int64_t key = begin > first ? begin : first;
+    hide_later<R>(first, key, seen, scores + (key - begin) * kRow);
+  }
   if (terms.bias || terms.window >= 0) add_terms<R>(terms, first, qkv.tokens, begin, keys, scores);
   vf top[R], sum[R];
   for (int r = 0; r < R; ++r) {
@@ -169,21 +186,21 @@ static void attend(const Panels& qkv, const Panels& out, const Head& head, int64
   int64_t d = 0;
   for (; d + 4 <= head.depth; d += 4) {
     vf a[4][R];
-    weigh_values<R, 4>(qkv, head.v_row + d, begin, end, scores, a);
+    weigh_values<R, 4>(qkv, head.v_row + d, begin, seen, scores, a);
     for (int i = 0; i < 4; ++i) put(d + i, a[i]);
   }
   for (; d < head.depth; ++d) {
     vf a[1][R];
-    weigh_values<R, 1>(qkv, head.v_row + d, begin, end, scores, a);
+    weigh_values<R, 1>(qkv, head.v_row + d, begin, seen, scores, a);
     put(d, a[0]);
   }
 }
 
-// One head of the sequence [begin, end) for all of its queries; scores holds kQueryVectors vectors for every key.
-static void attend_sequence(const Panels& qkv, const Panels& out, const Head& head, int64_t begin, int64_t end,
-                            const ScoreTerms& terms, float* scores) {
-  for (int64_t i = begin / kLanes * kLanes; i < end;) {
-    const int64_t p = i / kTile, stop = (p + 1) * kTile < end ? (p + 1) * kTile : end;
+// One head of the sequence [begin, end) for its queries in panel p; scores holds kQueryVectors vectors for every key.
+static void attend_panel(const Panels& qkv, const Panels& out, const Head& head, int64_t begin, int64_t end, int64_t p,
+                         const ScoreTerms& terms, float* scores) {
+  const int64_t stop = (p + 1) * kTile < end ? (p + 1) * kTile : end;
+  for (int64_t i = begin > p * kTile ? begin / kLanes * kLanes : p * kTile; i < stop;) {
     const int c = static_cast<int>(i - p * kTile);
     const int64_t vectors = (stop - i + kLanes - 1) / kLanes;
     if (kManyRegisters && vectors >= 4) {
@@ -199,15 +216,16 @@ static void attend_sequence(const Panels& qkv, const Panels& out, const Head& he
   }
 }
 
-// Rotary places on `heads` heads of `depth` rows from `row` on, one vector of lanes from column c of panel p: the halves (a, b) of a
-// head become a cos - b sin, b cos + a sin (Su et al., 2021). cos, sin: [length, depth].
-static void rotate_lanes(const Panels& x, int64_t row, int64_t heads, int64_t depth, int64_t p, int c, const int32_t* position,
-                         const float* cos, const float* sin) {
+// Rotary places on the first `depth` rows of each of `heads` heads, `every` rows apart from `row` on, one vector of lanes from column c
+// of panel p: the halves (a, b) of them become a cos - b sin, b cos + a sin (Su et al., 2021). place_of: each token's row in cos and
+// sin [places, depth].
+static void rotate_lanes(const Panels& x, int64_t row, int64_t heads, int64_t depth, int64_t every, int64_t p, int c,
+                         const int32_t* place_of, const float* cos, const float* sin) {
   const int64_t stride = x.width(p), first = p * kTile + c, half = depth / 2;
   float turn[4][kLanes];
   for (int64_t d = 0; d < half; ++d) {
     for (int64_t i = 0; i < kLanes; ++i) {
-      const int64_t place = first + i < x.tokens ? position[first + i] * depth : 0;
+      const int64_t place = first + i < x.tokens ? place_of[first + i] * depth : 0;
       turn[0][i] = cos[place + d];
       turn[1][i] = sin[place + d];
       turn[2][i] = cos[place + d + half];
@@ -215,7 +233,7 @@ static void rotate_lanes(const Panels& x, int64_t row, int64_t heads, int64_t de
     }
     const vf cos_a = load(turn[0]), sin_a = load(turn[1]), cos_b = load(turn[2]), sin_b = load(turn[3]);
     float* at = x.row(p, row) + c + d * stride;
-    for (int64_t h = 0; h < heads; ++h, at += depth * stride) {
+    for (int64_t h = 0; h < heads; ++h, at += every * stride) {
       const vf a = load(at), b = load(at + half * stride);
       store(at, a * cos_a - b * sin_a);
       store(at + half * stride, b * cos_b + a * sin_b);

@@ -91,7 +91,8 @@ Batch batch_of(const uint8_t* mask, int64_t batch, int64_t length, int lanes, in
   found.threads = threads;
   if (threads > 1) {
     const Split whole = split_of(lengths, order, std::max<int64_t>(tokens, kPanel), lanes, 1);
-    if (static_cast<double>(whole.lanes) / threads * kSharing < cost && tokens <= 4 * kPanel * threads) {
+    const bool idle = best.bins.size() < static_cast<size_t>(threads);  // if each had a unit of its own
+    if (static_cast<double>(whole.lanes) / threads * kSharing < cost && (idle || tokens <= 4 * kPanel * threads)) {
       best = whole;
       found.shared = true;
     } else {

@@ -168,16 +168,18 @@ struct Int8Kernels {
 };
 
 // A stack of encoder layers as steps on panels (encoder.inl); sparseprune/encoder_program.py says what each does. Codes shared with it.
-enum StepKind : int { kLinear = 0, kNorm = 1, kRotary = 2, kAttention = 3, kRound = 4 };
+enum StepKind : int { kLinear = 0, kNorm = 1, kRotary = 2, kAttention = 3, kRound = 4, kKeep = 5 };
 enum Combine : int { kReplace = 0, kAdd = 1, kMultiply = 2 };
 constexpr int kMostBuffers = 8;
+constexpr int64_t kWholeScratch = 16 * 256 + 8 * 64 + 64;  // floats that a step with a dense weight takes beside its sums
 
 struct Step {
   int kind, to, from;        // buffers
   int64_t to_row, from_row;
   bool together;             // the next step does not need this one's result
-  // linear: to (combine)= activation(W from * scale + bias)
+  // linear: to (combine)= activation(W from * scale + bias); whole: weight.values is [rows, columns], only its sizes and values are set
   const Packed* weight;
+  bool whole;
   const float *scale, *bias; // [rows of W] or null
   int activation, combine;
   // round: `rows` features of `from` as a rounded panel (rounding.inl), which is all of `to`
@@ -186,10 +188,14 @@ struct Step {
   const float *gain, *shift;
   float eps;
   bool centred;
-  // rotary and attention: `heads` heads of `depth` features; attention reads keys and values from `from` too, kv_heads of them.
-  int64_t heads, kv_heads, depth, k_row, v_row, window;
+  // rotary, attention and keep: `heads` heads of `depth` features, `every` from one to the next; attention reads keys and values from
+  // `from` too, kv_heads of them, keep writes these to a layer of the call's cache
+  int64_t heads, kv_heads, depth, every, k_row, v_row, window;
+  bool causal;               // a token sees none behind it
   float factor;              // of the scores
   int table;                 // rotary: cos, followed by sin; attention: the bias, or -1
+  bool each;                 // a rotary step's tables have rows for every sequence
+  int cache;
 };
 
 struct Program {
@@ -207,6 +213,12 @@ struct Unit {
   int64_t sequence, sequences;   // the first, and how many
 };
 
+// Keys and values of one layer: strides in floats, a head's tokens one behind the other.
+struct CacheLayer {
+  float *keys, *values;
+  int64_t key_batch, key_head, value_batch, value_head;
+};
+
 struct Sequences {
   int64_t units;
   const Unit* unit;
@@ -214,7 +226,8 @@ struct Sequences {
   const int64_t* start;          // [sequences + 1] in the token list
   int64_t longest;               // tokens of the longest sequence
   int64_t length;                // places a sequence has, those under the mask included
-  const float* const* tables;    // rotary cos and sin [length, depth]; biases [heads, length keys, length queries]
+  const float* const* tables;    // rotary cos and sin [length, depth] or [batch, length, depth]; biases [heads, length keys, length queries]
+  const CacheLayer* cache;       // to which steps keep keys and values; null: to none
 };
 
 struct EncoderKernels {
@@ -273,11 +286,6 @@ struct RowProgram {
   int64_t products;          // of a token
 };
 
-// Keys and values of one layer: strides in floats, a head's tokens one behind the other.
-struct CacheLayer {
-  float *keys, *values;
-  int64_t key_batch, key_head, value_batch, value_head;
-};
 // Which keys a token sees, a byte each: seen + b * batch + t * token, `length` keys; seen null: all up to itself.
 struct SeenKeys {
   const uint8_t* seen;

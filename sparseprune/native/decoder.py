@@ -9,16 +9,9 @@ from .._registry import kernel
 from ..decoder_program import MOST_ROWS
 from ._bound import BoundProgram
 from ._inputs import rows_of, why_not_cpu
+from .encoder import cache_numbers, why_not_cache
 
-__all__ = ["BoundDecoder", "cache_numbers", "decoder", "mask_numbers", "table_numbers"]
-
-
-def cache_numbers(keys: Tensor, values: Tensor) -> tuple[int, ...]:
-    """What the core needs of a layer's keys and values `[B, kv heads, room, depth]`, a head's places one behind the
-    other.
-    """
-    k, v = keys.stride(), values.stride()
-    return keys.data_ptr(), values.data_ptr(), k[0], k[1], v[0], v[1]
+__all__ = ["BoundDecoder", "decoder", "mask_numbers", "table_numbers"]
 
 
 def mask_numbers(mask: Tensor) -> tuple[int, ...]:
@@ -67,9 +60,7 @@ def _why_not(
         reasons.append("needs its weights and its cache on the CPU")
     if x.shape[:2].numel() > MOST_ROWS:
         reasons.append(f"takes up to {MOST_ROWS} tokens, got {x.shape[:2].numel()}")
-    if any(t.dtype != torch.float32 or t.stride(3) != 1 or t.stride(2) != t.shape[3] for t in (*keys, *values)):
-        reasons.append("needs keys and values in float32, a head's places one behind the other")
-    return reasons
+    return reasons + why_not_cache(keys, values)
 
 
 @kernel("decoder", "native", _why_not)

@@ -3,7 +3,7 @@
 """
 
 from .decoder import decoder
-from .encoder import encoder
+from .encoder import encoder, prompt
 from .linear import (
     bsr_linear,
     csr_linear,
@@ -53,6 +53,7 @@ __all__ = [
     "pack",
     "pack_for_gpu",
     "packed_linear",
+    "prompt",
     "radix_histogram",
     "refill",
     "rms_norm",

@@ -6,7 +6,7 @@ family.
 
 from ..activations import ACTIVATIONS, activate
 from .decoder import decoder
-from .encoder import encoder
+from .encoder import encoder, prompt
 from .linear import (
     bsr_linear,
     csr_linear,
@@ -74,6 +74,7 @@ __all__ = [
     "nm_sddmm",
     "packed_linear",
     "packed_sddmm",
+    "prompt",
     "radix_histogram",
     "rms_norm",
     "rounded_linear",
