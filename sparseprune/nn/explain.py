@@ -61,18 +61,13 @@ def explain(layer: nn.Module, input: Tensor | None = None, *more: Any, **options
 
 
 def _stack(stack: StackForward, inputs: tuple[Any, ...], options: dict[str, Any]) -> str:
-    reason = stack.why_not(*inputs, **options)
+    found = stack.answered_by(*inputs, **options)
     layers = len(stack.owner.get_submodule(stack.name)._modules)
     about = f"{type(stack.owner).__name__}, {layers} layers in {stack.name!r}: "
-    if reason is not None:
-        return about + f"one by one: {reason}"
-    with torch.no_grad():
-        bound = stack.ready()
-    return (
-        about
-        + f"one native call of {len(bound.built.program.steps)} steps, tier {_native.require_c().tier()}, "
-        + (f"reads {bound.built.nbytes} bytes")
-    )
+    if isinstance(found, str):
+        return about + f"one by one: {found}"
+    steps = len(found.program.steps)
+    return about + f"one native call of {steps} steps, tier {_native.require_c().tier()}, reads {found.nbytes} bytes"
 
 
 def _dense(layer: nn.Linear) -> list[str]:

@@ -138,6 +138,8 @@ class SparsifyReport:
             ratio = "" if s.ratio is None else f", {s.ratio:.2f} times the layers"
             size = f", reads {s.nbytes} bytes, dense {s.dense_nbytes}" if s.nbytes else ""
             lines.append(f"stack of {s.layers} layers: {s.name or '(the model)'}: {s.engine}{ratio}{size}: {s.reason}")
+            if s.prompts:
+                lines.append(f"  its prompts: {s.prompts}")
         if self.converted:
             lines.append(str(self.memory))
         lines += self._warning()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from ..linear import SparseLinear
 from .recognise import LayerParts, Projection
 from .weights import is_whole, packed_of
 
-__all__ = ["StackProgram", "build"]
+__all__ = ["ProgramSteps", "StackProgram", "build"]
 
 _HIDDEN, _QKV, _MIXED, _FFN, _NORMED = range(5)  # buffers
 
@@ -83,38 +84,53 @@ class _Tensors:
         return self._packed[key]
 
 
+class _Named(Protocol):
+    """Gives the places of a projection's tensors."""
+
+    weights: list[P.Weight]
+
+    def vector(self, tensor: Tensor | None, begin: int = 0, end: int | None = None) -> int: ...
+    def weight(self, projection: Projection) -> int: ...
+
+
+class ProgramSteps:
+    """The steps of a program on panels; rounding: the buffer for features in 8 bits, which weights in quads read."""
+
+    def __init__(self, tensors: _Named, rounding: int) -> None:
+        self.steps: list[P.Step] = []
+        self._tensors, self._rounding = tensors, rounding
+        self._held: tuple[int, int] | None = None  # buffer and number of the features that the rounded one holds
+
+    def add(self, step: P.Step) -> None:
+        self.steps.append(step)
+        if self._held is not None and not isinstance(step, P.Keep) and self._held[0] == step.to:
+            self._held = None
+
+    def linear(
+        self, to: int, source: int, p: Projection, combine: str = "replace", row: int = 0, together: bool = False
+    ) -> None:
+        bias, weight = self._tensors.vector(p.bias, p.begin, p.end), self._tensors.weight(p)
+        plan = self._tensors.weights[weight].plan
+        if plan.kind == Kind.QUADS:
+            source = self._rounded(source, plan.columns)
+        self.add(P.Linear(to, source, weight, bias, p.activation, combine, row, together=together))
+
+    def _rounded(self, source: int, features: int) -> int:
+        """The buffer with this one's features in 8 bits, made once for all that read them."""
+        if self._held != (source, features):
+            self.add(P.Round(self._rounding, source, features))
+            self._held = source, features
+        return self._rounding
+
+
 @torch.no_grad()
 def build(layers: Sequence[LayerParts]) -> StackProgram:
     """layers: of one hidden size, in order. What the program reads are float32 vectors of the layers themselves and the
     packed forms of their weights.
     """
-    tensors, tables, steps = _Tensors(), _tables(layers), list[P.Step]()
-
-    rounding = _NORMED + any(layer.before for layer in layers)
-    held: tuple[int, int] | None = None  # the buffer, and how many of its features, that the rounded one holds
-
-    def add(step: P.Step) -> None:
-        nonlocal held
-        steps.append(step)
-        if held is not None and held[0] == step.to:
-            held = None
-
-    def rounded(source: int, features: int) -> int:
-        """The buffer with this one's features in 8 bits, made once for all that read them."""
-        nonlocal held
-        if held != (source, features):
-            add(P.Round(rounding, source, features))
-            held = source, features
-        return rounding
-
-    def linear(
-        to: int, source: int, p: Projection, combine: str = "replace", row: int = 0, together: bool = False
-    ) -> None:
-        bias, weight = tensors.vector(p.bias, p.begin, p.end), tensors.weight(p)
-        plan = tensors.weights[weight].plan
-        if plan.kind == Kind.QUADS:
-            source = rounded(source, plan.columns)
-        add(P.Linear(to, source, weight, bias, p.activation, combine, row, together=together))
+    tensors, tables = _Tensors(), _tables(layers)
+    made = ProgramSteps(tensors, _NORMED + any(layer.before for layer in layers))
+    add, linear = made.add, made.linear
 
     def norm(to: int, source: int, module: nn.Module | None) -> int:
         if module is None:
@@ -154,7 +170,7 @@ def build(layers: Sequence[LayerParts]) -> StackProgram:
     quads = [weight.columns for weight in tensors.weights if weight.plan.kind == Kind.QUADS]
     if quads:
         buffers.append(max(quads) // QUAD + 2)
-    program = P.Program(tuple(buffers), tuple(tensors.weights), tuple(steps), _HIDDEN)
+    program = P.Program(tuple(buffers), tuple(tensors.weights), tuple(made.steps), _HIDDEN)
     return StackProgram(program, tuple(tensors.found), tables, tuple(tensors.parts))
 
 

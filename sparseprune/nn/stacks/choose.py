@@ -13,7 +13,7 @@ from ... import bench
 from ..linear import SparseLinear
 from ..modes import evaluating
 from .decoder_forward import DecoderForward
-from .decoder_measure import measure_decoder
+from .decoder_measure import measure_decoder, measure_prompts
 from .decoder_parts import may_be_decoder
 from .forward import StackForward, stack_of
 from .masks import Unsupported
@@ -39,6 +39,7 @@ class StackChoice:
     them ("program": all in one native call; "layers": one by one), ``ratio`` over the layers (None: not measured),
     ``reason``; of a program the bytes that it reads, ``nbytes``, and those of the same weights dense in float32,
     ``dense_nbytes``. The layers keep their own beside them. ``doubt``: what speaks against the timing.
+    ``prompts``: what runs those of a decoder, and why.
     """
 
     name: str
@@ -49,6 +50,7 @@ class StackChoice:
     nbytes: int = 0
     dense_nbytes: int = 0
     doubt: str = ""
+    prompts: str = ""
 
 
 def find_stacks(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
@@ -129,7 +131,10 @@ def _choose_(
     sizes = built.nbytes, built.dense_nbytes
     if engine == "program":
         module.__dict__["forward"] = stack
-        return StackChoice(fqn, len(layers), "program", None, "engine='program' was asked for", *sizes)
+        prompts = _prompts_(stack, layers, ()) if isinstance(stack, DecoderForward) else ""
+        return StackChoice(
+            fqn, len(layers), "program", None, "engine='program' was asked for", *sizes, prompts=prompts
+        )  # fmt: skip
     try:
         with torch.no_grad(), evaluating(layers):
             choice = _measure(stack, layers, tokens)
@@ -137,8 +142,25 @@ def _choose_(
         return left(str(reason))
     if choice.name != "program":
         return left(choice.reason, min(choice.ratios["program"].values()), choice.doubt)
+    prompts = _prompts_(stack, layers, tokens) if isinstance(stack, DecoderForward) else ""
     module.__dict__["forward"] = stack
-    return StackChoice(fqn, len(layers), "program", choice.ratio, choice.reason, *sizes, choice.doubt)
+    return StackChoice(fqn, len(layers), "program", choice.ratio, choice.reason, *sizes, choice.doubt, prompts)
+
+
+def _prompts_(stack: DecoderForward, layers: nn.ModuleList, tokens: Sequence[int]) -> str:
+    """Leaves prompts to the layers where these are faster at one of ``tokens``; says what was chosen."""
+    try:
+        with torch.no_grad(), evaluating(layers):
+            stack.prompts()
+            choice = measure_prompts(stack, layers, tokens, _note(layers))
+    except Unsupported as reason:
+        return f"layers: {reason}"
+    if choice is None:
+        return "program"
+    if choice.name == "program":
+        return f"program, {choice.ratio:.2f} times the layers: {choice.reason}"
+    stack.by_layers = f"prompts run layer by layer: {choice.reason}"
+    return f"layers: {choice.reason}"
 
 
 def leave_to_layers_(owner: nn.Module, reason: str) -> None:
@@ -205,10 +227,8 @@ def drop_stacks_(model: nn.Module) -> list[str]:
 
 def _measure(stack: StackForward, layers: nn.ModuleList, tokens: Sequence[int]) -> bench.Choice:
     """Layers against program."""
-    linears = [m for m in layers.modules() if isinstance(m, SparseLinear | nn.Linear)]
-    note = ",".join(sorted({_summary(m) for m in linears}))
     if isinstance(stack, DecoderForward):
-        return measure_decoder(stack, layers, tokens, _MIN_RATIO, note)
+        return measure_decoder(stack, layers, tokens, _MIN_RATIO, _note(layers))
     return _measure_encoder(stack, layers, [recognise(layer) for layer in layers], tokens)
 
 
@@ -251,6 +271,10 @@ def _measure_encoder(
             (len(layers), first.hidden), round(density, 2), label, count, torch.float32, note
         ),
     )
+
+
+def _note(layers: nn.Module) -> str:
+    return ",".join(sorted({_summary(m) for m in layers.modules() if isinstance(m, SparseLinear | nn.Linear)}))
 
 
 def _summary(module: nn.Module) -> str:

@@ -16,7 +16,7 @@ from .decoder_parts import DecoderParts, NormParts
 from .recognise import Projection, UnknownLayer
 from .state import StackWeights
 
-__all__ = ["RowWeights", "build_decoder", "make_rows"]
+__all__ = ["RowWeights", "Tensors", "build_decoder", "make_rows"]
 
 _HIDDEN, _QKV, _MIXED, _FFN = range(4)  # buffers
 
@@ -30,7 +30,7 @@ class RowWeights(StackWeights):
         sparse = [m for m in modules if isinstance(m, SparseLinear)]
         self._rounded = [(m, m._rounded(m.weight)) for m in modules if isinstance(m, RoundedLinear)]
         read: list[Tensor | None] = [p.bias for layer in layers for p in layer.projections]
-        read += [m.weight for m in modules if type(m) is nn.Linear]
+        read += [m.weight for m in modules if isinstance(m, nn.Linear)]  # rounded ones: by prompts
         read += [t for n in norms if not n.plus_one for t in (n.weight, n.bias)]
         changed = [n.weight for n in norms if n.plus_one]
         copied = [t for m in sparse for t in m.sources()] + changed
@@ -40,7 +40,7 @@ class RowWeights(StackWeights):
         return super().fresh() and all(m._rounded(m.weight) is copy for m, copy in self._rounded)
 
 
-class _Tensors:
+class Tensors:
     """Tensors in the order in which steps name them; one that is named twice is there once."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ def build_decoder(layers: Sequence[DecoderParts]) -> StackProgram:
     kind, in the order in which kinds come first.
     """
     kinds = list(dict.fromkeys(layer.kind for layer in layers))
-    tensors, steps = _Tensors(), list[P.Step]()
+    tensors, steps = Tensors(), list[P.Step]()
     buffers = [layers[0].hidden, 0, 0, 0]
     for i, layer in enumerate(layers):
         depth, width, kv = layer.depth, layer.heads * layer.depth, layer.kv_heads * layer.depth

@@ -18,13 +18,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...native.decoder import cache_numbers
+from ...native.encoder import cache_numbers
 from .masks import Unsupported
 
-__all__ = ["Space", "space_in"]
+__all__ = ["Prompted", "Space", "is_empty", "space_in"]
 
 _keys, _values, _lengths = attrgetter("keys"), attrgetter("values"), attrgetter("cumulative_length")
 _MISSING = object()
+_KEEPING = ("DynamicLayer", "StaticLayer", "DynamicSlidingWindowLayer")  # layers of caches that are known
 _LEAST_ROOM, _MOST_ROOM = 64, 1024  # places made behind the last one, at least and at most
 
 
@@ -108,14 +109,61 @@ class _Static:
         torch._foreach_sub_(self._lengths, self._written)
 
 
+def _exact(cache: Any) -> bool:
+    """Whether this is a DynamicCache or a StaticCache, and no class of somebody's."""
+    module = sys.modules.get("transformers.cache_utils")
+    kinds = (getattr(module, "DynamicCache", None), getattr(module, "StaticCache", None))
+    return cache is not None and type(cache) in kinds and not getattr(cache, "offloading", False)
+
+
+def is_empty(cache: Any) -> bool:
+    """Whether this is a DynamicCache or a StaticCache of layers that are known, in none of which is a token."""
+    if not _exact(cache):
+        return False
+    layers = _part(cache, "layers", list)
+    kinds: list[Any] = [*map(type, layers), getattr(cache, "layer_class_to_replicate", None)]
+    if any(k is not None and k.__module__ != "transformers.cache_utils" for k in kinds):
+        return False
+    if any(k is not None and k.__name__ not in _KEEPING for k in kinds):
+        return False
+    return not any(int(layer.get_seq_length()) for layer in layers)
+
+
+class Prompted:
+    """The keys and values of a prompt, `[2 layers, B, heads, S, depth]`, on their way into an empty cache's layers
+    ``places``. Where a token is not real, they are 0.
+    """
+
+    def __init__(self, cache: Any, places: tuple[int, ...], size: tuple[int, int, int, int], real: bool) -> None:
+        make = torch.empty if real else torch.zeros
+        self._parts = [make(size) for _ in range(2 * len(places))]
+        self._cache, self._places = cache, places
+        self._before = [dict(vars(layer)) for layer in cache.layers]
+        self.numbers = [n for k, v in zip(self._parts[::2], self._parts[1::2]) for n in cache_numbers(k, v)]
+
+    def commit(self) -> None:
+        """Hands them to the cache, layer by layer, as layers would."""
+        for place, k, v in zip(self._places, self._parts[::2], self._parts[1::2]):
+            self._cache.update(k, v, place)
+        self._parts.clear()
+
+    def undo(self) -> None:
+        """Makes the cache empty again."""
+        del self._cache.layers[len(self._before) :]
+        for layer, before in zip(self._cache.layers, self._before):
+            length = vars(layer).get("cumulative_length")
+            if isinstance(length, Tensor):
+                length.zero_()  # of a static cache: what it says in its other attributes, it said before
+            vars(layer).clear()
+            vars(layer).update(before)
+
+
 def space_in(cache: Any, places: tuple[int, ...], batch: int, tokens: int, heads: int, depth: int) -> Space:
     """Room for ``tokens`` new tokens of ``batch`` sequences behind those in the cache's layers ``places``, each with
     heads of keys and of values of this depth. :class:`Unsupported` on another cache than an exact DynamicCache or
     StaticCache that holds a token already.
     """
-    module = sys.modules.get("transformers.cache_utils")
-    kinds = (getattr(module, "DynamicCache", None), getattr(module, "StaticCache", None))
-    if cache is None or type(cache) not in kinds or getattr(cache, "offloading", False):
+    if not _exact(cache):
         what = "no cache" if cache is None else f"the cache {type(cache).__name__}"
         raise Unsupported(f"the call has {what}; the program appends to a DynamicCache or a StaticCache")
     found = _part(cache, "layers")
@@ -160,7 +208,7 @@ def _check_layer(layer: Any, tokens: int) -> None:
     """:class:`Unsupported` unless this layer keeps all that it is given, for now."""
     kind = type(layer)
     known = kind.__name__ if kind.__module__ == "transformers.cache_utils" else ""
-    if known in ("DynamicLayer", "StaticLayer", "DynamicSlidingWindowLayer") and _part(layer, "is_initialized"):
+    if known in _KEEPING and _part(layer, "is_initialized"):
         for name in ("keys", "values"):
             _part(layer, name, Tensor)
         if known != "DynamicSlidingWindowLayer":

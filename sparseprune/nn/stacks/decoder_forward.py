@@ -1,28 +1,32 @@
-"""The forward of a module that loops over decoder layers, with the whole loop for new tokens as one native call.
+"""The forward of a module that loops over decoder layers, with the whole loop as one native call: one program for new
+tokens behind those in a cache, one for prompts.
 
 As :mod:`.forward` does it for encoders: the class's own forward runs on a view whose layers are slots, the last of
-which runs the program. Prompts, and whatever else the program does not take, are answered by the layers.
+which runs a program. Whatever neither takes is answered by the layers.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...decoder_program import MOST_ROWS
 from ...native.decoder import BoundDecoder, mask_numbers, table_numbers
 from ..direct import why_not_direct
 from ..rounded import RoundedLinear
 from .decoder_build import make_rows
-from .decoder_cache import Space, space_in
+from .decoder_cache import Prompted, Space, is_empty, space_in
 from .decoder_parts import DecoderParts, recognise_decoder
-from .decoder_proof import prove_decoder
+from .decoder_prompt import BoundPrompt, positions_of, real_tokens_of
+from .decoder_proof import prove_decoder, prove_prompt
 from .forward import _OUTPUTS, StackForward, _argument_names, _same, _Supported
-from .masks import _LOWEST, Unsupported
+from .masks import Unsupported, kept
 from .recognise import UnknownLayer
 from .state import Modules, Ready, StackCall, layers_in
 
@@ -34,22 +38,79 @@ _WITHOUT_EFFECT = frozenset({"position_ids", "cache_position", "use_cache"})
 @dataclass(frozen=True, kw_only=True)
 class _Ready(Ready):
     """parts: of every layer; places: of the layers in a cache; most: new tokens, up to which all of them read the
-    weights that the program reads.
+    weights that the program reads; rounded: tokens, up to which some of them read a rounded copy.
     """
 
     parts: tuple[DecoderParts, ...]
     places: tuple[int, ...]
     most: int
+    rounded: int
+    prompts: _Prompts
+
+
+class _Prompts:
+    """The program for prompts, made and proven by the first of them, or the reason why there is none."""
+
+    def __init__(self, layers: Sequence[nn.Module], parts: Sequence[DecoderParts], proven: bool) -> None:
+        self._of, self._proven = (layers, parts), proven
+        self._made: BoundPrompt | str | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def proven(self) -> bool:
+        """Whether programs of these layers give what they give."""
+        return self._proven
+
+    @property
+    def refused(self) -> str | None:
+        return self._made if isinstance(self._made, str) else None
+
+    def program(self) -> BoundPrompt:
+        """:class:`Unsupported` where there is none."""
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+        if isinstance(self._made, str):
+            raise Unsupported(self._made)
+        return self._made
+
+    def _make(self) -> BoundPrompt | str:
+        layers, parts = self._of
+        try:
+            with torch.no_grad():
+                made = BoundPrompt(parts)
+                if not self._proven:
+                    prove_prompt(layers, parts, made)
+        except UnknownLayer as error:
+            return f"prompts have no program: {error}"
+        self._proven = True
+        return made
 
 
 class DecoderForward(StackForward):
     """``forward`` of the instance ``owner``, which loops over its ModuleList ``name`` of decoder layers.
 
-    The same result as the class's forward, and the same tokens in the cache. The program takes calls of up to 16 new
-    tokens, over all sequences, with a DynamicCache or a StaticCache that holds the tokens before them.
+    The same result as the class's forward, and the same tokens in the cache; but of a prompt's padding hidden states,
+    keys and values are zero. A program takes calls of up to 16 new tokens, over all sequences, with a DynamicCache or a
+    StaticCache that holds the tokens before them, and prompts without a cache or with an empty one. ``by_layers``: why
+    layers answer all prompts.
     """
 
     refused = (*_OUTPUTS, "head_mask", "encoder_hidden_states", "encoder_attention_mask")
+
+    def __init__(
+        self, owner: nn.Module, name: str, reader: str | None = None, by_layers: str | None = None
+    ) -> None:
+        super().__init__(owner, name, reader)
+        self.by_layers = by_layers
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "by_layers": self.by_layers}
+
+    def prompts(self) -> BoundPrompt:
+        """The program for prompts to the layers as they are now. :class:`Unsupported` where they have to run."""
+        found: BoundPrompt = self.ready().prompts.program()
+        return found
 
     def _bind(self, modules: Modules, known: Any) -> Any:
         layers = layers_in(modules)
@@ -69,27 +130,33 @@ class DecoderForward(StackForward):
         return _Ready(
             modules=modules, weights=weights, layers=layers, parts=parts,
             groups=tuple(kinds.index(p.kind) for p in parts), places=tuple(p.place for p in parts),
-            most=min([MOST_ROWS, *rows]), built=built, program=program, in_tuples=in_tuples,
+            most=min([MOST_ROWS, *rows]), rounded=max(rows, default=0),
+            prompts=_Prompts(layers, parts, known is not None and known.prompts.proven), built=built,
+            program=program, in_tuples=in_tuples,
             names=_argument_names(type(layers[0])),
         )  # fmt: skip
 
     def _begin(self, bound: Any, dry: bool) -> Any:
-        return _Call(bound, dry)
+        return _Call(bound, dry, self.by_layers)
 
     def _check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super()._check_call(args, kwargs)
         ids = args[0] if args else kwargs.get("input_ids")
         if isinstance(ids, Tensor) and ids.dim() == 2 and ids.numel() > MOST_ROWS and not ids.is_floating_point():
             # before the masks of a prompt are made twice
-            raise Unsupported(_too_many(ids.shape[0], ids.shape[1], MOST_ROWS))
+            if self.by_layers is not None:
+                raise Unsupported(self.by_layers)
+            if self._bound is not None and self._bound.prompts.refused is not None:
+                raise Unsupported(self._bound.prompts.refused)
 
 
 class _Call(StackCall):
-    def __init__(self, bound: _Ready, dry: bool) -> None:
+    def __init__(self, bound: _Ready, dry: bool, by_layers: str | None) -> None:
         super().__init__(bound, dry)
+        self._by_layers = by_layers
         self._first: dict[str, Any] = {}
         self._groups: list[tuple[Any, Any] | None] = [None] * (max(bound.groups) + 1)
-        self._space: Space | None = None
+        self._space: Space | Prompted | None = None
 
     def _note(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = self.bound
@@ -131,12 +198,14 @@ class _Call(StackCall):
         if why is not None:
             raise Unsupported(why)
         batch, tokens, _ = hidden.shape
+        cache = self._first.get(bound.parts[0].cache)
+        if cache is None or is_empty(cache):
+            return self._prompt(hidden, cache)
         if not 0 < batch * tokens <= bound.most:
             raise Unsupported(_too_many(batch, tokens, bound.most))
         parts = bound.parts[0]
-        cache = self._first.get(parts.cache)
         space = space_in(cache, bound.places, batch, tokens, parts.kv_heads, parts.depth)
-        eager = any(config._attn_implementation == "eager" for config in bound.modules._configs)
+        eager = self._eager()
         masks: list[int] = []
         tables: list[int] = []
         held: list[Any] = []  # what is made here lives until the call is over
@@ -148,10 +217,40 @@ class _Call(StackCall):
                 (masks if len(numbers) == 4 else tables).extend(numbers)
                 held.append(made)
         if self.dry:
-            raise _Supported
+            raise _Supported(bound.built)
         result = bound.program(hidden, space.numbers, space.room, space.past, masks, tables)
         self._space = space
         space.commit(tokens)
+        return result
+
+
+    def _eager(self) -> bool:
+        return any(config._attn_implementation == "eager" for config in self.bound.modules._configs)
+
+    def _prompt(self, hidden: Tensor, cache: Any) -> Tensor:
+        bound, (batch, tokens, _) = self.bound, hidden.shape
+        if self._by_layers is not None:
+            raise Unsupported(self._by_layers)
+        if not batch * tokens:
+            raise Unsupported("the prompt is empty")
+        if batch * tokens <= bound.rounded:
+            raise Unsupported(f"dense layers hold rounded copies for calls of up to {bound.rounded} tokens")
+        program = bound.prompts.program()
+        masks, tables = [], []
+        for group, known in enumerate(self._groups):
+            assert known is not None
+            masks.append(known[0])
+            tables += positions_of(known[1], batch, tokens, bound.parts[bound.groups.index(group)].turned)
+        real = real_tokens_of(masks, batch, tokens, self._eager())
+        if self.dry:
+            raise _Supported(program.built)
+        if cache is None:
+            return program(hidden, real, tables)
+        first = bound.parts[0]
+        prompted = Prompted(cache, bound.places, (batch, first.kv_heads, tokens, first.depth), real is None)
+        result = program(hidden, real, tables, prompted.numbers)
+        self._space = prompted
+        prompted.commit()
         return result
 
 
@@ -173,9 +272,7 @@ def _mask(mask: Any, batch: int, tokens: int, space: Space, eager: bool) -> tupl
     if mask.dtype is torch.bool and not eager:
         keep = mask
     elif mask.is_floating_point():
-        keep = mask == 0
-        if not bool((keep | (mask <= _LOWEST)).all()):
-            raise Unsupported("the mask adds more than 0 or minus infinity to the scores")
+        keep = kept(mask)
         if not bool(keep.any(3).all()):  # added to every score alike, it hides nothing from the layers
             raise Unsupported("a token sees nothing")
     else:

@@ -1,4 +1,4 @@
-"""Layers against program for new tokens of a decoder, timed."""
+"""Layers against programs of a decoder, for new tokens and for prompts, timed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ... import bench
 from .decoder_forward import DecoderForward
-from .decoder_proof import Example
+from .decoder_parts import DecoderParts
+from .decoder_proof import Example, Grown
 from .masks import Unsupported
 
-__all__ = ["FEW", "measure_decoder"]
+__all__ = ["FEW", "measure_decoder", "measure_prompts"]
 
 FEW = 8  # new tokens, up to which a count of ``tokens`` is one of decoding
 _PAST = 64  # tokens in the cache
@@ -64,17 +65,45 @@ def measure_decoder(
         made, keys, values = case(count)
         return made.by_program(lambda: stack.ready().program, keys, values, True)
 
-    first = parts[0]
-    shape = f"heads={first.heads}/{first.kv_heads}x{first.depth},ffn={first.inner},one token,{note}"
     try:
-        return bench.choose_fastest(
-            {"layers": one_by_one, "program": program},
-            tokens=few,
-            baseline="layers",
-            min_ratio=min_ratio,
-            key=lambda label, count: bench.layer_key(
-                (len(layers), first.hidden), 1.0, label, count, torch.float32, shape
-            ),
-        )
+        return _fastest(one_by_one, program, few, parts, min_ratio, f"one token,{note}")
     finally:
         cases.clear()
+
+
+def measure_prompts(
+    stack: DecoderForward, layers: nn.ModuleList, tokens: Sequence[int], note: str
+) -> bench.Choice | None:
+    """One prompt of as many tokens as each number of ``tokens`` above 8 says, into an empty cache; None where there is
+    no such number. :class:`Unsupported` where there is no program.
+    """
+    many = sorted(count for count in tokens if count > FEW)
+    if not many:
+        return None
+    parts = stack.ready().parts
+    stack.prompts()  # proven, so that no timing holds the proof
+
+    def one_by_one(count: int) -> Callable[[], object]:
+        made = Example(parts, 1, 0, count, False)
+        return lambda: made.by_layers(list(layers), Grown(), 0, count, True)()
+
+    def program(count: int) -> Callable[[], object]:
+        made = Example(parts, 1, 0, count, False)
+        return lambda: made.by_prompt(stack.prompts())[0]
+
+    return _fastest(one_by_one, program, many, parts, 1.0, f"prompt,{note}")
+
+
+def _fastest(
+    layers: Callable[[int], Callable[[], object]], program: Callable[[int], Callable[[], object]],
+    tokens: Sequence[int], parts: Sequence[DecoderParts], min_ratio: float, note: str,
+) -> bench.Choice:  # fmt: skip
+    first = parts[0]
+    shape = f"heads={first.heads}/{first.kv_heads}x{first.depth},ffn={first.inner},{note}"
+    return bench.choose_fastest(
+        {"layers": layers, "program": program},
+        tokens=tokens,
+        baseline="layers",
+        min_ratio=min_ratio,
+        key=lambda label, count: bench.layer_key((len(parts), first.hidden), 1.0, label, count, torch.float32, shape),
+    )

@@ -1,4 +1,6 @@
-"""The proof that a program computes what decoder layers compute: both run on random input, with a cache."""
+"""The proof that a program computes what decoder layers compute: both run on random input, behind what is in a cache,
+or as a prompt that fills one.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...native.decoder import BoundDecoder, cache_numbers, mask_numbers, table_numbers
+from ...native.decoder import BoundDecoder, mask_numbers, table_numbers
+from ...native.encoder import cache_numbers
 from ..modes import evaluating
 from ..packed_only import PackedLinear
 from ..rounded import RoundedLinear
 from .decoder_build import build_decoder
 from .decoder_parts import DecoderParts
+from .decoder_prompt import BoundPrompt
 from .proof import run_layers
 from .recognise import UnknownLayer
 from .weights import exact, rounds
 
-__all__ = ["Example", "prove_decoder"]
+__all__ = ["Example", "Grown", "prove_decoder", "prove_prompt"]
 
 _CASES = ((1, 1, 1), (2, 6, 1), (2, 9, 3))  # sequences, tokens in the cache, new ones
+_PROMPTS = ((1, 1), (2, 9), (1, 70))  # sequences, tokens
 _TOLERANCE = 1e-4  # of the largest value
 _ROUNDED_TOLERANCE = 5e-2
+_WHOLE_TOLERANCE = 1e-2  # of all layers of a prompt
 
 
-class _Grown:
+class Grown:
     """The least that a layer asks of a cache."""
 
     def __init__(self) -> None:
@@ -110,6 +116,17 @@ class Example:
 
         return run
 
+    def by_prompt(self, bound: BoundPrompt, real: Tensor | None = None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """(the same of a prompt, the keys and the values of each layer); real: bool `[B, S]`, None: all tokens are."""
+        batch, tokens, _ = self.hidden.shape
+        sizes = [(batch, p.kv_heads, tokens, p.depth) for p in self.parts]
+        keys, values = ([torch.zeros(size) for size in sizes] for _ in range(2))
+        turning = {p.kind for p in self.parts if p.turned}
+        pairs = [pair for kind, pair in self.tables.items() if kind in turning]
+        tables = [table.expand(batch, -1, -1).contiguous() for pair in pairs for table in pair]
+        numbers = [n for k, v in zip(keys, values) for n in cache_numbers(k, v)]
+        return bound(self.hidden, real, tables, numbers), keys, values
+
 
 def _flat(groups: Sequence[Sequence[int]]) -> list[int]:
     return [n for group in groups for n in group]
@@ -123,7 +140,7 @@ def prove_decoder(layers: Sequence[nn.Module], parts: Sequence[DecoderParts], bo
     that read a rounded copy for so many rows read it here for all that are tried, as the program does.
     """
     projections = [p for part in parts for p in part.projections]
-    with _rounded_rows([p.module for p in projections]):
+    with _rounded_rows([p.module for p in projections], max(batch * tokens for batch, _, tokens in _CASES)):
         if not any(map(rounds, projections)):
             return _prove(layers, parts, bound, False)
         if not any(isinstance(p.module, PackedLinear | RoundedLinear) for p in projections):
@@ -135,9 +152,25 @@ def prove_decoder(layers: Sequence[nn.Module], parts: Sequence[DecoderParts], bo
         return in_tuples
 
 
+def prove_prompt(layers: Sequence[nn.Module], parts: Sequence[DecoderParts], bound: BoundPrompt) -> None:
+    """:class:`UnknownLayer` where the layers and their program for prompts do not agree: layer by layer, and less
+    strictly, for in many layers on random input the last bit becomes more, all of them. With rounded activations as
+    :func:`prove_decoder`; of weights that are rounded for few rows both read the exact ones.
+    """
+    projections = [p for part in parts for p in part.projections]
+    rounded = any(map(rounds, projections))
+    with _rounded_rows([p.module for p in projections], 0):
+        if not rounded:
+            _prove_prompt(layers, parts, bound, _WHOLE_TOLERANCE)
+        elif not any(isinstance(p.module, PackedLinear) for p in projections):
+            with exact(projections):
+                _prove_prompt(layers, parts, BoundPrompt(parts), _WHOLE_TOLERANCE)
+        for layer, part in zip(layers, parts):
+            _prove_prompt([layer], [part], BoundPrompt([part]), _ROUNDED_TOLERANCE if rounded else _TOLERANCE)
+
+
 @contextmanager
-def _rounded_rows(modules: Sequence[nn.Module]) -> Iterator[None]:
-    most = max(batch * tokens for batch, _, tokens in _CASES)
+def _rounded_rows(modules: Sequence[nn.Module], most: int) -> Iterator[None]:
     held = {module: module.rows for module in modules if isinstance(module, RoundedLinear)}
     try:
         for module in held:
@@ -156,10 +189,10 @@ def _bound(parts: Sequence[DecoderParts]) -> BoundDecoder:
 def _prove(
     layers: Sequence[nn.Module], parts: Sequence[DecoderParts], bound: BoundDecoder, rounded: bool
 ) -> bool:
-    in_tuples = False
+    in_tuples, tolerance = False, _ROUNDED_TOLERANCE if rounded else _TOLERANCE
     with torch.no_grad(), evaluating(*layers):
         for batch, past, tokens in _CASES:
-            example, cache = Example(parts, batch, past, tokens, past > 1), _Grown()
+            example, cache = Example(parts, batch, past, tokens, past > 1), Grown()
             whole = past + tokens
             try:
                 example.layers(layers, cache, 0, past)
@@ -175,11 +208,41 @@ def _prove(
             if any(k.shape[1:] != (p.kv_heads, whole + 1, p.depth) for p, k in zip(parts, keys)):
                 raise UnknownLayer(f"its cache holds {list(keys[0].shape)}")
             found = example.program(bound, keys, values)
-            _compare(expected, found, rounded)
+            _compare(expected, found, tolerance)
             for p, k, v in zip(parts, keys, values):
-                _compare(cache.keys[p.place], k[:, :, :whole], rounded)
-                _compare(cache.values[p.place], v[:, :, :whole], rounded)
+                _compare(cache.keys[p.place], k[:, :, :whole], tolerance)
+                _compare(cache.values[p.place], v[:, :, :whole], tolerance)
     return in_tuples
+
+
+def _prove_prompt(
+    layers: Sequence[nn.Module], parts: Sequence[DecoderParts], bound: BoundPrompt, tolerance: float
+) -> None:
+    with torch.no_grad(), evaluating(*layers):
+        for batch, tokens in _PROMPTS:
+            example, cache = Example(parts, batch, 0, tokens, False), Grown()
+            real = torch.ones(batch, tokens, dtype=torch.bool)
+            if batch > 1:
+                real[0, : tokens // 2] = False
+                example.seen &= real[:, None]
+                example.seen |= torch.eye(tokens, dtype=torch.bool)
+            try:
+                expected = example.layers(layers, cache, 0, tokens)
+                plain = example.by_layers(layers, Grown(), 0, tokens, True)() if batch == 1 else expected
+            except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+                raise UnknownLayer(f"its layers do not take the prompt that was tried: {error}") from None
+            found, keys, values = example.by_prompt(bound, real if batch > 1 else None)
+            _compare(expected[real], found[real], tolerance)
+            if not _eager(layers):  # they attend to all where there is no mask; the program takes no such call
+                _compare(plain[real], found[real], tolerance)
+            for p, k, v in zip(parts, keys, values):
+                for mine, theirs in ((k, cache.keys[p.place]), (v, cache.values[p.place])):
+                    _compare(theirs.transpose(1, 2)[real], mine.transpose(1, 2)[real], tolerance)
+
+
+def _eager(layers: Sequence[nn.Module]) -> bool:
+    configs = (vars(m).get("config") for layer in layers for m in layer.modules())
+    return any(getattr(config, "_attn_implementation", None) == "eager" for config in configs)
 
 
 def _first_call(layer: nn.Module, parts: DecoderParts, example: Example) -> dict[str, Any]:
@@ -196,7 +259,7 @@ def _with_room(tensor: Tensor, whole: int) -> Tensor:
     return room
 
 
-def _compare(expected: Tensor, found: Tensor, rounded: bool) -> None:
+def _compare(expected: Tensor, found: Tensor, tolerance: float) -> None:
     far = float((expected - found).abs().max())
-    if not far <= (_ROUNDED_TOLERANCE if rounded else _TOLERANCE) * max(1.0, float(expected.abs().max())):
+    if not far <= tolerance * max(1.0, float(expected.abs().max())):
         raise UnknownLayer(f"layers and program differ by {far:.1e} on random input")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ...native.encoder import BoundEncoder
 from ..direct import why_not_direct, why_not_native
 from ..fusion import keep_attributes_
-from .build import build
+from .build import StackProgram, build
 from .masks import Unsupported, real_tokens
 from .proof import prove
 from .recognise import LayerParts, UnknownLayer, recognise
@@ -87,10 +87,15 @@ class StackForward:
         """Why the layers, and not the program, answer this call; None where the program does. Nothing is computed
         beyond what comes before the first layer.
         """
+        found = self.answered_by(*args, **kwargs)
+        return found if isinstance(found, str) else None
+
+    def answered_by(self, *args: Any, **kwargs: Any) -> StackProgram | str:
+        """The program that answers this call, or why the layers do."""
         try:
             self._run(args, kwargs, True)
-        except _Supported:
-            return None
+        except _Supported as supported:
+            return supported.built
         except Unsupported as reason:
             return str(reason)
         return "its forward does not run its layers"
@@ -192,7 +197,10 @@ def stack_of(module: nn.Module) -> StackForward | None:
 
 
 class _Supported(Exception):
-    """Raised by the last slot instead of running the program."""
+    """Raised by the last slot instead of running the program ``built``."""
+
+    def __init__(self, built: StackProgram) -> None:
+        self.built = built
 
 
 class _Slot:
@@ -254,7 +262,7 @@ class _Call(StackCall):
         if real is not None:
             self._look_behind(real)
         if self.dry:
-            raise _Supported
+            raise _Supported(bound.built)
         y = bound.program(x, real, tables)
         return y.transpose(0, 1).contiguous() if first else y
 

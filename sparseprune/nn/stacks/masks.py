@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Unsupported", "real_tokens"]
+__all__ = ["Unsupported", "kept", "real_in_prompt", "real_tokens"]
 
 _LOWEST = -1e30  # what a mask adds to a score that is not to count: this or less
 
@@ -29,14 +29,9 @@ def real_tokens(mask: Any, batch: int, length: int, window: int, real_is_true: b
         return None
     if type(mask) is not Tensor or mask.device.type != "cpu":
         raise Unsupported(f"the mask is {type(mask).__name__}, not a tensor on the CPU")
-    if mask.dtype is torch.bool:
-        keep = mask if real_is_true else ~mask
-    elif mask.is_floating_point():
-        keep = mask == 0
-        if not bool((keep | (mask <= _LOWEST)).all()):
-            raise Unsupported("the mask adds more than 0 or minus infinity to the scores")
-    else:
-        raise Unsupported(f"the mask has dtype {mask.dtype}")
+    keep = kept(mask)
+    if mask.dtype is torch.bool and not real_is_true:
+        keep = ~keep
     if keep.dim() == 2 and keep.shape == (batch, length):
         return _with_window(keep, None, window, length)
     if keep.dim() != 4 or keep.shape[1] != 1 or keep.shape[0] not in (1, batch) or keep.shape[3] != length:
@@ -50,6 +45,40 @@ def real_tokens(mask: Any, batch: int, length: int, window: int, real_is_true: b
     by_query = keep[:, 0]
     real = by_query.diagonal(dim1=1, dim2=2)  # every token sees itself
     return _with_window(real.expand(batch, length), by_query, window, length)
+
+
+def kept(mask: Tensor) -> Tensor:
+    """What a bool or additive mask lets count; :class:`Unsupported` where it adds anything else."""
+    if mask.dtype is torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        raise Unsupported(f"the mask has dtype {mask.dtype}")
+    keep = mask == 0
+    if not bool((keep | (mask <= _LOWEST)).all()):
+        raise Unsupported("the mask adds more than 0 or minus infinity to the scores")
+    return keep
+
+
+def real_in_prompt(mask: Any, batch: int, length: int) -> Tensor | None:
+    """Bool `[B, S]`, True where a token of a prompt is real; None: all are.
+
+    mask: None, where each token sees those up to itself; bool or additive `[B or 1, 1, S, S or more]`, of whose places
+    those from S on are empty. :class:`Unsupported` where it says more than that a token sees the real ones up to
+    itself; one that would see none may see all.
+    """
+    if mask is None:
+        return None
+    if type(mask) is not Tensor or not mask.is_cpu:
+        raise Unsupported(f"the mask is {type(mask).__name__}, not a tensor on the CPU")
+    if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1:3] != (1, length) or mask.shape[3] < length:
+        raise Unsupported(f"the mask has shape {list(mask.shape)} for a prompt of {batch} x {length} tokens")
+    keep = kept(mask)[:, 0]
+    real = keep[:, -1, :length]  # what the last token sees, of padding in front and behind alike
+    expected = torch.ones(length, length, dtype=torch.bool).tril() & real[:, None]
+    fits = (keep[..., :length] == expected).all(2) & ~keep[..., length:].any(2)
+    if not bool((fits | (keep.all(2) & ~expected.any(2))).all()):
+        raise Unsupported("the mask of the prompt says more than padding: what a token sees depends on its place")
+    return None if bool(real.all()) else real.expand(batch, length).contiguous()
 
 
 def _with_window(real: Tensor, by_query: Tensor | None, window: int, length: int) -> Tensor:
