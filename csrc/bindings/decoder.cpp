@@ -97,15 +97,15 @@ class DecoderProgram {
                   index = tensors_.place(in, "a weight's index", 0, kAnyDtype, true),
                   slots = tensors_.place(in, "a weight's offsets", 0, kInt32, true),
                   scale = tensors_.place(in, "a weight's scale", 0, kFloat32, true);
-    const int64_t kind = in.next("a weight's kind (whole, groups, bitmask or bitmask8)", kWholeKind, kBitmask8);
-    if (kind == kQuads) refuse("a weight's kind expected whole, groups, bitmask or bitmask8");
+    const int64_t kind = in.next("a weight's kind (whole, groups, bitmask, quads or bitmask8)", kWholeKind, kBitmask8);
     weight.whole = kind == kWholeKind;
     w.kind = weight.whole ? kGroups : static_cast<int>(kind);
     read_sizes(in, w);
     w.values = tensors_.pointer<void>(values);
     w.values_dtype = tensors_.value_dtype(values);
     weight.scale = tensors_.pointer<float>(scale);
-    if (scale >= 0) tensors_.expect("a weight's scale", scale, w.kind == kBitmask8 ? 2 * w.rows : w.rows);  // bitmask8: and the sum of each row
+    const bool rounds = w.kind == kBitmask8 || w.kind == kQuads;
+    if (scale >= 0) tensors_.expect("a weight's scale", scale, rounds ? 2 * w.rows : w.rows);  // and the sum of each row
     if (w.values_dtype == kInt8 && scale < 0) refuse("a weight in int8 expected a scale");
     if (!weight.whole && (index < 0 || slots < 0)) refuse("a packed weight expected an index and offsets");
     if (weight.whole) {
@@ -114,18 +114,18 @@ class DecoderProgram {
     } else {
       w.index = tensors_.pointer<uint16_t>(index);
       w.slots = tensors_.pointer<int32_t>(slots);
-      if (w.kind == kBitmask8) {
-        if (w.values_dtype != kInt8 || w.columns % 4 || w.columns > kMostRounded) {
-          refuse("a weight of kind bitmask8 expected int8, columns in fours up to " + std::to_string(kMostRounded));
+      if (rounds) {
+        if (w.values_dtype != kInt8 || w.columns % 4 || w.columns > kMostRounded || (w.kind == kQuads && w.k_block % 4)) {
+          refuse("a weight of kind bitmask8 or quads expected int8, columns and k_block in fours up to " + std::to_string(kMostRounded));
         }
         w.scale = weight.scale;
       }
-      if (w.kind != kGroups) {
+      if (w.kind != kGroups && w.kind != kQuads) {
         check_bits(w, values, index, slots);
         program_.products += int64_t{w.slots[w.rows]} * 2;
       } else {
         tensors_.check_groups(w, values, index, slots);
-        program_.products += int64_t{w.slots[2 * (w.rows / w.height * w.k_blocks)]} * w.height * 8;
+        program_.products += int64_t{w.slots[2 * (w.rows / w.height * w.k_blocks)]} * w.height * (rounds ? 2 : 8);
       }
     }
     program_.widest = std::max(program_.widest, w.columns);

@@ -1,8 +1,8 @@
 // The products of a decoder's step: a weight with the rows of few tokens, cut into pieces of outputs that a team shares. A thread makes
 // x for itself, normed or gated, in the order that the weight's kernel reads: that costs less than waiting for another's.
 //
-// Weights of kind "bitmask", "bitmask8" and "groups" use the texts of linear_bitmask.inl, linear_bitmask8.inl and linear_groups.inl, whole
-// ones that of rounded.inl.
+// Weights of each kind use the texts of linear_bitmask.inl, linear_bitmask8.inl, linear_groups.inl and linear_quads.inl, whole ones that
+// of rounded.inl.
 
 // How a kernel wants x.
 enum class RowOrder {
@@ -11,6 +11,7 @@ enum class RowOrder {
   tall,     // panels as pack_rows makes them
   tile,     // one panel [columns][tile_width(n)]
   rounded,  // in 8 bits, as round_rows makes them
+  quads,    // a rounded panel of rounded_width(n) tokens
 };
 
 static inline int64_t padded(int64_t columns) { return (columns + 63) / 64 * 64; }
@@ -19,6 +20,7 @@ static RowOrder order_of(const RowWeight& w, int64_t n) {
   const Packed& p = w.packed;
   if (w.whole) return RowOrder::plain;
   if (p.kind == kBitmask8) return RowOrder::rounded;
+  if (p.kind == kQuads) return RowOrder::quads;
   if (p.kind == kBitmask) {
     return p.values_dtype == kBfloat16 && has_narrow_expand() ? RowOrder::apart2 : RowOrder::plain;
   }
@@ -29,7 +31,7 @@ static RowOrder order_of(const RowWeight& w, int64_t n) {
 // Outputs of a piece: a few thousand cycles of work, in whole vectors, groups or row blocks.
 static int64_t piece_rows(const RowWeight& w) {
   const Packed& p = w.packed;
-  if (!w.whole && p.kind == kGroups && p.height < 8) return p.row_block;
+  if (!w.whole && (p.kind == kQuads || (p.kind == kGroups && p.height < 8))) return p.row_block;
   const int64_t rows = (int64_t(32768) / p.columns + 15) / 16 * 16;
   return rows < 16 ? 16 : rows;
 }
@@ -52,7 +54,7 @@ static void spread_piece(const Packed& w, const float* x, int64_t x_stride, int6
 
 // Floats that run_piece takes beside x.
 static int64_t piece_scratch(const RowWeight& w) {
-  if (w.whole || w.packed.kind != kGroups) return 0;
+  if (w.whole || (w.packed.kind != kGroups && w.packed.kind != kQuads)) return 0;
   return w.packed.row_block * 16 + w.packed.height * w.packed.k_block + 64;
 }
 
@@ -76,6 +78,13 @@ static void run_piece(const RowWeight& weight, int64_t i, const float* x, int64_
                                  reinterpret_cast<const int32_t*>(x + n * (width / 4) + n)};
     for (int64_t r = r0; r < r1; r += 16) bitmask8_tokens(w, rounded, n, r, r + 16 < r1 ? r + 16 : r1, y, y_stride, 0, e);
     return;
+  }
+  if (w.kind == kQuads) {
+    Epilogue after = e;
+    after.scale = nullptr;  // the products are scaled already
+    const int T = rounded_width(n);
+    kernels().int8.block(w, i, T, rounded_panel(x, w.columns, T), scratch);
+    return write_rows(scratch, T, n, r1 - r0, y, y_stride, 0, r0, after);
   }
   if (w.height >= 8) {
     return rows_groups(w, r0 / w.height, r1 / w.height, x, n == 1, n, scratch, y, y_stride, 0, e);
@@ -147,6 +156,7 @@ class RowInput {
     has_ordered_ = true;
     switch (order) {
       case RowOrder::tall: pack_rows(plain_, width, n_, ordered_, columns, 0, columns); break;
+      case RowOrder::quads: round_panel(plain_, width, n_, rounded_width(n_), columns, ordered_); break;
       case RowOrder::rounded: round_rows(plain_, width, n_, columns, ordered_); break;
       case RowOrder::tile: pack_panel(plain_, width, n_, tile_width(n_), ordered_, 0, columns); break;
       default:

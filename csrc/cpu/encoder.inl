@@ -1,5 +1,6 @@
-// A stack of encoder layers as one call: steps on panels [feature][token] that a thread takes its sequences through from the first
-// step to the last, so that activations stay in its L2, or that all threads share where there are few sequences.
+// A stack of encoder layers, or of decoder layers that get a prompt, as one call: steps on panels [feature][token] that a thread takes its
+// sequences through from the first step to the last, so that activations stay in its L2, or that all threads share where there are few
+// sequences.
 //
 // A unit is some sequences side by side, its tokens in panels of kTile lanes; lanes without a token hold anything and are never read
 // into another lane. Every step works on buffers of the unit, named by number; sparseprune/encoder_program.py lists the steps.

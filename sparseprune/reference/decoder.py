@@ -33,7 +33,7 @@ def _linear(step: Linear, program: Program, tensors: list[Tensor], x: Tensor) ->
     values = tensors[weight.values]
     x = _normed(step.norm, tensors, x)
     bias = None if step.bias < 0 else tensors[step.bias][: weight.rows]
-    if weight.plan.kind == Kind.BITMASK8:
+    if weight.plan.kind in (Kind.BITMASK8, Kind.QUADS):
         assert scale is not None
         y = rounded_product(x, tensors[weight.indices], tensors[weight.offsets], values, scale, weight.plan)
         return activate(y if bias is None else y + bias, step.activation)

@@ -28,6 +28,7 @@ from sparseprune.nn.stacks.decoder_forward import _table
 from sparseprune.nn.stacks.decoder_parts import recognise_decoder
 from sparseprune.nn.stacks.masks import Unsupported
 from sparseprune.nn.stacks.recognise import UnknownLayer
+from sparseprune.packing import Kind
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(_native.C is None, reason="no compiled core")
@@ -529,3 +530,23 @@ def test_a_pretrained_model_writes_the_same(need_package):
                 found, expected = (m.generate(ids, max_new_tokens=8, do_sample=False) for m in (model, layers))
                 assert torch.equal(found, expected), (values, text)
         assert notes.count(None) > 100
+
+
+def test_eight_sequences_in_8_bits():
+    """Packed in fours for eight tokens, which the program reads as its layers do."""
+    model = make("llama")
+    sp.prune_(model, sparsity=0.5, filter_fn=lambda m, fqn: "self_attn" in fqn, granularity=sp.Block(1, 4))
+    sp.sparsify_(
+        model, layout="bsr", blocksize=(1, 4), tokens=(8, 64), engine="program", value_dtype="int8",
+        activations="int8", filter_fn=lambda m, fqn: "self_attn" in fqn,
+    )  # fmt: skip
+    kinds = {w.plan.kind for w in stack_of(body(model)).ready().built.program.weights}
+    assert Kind.QUADS in kinds
+    ids = prompts(8)["input_ids"]
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+        with programs(model) as notes:
+            found = model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+        expected = undone(model)(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+    assert notes == [None]
+    torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2 * float(expected.abs().max()))

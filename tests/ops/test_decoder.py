@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(_native.C is None, reason="no compiled core")
 HIDDEN, DEPTH, FFN = 36, 10, 52
 FORMS = ["csr1", "csr128", "bsr2", "bsr4", "bsr8", "bsr16", "whole"]
 VALUES = ["float32", "bfloat16", "int8"]
+ROUNDING = {"csr1 int8": Kind.BITMASK8, "quads": Kind.QUADS, "quads of four": Kind.QUADS}
 
 
 class Maker:
@@ -26,7 +27,7 @@ class Maker:
     def __init__(self, form: str = "csr1", values: str = "float32", density: float = 0.5) -> None:
         self.generator = torch.Generator().manual_seed(0)
         self.form, self.values, self.density = form, values, density
-        self.activations = "int8" if form == "csr1 int8" else "float32"
+        self.activations = "int8" if form in ROUNDING else "float32"
         self.tensors: list[Tensor] = []
         self.weights: list[P.Weight] = []
 
@@ -57,6 +58,11 @@ class Maker:
         kept = torch.rand(w.shape, generator=self.generator) < self.density
         held: layouts.Layout = layouts.from_dense(w * kept, "csr")
         tokens = 1 if self.form.startswith("csr1 ") or self.form == "csr1" else 128
+        if self.form.startswith("quads"):
+            height = 4 if self.form == "quads of four" and rows % 4 == 0 else 1
+            blocks = w.view(rows // height, height, columns // 4, 4)
+            blocks = blocks * kept[: rows // height, None, : columns // 4, None]
+            held = layouts.BSR.from_dense(blocks.reshape(rows, columns), (height, 4))
         if self.form.startswith("bsr"):
             height = next(h for h in (int(self.form[3:]), 4, 2, 1) if rows % h == 0)
             blocks = w.view(-1, height, columns) * kept.view(-1, height, columns)[:, :1]
@@ -117,12 +123,13 @@ def test_every_form_of_weight(tier, form, values, batch, tokens):
     agree(made, layer(made), batch, tokens)
 
 
+@pytest.mark.parametrize("form", ROUNDING)
 @pytest.mark.parametrize("batch, tokens", [(1, 1), (3, 1), (1, 7), (16, 1)])
-def test_activations_in_8_bits(tier, batch, tokens):
+def test_activations_in_8_bits(tier, form, batch, tokens):
     """A sum that differs in its last bit may round to the next number."""
-    made = Maker("csr1 int8", "int8")
+    made = Maker(form, "int8")
     program = layer(made)
-    assert {w.plan.kind for w in program.weights} == {Kind.BITMASK8}
+    assert {w.plan.kind for w in program.weights} == {ROUNDING[form]}
     agree(made, program, batch, tokens, tolerance=2e-2)
 
 
@@ -298,10 +305,10 @@ def test_more_entries_than_columns_are_refused():
         native.decoder.BoundDecoder(made.tensors, *program.encode())
 
 
-@pytest.mark.parametrize("form", ["csr128", "bsr4", "bsr16", "csr1", "csr1 int8"])
+@pytest.mark.parametrize("form", ["csr128", "bsr4", "bsr16", "csr1", *ROUNDING])
 def test_random_offsets_and_indices_are_refused_or_run(form):
     """Numbers of packed weights changed at random: the core raises, or reads nothing outside; sanitizers watch."""
-    made = Maker(form, "int8" if form == "csr1 int8" else "bfloat16")
+    made = Maker(form, "int8" if form in ROUNDING else "bfloat16")
     program = layer(made)
     plan = program.encode()
     draw = random.Random(0)
@@ -323,7 +330,7 @@ def test_random_offsets_and_indices_are_refused_or_run(form):
             refused += 1
             continue
         keys, values, table = torch.zeros(2, 2, 8, DEPTH), torch.zeros(2, 2, 8, DEPTH), torch.ones(1, 1, DEPTH)
-        numbers, turns = native.decoder.cache_numbers(keys, values), native.decoder.table_numbers(table, table)
+        numbers, turns = native.encoder.cache_numbers(keys, values), native.decoder.table_numbers(table, table)
         bound(torch.ones(2, 1, HIDDEN), list(numbers), 8, 3, [], list(turns))
     assert refused > 20
 
@@ -342,7 +349,7 @@ def test_random_plans_are_refused_or_run():
         try:
             bound = native.decoder.BoundDecoder(made.tensors, changed, scalars)
             keys, values = torch.zeros(2, 2, 8, DEPTH), torch.zeros(2, 2, 8, DEPTH)  # the numbers hold neither
-            numbers = list(native.decoder.cache_numbers(keys, values))
+            numbers = list(native.encoder.cache_numbers(keys, values))
             mask, table = torch.ones(2, 1, 8, dtype=torch.bool), torch.ones(1, 1, DEPTH)
             if changed[2 : 2 + changed[1]] != plan[2:7] or changed[7] != plan[7]:
                 continue  # x and the result have other widths: for the caller to see

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ... import decoder_program as P
-from ...packing import Kind
 from ..linear import SparseLinear
 from ..rounded import Copy, RoundedLinear
 from .build import StackProgram
@@ -75,8 +74,6 @@ class Tensors:
     def _weight(self, module: nn.Module) -> P.Weight:
         if isinstance(module, SparseLinear):
             p = module._packed(module._forms.for_rows(1))
-            if p.plan.kind not in (Kind.GROUPS, Kind.BITMASK, Kind.BITMASK8):
-                raise UnknownLayer(f"a weight is packed as {Kind(p.plan.kind).name.lower()}")
             values, index, offsets, scale = (self.place(t) for t in (p.values, p.index, p.offsets, p.scale))
             return P.Weight(values, index, offsets, scale, p.plan)
         assert isinstance(module, nn.Linear)
