@@ -133,14 +133,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peers", action="store_true", help="torch's bfloat16 and dynamic int8 too")
     parser.add_argument("--programs-only", action="store_true", help="leave out the same layer by layer")
-    parser.add_argument("--long", type=int, default=0, help="only write so many tokens, and show how that slows down")
+    parser.add_argument("--long", type=int, default=0, help="only write so many tokens; torch too with --peers")
     parser.add_argument("--out", type=Path, default=RESULTS / "decoding.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     dense = load(arguments.model)[0].requires_grad_(False)
     shape = (arguments.batch, arguments.prompt)
     ids = torch.randint(5, dense.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    models: dict[str, Any] = {"torch float32": dense}
+    models: dict[str, Any] = {} if arguments.long and not arguments.peers else {"torch float32": dense}
     nbytes: dict[str, int] = {}
     if arguments.peers:
         models |= {"torch bfloat16": torch_bfloat16(dense), "torch int8 dynamic": torch_int8(dense)}
