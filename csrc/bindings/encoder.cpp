@@ -34,11 +34,11 @@ class EncoderProgram {
     for (auto& rows : rows_) rows = in.next("the features of a buffer", 1, kLargest);
     const int64_t buffers = static_cast<int64_t>(rows_.size());
     program_.result = static_cast<int>(in.next("the result's buffer", 0, buffers - 1));
-    weights_.resize(static_cast<size_t>(in.next("the number of weights", 0, kLargest)));
+    weights_.resize(static_cast<size_t>(in.next("the number of weights", 0, in.left())));
     scales_.resize(weights_.size());
     whole_.resize(weights_.size());
     for (size_t i = 0; i < weights_.size(); ++i) read_weight(in, i);
-    steps_.resize(static_cast<size_t>(in.next("the number of steps", 0, kLargest)));
+    steps_.resize(static_cast<size_t>(in.next("the number of steps", 0, in.left())));
     for (auto& step : steps_) read_step(in, scalars, step);
     if (!in.done()) refuse("it goes on behind its last step");
     program_.buffers = buffers;

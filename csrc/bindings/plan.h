@@ -33,6 +33,7 @@ class PlanReader {
   }
   void skip_to(size_t end) { at_ = end; }
   size_t place() const { return at_; }
+  int64_t left() const { return static_cast<int64_t>(plan_.size() - at_); }
   bool done() const { return at_ == plan_.size(); }
 
  private:

@@ -533,11 +533,11 @@ def test_a_pretrained_model_writes_the_same(need_package):
 
 
 def test_eight_sequences_in_8_bits():
-    """Packed in fours for eight tokens, which the program reads as its layers do."""
+    """Packed in fours, as weights are for so many tokens, which the program reads as its layers do."""
     model = make("llama")
     sp.prune_(model, sparsity=0.5, filter_fn=lambda m, fqn: "self_attn" in fqn, granularity=sp.Block(1, 4))
     sp.sparsify_(
-        model, layout="bsr", blocksize=(1, 4), tokens=(8, 64), engine="program", value_dtype="int8",
+        model, layout="bsr", blocksize=(1, 4), tokens=(16, 64), engine="program", value_dtype="int8",
         activations="int8", filter_fn=lambda m, fqn: "self_attn" in fqn,
     )  # fmt: skip
     kinds = {w.plan.kind for w in stack_of(body(model)).ready().built.program.weights}

@@ -74,9 +74,81 @@ def same(model, call: dict[str, Tensor], kind: str = "dynamic", tolerance: float
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_every_architecture(name, attention):
     model = sparse(name, attention=attention)
-    for batch, length, padding in ((1, 1, "none"), (1, 70, "none"), (3, 20, "none"), (3, 20, "left"), (3, 33, "right")):
+    for batch, length, padding in ((1, 1, "none"), (1, 70, "none"), (3, 20, "none"), (3, 20, "left")):
         for kind in ("dynamic", "static", "none"):
             assert same(model, prompt(batch, length, padding), kind) is None, (batch, length, padding, kind)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_that_is_not_in_front_is_the_layers(attention):
+    """They give its tokens hidden states of the tokens before, which heads read that know of no padding."""
+    model = sparse("llama", attention=attention)
+    reason = "there is padding behind a token of the prompt, whose hidden states may be read"
+    assert same(model, prompt(3, 33, "right")) == reason
+    hole = prompt(1, 9)
+    hole["attention_mask"][0, 3] = 0
+    assert same(model, hole) == reason
+    expected = undone(model)(**hole).logits
+    torch.testing.assert_close(model(**hole).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype(dtype):
+    """What the core writes is float32 whatever torch makes by default."""
+    model, call = sparse("llama"), prompt(2, 20, "left")
+    assert same(model, call) is None
+    cold = copy.deepcopy(model)  # whose programs are made, and proven, by its first calls
+    torch.set_default_dtype(dtype)
+    try:
+        assert same(model, call) is None
+        assert same(cold, call) is None
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("when", ["call", "config before", "config behind", "another attention"])
+@torch.no_grad()
+def test_attention_that_sees_what_is_behind(when):
+    model = make("llama", attention="eager" if when == "another attention" else "sdpa")
+    if when == "config before":
+        model.config.is_causal = False
+    if when == "another attention":
+        for layer in body(model).layers:
+            layer.self_attn.is_causal = False
+    sp.prune_(model, sparsity=0.5)
+    sp.sparsify_(model, layout="csr", tokens=(1, 64), engine="program")
+    ids = prompt(1, 30)["input_ids"]
+    causal = model(ids).logits
+    if when == "config behind":
+        model.config.is_causal = False
+    if when == "another attention":
+        model.config._attn_implementation = "sdpa"
+    options = {"is_causal": False} if when == "call" else {}
+    with programs(model) as notes:
+        found = model(ids, **options).logits
+    expected = undone(model)(ids, **options).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert "is_causal" in notes[0] or "differ by" in notes[0], notes
+    assert when == "config before" or not torch.allclose(found, causal, atol=0.1)
+
+
+def test_a_refusal_ends_with_its_cause():
+    model = make("llama")
+    sp.prune_(model, sparsity=0.5)
+    for layer in body(model).layers:
+        layer.self_attn.is_causal = False
+    sp.sparsify_(model, layout="csr", tokens=(1, 64), engine="program")
+    assert "differ by" in same(model, prompt(1, 20))
+    for layer in body(model).layers:
+        layer.self_attn.is_causal = True
+    assert same(model, prompt(1, 20)) is None
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    with torch.no_grad():
+        body(model).layers[0].mlp.up_proj.values.fill_(float("nan"))
+        model(prompt(1, 5)["input_ids"])
+    assert "differ by nan" in stack_of(body(copy.deepcopy(model))).why_not(input_ids=prompt(1, 5)["input_ids"])
+    model.load_state_dict(state)
+    assert same(model, prompt(1, 20)) is None
 
 
 def test_each_sequence_has_its_own_places():
@@ -131,7 +203,9 @@ def test_what_masks_say():
     causal = torch.ones(4, 4, dtype=torch.bool).tril()
     assert real_in_prompt(None, 2, 4) is None and real_in_prompt(causal[None, None], 2, 4) is None
     added = torch.zeros(2, 1, 4, 6).masked_fill(~torch.nn.functional.pad(causal, (0, 2))[None, None], float("-inf"))
-    assert real_in_prompt(added, 2, 4) is None
+    assert real_in_prompt(added, 2, 4, whole=True) is None
+    with pytest.raises(Unsupported, match=r"shape \[2, 1, 4, 6\]"):
+        real_in_prompt(added, 2, 4)  # places of a cache that is not there
     left = causal & torch.tensor([False, True, True, True])
     both = torch.stack([left, causal])[:, None]
     assert torch.equal(real_in_prompt(both, 2, 4), torch.tensor([[False, True, True, True], [True] * 4]))
@@ -140,11 +214,14 @@ def test_what_masks_say():
         (added * 0 + 0.5, "more than 0 or minus infinity"),
         (causal[None], r"shape \[1, 4, 4\]"),
         (causal[None, None].long(), "dtype torch.int64"),
+        (added.double(), "dtype torch.float64"),
+        (causal & torch.tensor([True, True, False, True]), r"shape \[4, 4\]"),
+        ((causal & torch.tensor([True, True, False, True]))[None, None], "padding behind a token"),
         (causal[None, None].expand(3, 1, 4, 4), r"shape \[3, 1, 4, 4\] for a prompt of 2 x 4"),
         ("mask", "the mask is str"),
     ):
         with pytest.raises(Unsupported, match=match):
-            real_in_prompt(wrong, 2, 4)
+            real_in_prompt(wrong, 2, 4, whole=True)
 
 
 def test_forms_for_few_tokens_alone():

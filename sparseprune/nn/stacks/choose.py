@@ -244,14 +244,14 @@ def _measure_encoder(
 
     def one_by_one(count: int) -> Callable[[], object]:
         generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(*shape(count), first.hidden, generator=generator)
+        hidden = torch.randn(*shape(count), first.hidden, generator=generator, dtype=torch.float32)
         calls, _ = example(parts, torch.ones(shape(count), dtype=torch.bool), False, generator)
         x = hidden.transpose(0, 1).contiguous() if first.sequence_first else hidden
         return lambda: run_layers(list(layers), calls, x)
 
     def program(count: int) -> Callable[[], object]:
         generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(*shape(count), first.hidden, generator=generator)
+        hidden = torch.randn(*shape(count), first.hidden, generator=generator, dtype=torch.float32)
         _, tables = example(parts, torch.ones(shape(count), dtype=torch.bool), False, generator)
         if first.sequence_first:  # as it comes, and as it is handed on
             x = hidden.transpose(0, 1).contiguous()

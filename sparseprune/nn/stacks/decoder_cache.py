@@ -136,7 +136,7 @@ class Prompted:
 
     def __init__(self, cache: Any, places: tuple[int, ...], size: tuple[int, int, int, int], real: bool) -> None:
         make = torch.empty if real else torch.zeros
-        self._parts = [make(size) for _ in range(2 * len(places))]
+        self._parts = [make(size, dtype=torch.float32, device="cpu") for _ in range(2 * len(places))]
         self._cache, self._places = cache, places
         self._before = [dict(vars(layer)) for layer in cache.layers]
         self.numbers = [n for k, v in zip(self._parts[::2], self._parts[1::2]) for n in cache_numbers(k, v)]

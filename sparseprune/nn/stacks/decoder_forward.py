@@ -49,38 +49,39 @@ class _Ready(Ready):
 
 
 class _Prompts:
-    """The program for prompts, made and proven by the first of them, or the reason why there is none."""
+    """The program for prompts, made and proven by the first of them, or the reason why there is none. known: those of
+    the same layers with other weights.
+    """
 
-    def __init__(self, layers: Sequence[nn.Module], parts: Sequence[DecoderParts], proven: bool) -> None:
-        self._of, self._proven = (layers, parts), proven
+    def __init__(
+        self, layers: Sequence[nn.Module], parts: Sequence[DecoderParts], known: _Prompts | None = None
+    ) -> None:
+        self._of = layers, parts
+        self._proven: bool = known is not None and known._proven
+        self._plain: bool = known is not None and known._plain  # also without a mask
         self._made: BoundPrompt | str | None = None
         self._lock = threading.Lock()
-
-    @property
-    def proven(self) -> bool:
-        """Whether programs of these layers give what they give."""
-        return self._proven
 
     @property
     def refused(self) -> str | None:
         return self._made if isinstance(self._made, str) else None
 
-    def program(self) -> BoundPrompt:
-        """:class:`Unsupported` where there is none."""
+    def program(self, plain: bool = False) -> BoundPrompt:
+        """plain: for calls without a mask. :class:`Unsupported` where there is none."""
         with self._lock:
-            if self._made is None:
-                self._made = self._make()
+            if self._made is None or (isinstance(self._made, BoundPrompt) and plain and not self._plain):
+                self._made = self._make(plain)
         if isinstance(self._made, str):
             raise Unsupported(self._made)
         return self._made
 
-    def _make(self) -> BoundPrompt | str:
+    def _make(self, plain: bool) -> BoundPrompt | str:
         layers, parts = self._of
         try:
             with torch.no_grad():
                 made = BoundPrompt(parts)
-                if not self._proven:
-                    prove_prompt(layers, parts, made)
+                if not self._proven or (plain and not self._plain):
+                    self._plain = prove_prompt(layers, parts, made)
         except UnknownLayer as error:
             return f"prompts have no program: {error}"
         self._proven = True
@@ -90,8 +91,8 @@ class _Prompts:
 class DecoderForward(StackForward):
     """``forward`` of the instance ``owner``, which loops over its ModuleList ``name`` of decoder layers.
 
-    The same result as the class's forward, and the same tokens in the cache; but of a prompt's padding hidden states,
-    keys and values are zero. A program takes calls of up to 16 new tokens, over all sequences, with a DynamicCache or a
+    The same result as the class's forward, and the same tokens in the cache; but of padding in front of a prompt hidden
+    states, keys and values are zero. A program takes calls of up to 16 new tokens, over all sequences, with a DynamicCache or a
     StaticCache that holds the tokens before them, and prompts without a cache or with an empty one. ``by_layers``: why
     layers answer all prompts.
     """
@@ -131,7 +132,7 @@ class DecoderForward(StackForward):
             modules=modules, weights=weights, layers=layers, parts=parts,
             groups=tuple(kinds.index(p.kind) for p in parts), places=tuple(p.place for p in parts),
             most=min([MOST_ROWS, *rows]), rounded=max(rows, default=0),
-            prompts=_Prompts(layers, parts, known is not None and known.prompts.proven), built=built,
+            prompts=_Prompts(layers, parts, None if known is None else known.prompts), built=built,
             program=program, in_tuples=in_tuples,
             names=_argument_names(type(layers[0])),
         )  # fmt: skip
@@ -146,8 +147,10 @@ class DecoderForward(StackForward):
             # before the masks of a prompt are made twice
             if self.by_layers is not None:
                 raise Unsupported(self.by_layers)
-            if self._bound is not None and self._bound.prompts.refused is not None:
-                raise Unsupported(self._bound.prompts.refused)
+            bound = self._bound
+            refused = None if bound is None else bound.prompts.refused
+            if refused is not None and bound.modules.same() and bound.weights.fresh():
+                raise Unsupported(refused)
 
 
 class _Call(StackCall):
@@ -184,6 +187,8 @@ class _Call(StackCall):
 
     def _check(self, kwargs: dict[str, Any]) -> None:
         parts = self.bound.parts[0]
+        if kwargs.get("is_causal") is False:
+            raise Unsupported("its layers get is_causal=False")
         known = {parts.mask, parts.cache, "position_embeddings", *_WITHOUT_EFFECT}
         for name, value in kwargs.items():
             if value is not None and value is not False and name not in known:
@@ -235,13 +240,17 @@ class _Call(StackCall):
             raise Unsupported("the prompt is empty")
         if batch * tokens <= bound.rounded:
             raise Unsupported(f"dense layers hold rounded copies for calls of up to {bound.rounded} tokens")
-        program = bound.prompts.program()
         masks, tables = [], []
         for group, known in enumerate(self._groups):
             assert known is not None
             masks.append(known[0])
             tables += positions_of(known[1], batch, tokens, bound.parts[bound.groups.index(group)].turned)
-        real = real_tokens_of(masks, batch, tokens, self._eager())
+        configs = bound.modules._configs
+        if any(getattr(config, "is_causal", True) is False for config in configs):
+            raise Unsupported("config.is_causal is False")
+        whole = type(cache).__name__ == "StaticCache"
+        real = real_tokens_of(masks, batch, tokens, self._eager(), whole)
+        program = bound.prompts.program(tokens > 1 and any(mask is None for mask in masks))
         if self.dry:
             raise _Supported(program.built)
         if cache is None:

@@ -52,7 +52,7 @@ def measure_decoder(
             cases.clear()  # numbers come one after the other
             generator = torch.Generator().manual_seed(0)
             sizes = [(count, p.kv_heads, _PAST + 1, p.depth) for p in parts]
-            keys, values = ([torch.randn(s, generator=generator) for s in sizes] for _ in range(2))
+            keys, values = ([torch.randn(s, generator=generator, dtype=torch.float32) for s in sizes] for _ in range(2))
             cases[count] = Example(parts, count, _PAST, 1, False), keys, values
         return cases[count]
 

@@ -135,7 +135,8 @@ def _norm(module: Any) -> NormParts:
     eps = eps_of(module)
     if eps is None:
         raise UnknownLayer(f"its norm is {type(module).__name__}")
-    x = torch.randn(3, module.weight.numel(), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, module.weight.numel(), generator=generator, dtype=torch.float32)
     found, plain = module(x), x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     for plus_one in (False, True):
         if torch.allclose(found, plain * (module.weight + plus_one), rtol=1e-4, atol=1e-5):

@@ -127,9 +127,9 @@ class BoundPrompt:
         return self._program(hidden, real, tables, cache, hidden.shape[1])
 
 
-def real_tokens_of(masks: Sequence[Any], batch: int, length: int, eager: bool) -> Tensor | None:
+def real_tokens_of(masks: Sequence[Any], batch: int, length: int, eager: bool, whole: bool) -> Tensor | None:
     """Of the masks that kinds of layers get, bool `[B, S]`; None: all tokens are real. eager: layers add the mask to
-    the scores. :class:`Unsupported` where a mask says more.
+    the scores; whole: masks cover all places of the cache. :class:`Unsupported` where a mask says more.
     """
     found: list[Tensor | None] = []
     for mask in masks:
@@ -137,7 +137,7 @@ def real_tokens_of(masks: Sequence[Any], batch: int, length: int, eager: bool) -
             raise Unsupported("no mask says what the tokens of the prompt see")
         if isinstance(mask, Tensor) and mask.dtype is torch.bool and eager:
             raise Unsupported("the mask has dtype torch.bool, and is added to the scores")
-        found.append(real_in_prompt(mask, batch, length))
+        found.append(real_in_prompt(mask, batch, length, whole))
     first = found[0]
     for other in found[1:]:
         same = first is other or (first is not None and other is not None and torch.equal(first, other))

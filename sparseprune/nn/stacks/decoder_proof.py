@@ -58,7 +58,7 @@ class Example:
         self.parts, self.past = parts, past
         generator = torch.Generator().manual_seed(past)
         whole = past + tokens
-        self.hidden = torch.randn(batch, whole, parts[0].hidden, generator=generator)
+        self.hidden = torch.randn(batch, whole, parts[0].hidden, generator=generator, dtype=torch.float32)
         self.seen = torch.ones(batch, whole, whole, dtype=torch.bool).tril()
         if padded:
             self.seen[0, :, : past // 2] = False
@@ -66,7 +66,8 @@ class Example:
         self.tables: dict[str, tuple[Tensor, Tensor]] = {}
         for layer in parts:
             if layer.kind not in self.tables:
-                angle = torch.rand(1, whole, layer.turned // 2, generator=generator).mul_(6).repeat(1, 1, 2)
+                angle = torch.rand(1, whole, layer.turned // 2, generator=generator, dtype=torch.float32)
+                angle = angle.mul_(6).repeat(1, 1, 2)
                 self.tables[layer.kind] = angle.cos(), angle.sin()
 
     def layers(self, layers: Sequence[nn.Module], cache: Any, begin: int, end: int) -> Tensor:
@@ -78,7 +79,7 @@ class Example:
     ) -> Callable[[], Tensor]:
         """The same as a call for which everything is made; plain: without a mask."""
         lowest = torch.finfo(torch.float32).min
-        mask = torch.zeros(self.seen[:, None, begin:end, :end].shape)
+        mask = torch.zeros(self.seen[:, None, begin:end, :end].shape, dtype=torch.float32)
         mask.masked_fill_(~self.seen[:, None, begin:end, :end], lowest)
         calls = []
         for layer, parts in zip(layers, self.parts):
@@ -120,7 +121,7 @@ class Example:
         """(the same of a prompt, the keys and the values of each layer); real: bool `[B, S]`, None: all tokens are."""
         batch, tokens, _ = self.hidden.shape
         sizes = [(batch, p.kv_heads, tokens, p.depth) for p in self.parts]
-        keys, values = ([torch.zeros(size) for size in sizes] for _ in range(2))
+        keys, values = ([torch.zeros(size, dtype=torch.float32) for size in sizes] for _ in range(2))
         turning = {p.kind for p in self.parts if p.turned}
         pairs = [pair for kind, pair in self.tables.items() if kind in turning]
         tables = [table.expand(batch, -1, -1).contiguous() for pair in pairs for table in pair]
@@ -152,8 +153,9 @@ def prove_decoder(layers: Sequence[nn.Module], parts: Sequence[DecoderParts], bo
         return in_tuples
 
 
-def prove_prompt(layers: Sequence[nn.Module], parts: Sequence[DecoderParts], bound: BoundPrompt) -> None:
-    """:class:`UnknownLayer` where the layers and their program for prompts do not agree: layer by layer, and less
+def prove_prompt(layers: Sequence[nn.Module], parts: Sequence[DecoderParts], bound: BoundPrompt) -> bool:
+    """Whether calls without a mask were tried too, which layers that add masks to scores do not get.
+    :class:`UnknownLayer` where the layers and their program for prompts do not agree: layer by layer, and less
     strictly, for in many layers on random input the last bit becomes more, all of them. With rounded activations as
     :func:`prove_decoder`; of weights that are rounded for few rows both read the exact ones.
     """
@@ -167,6 +169,7 @@ def prove_prompt(layers: Sequence[nn.Module], parts: Sequence[DecoderParts], bou
                 _prove_prompt(layers, parts, BoundPrompt(parts), _WHOLE_TOLERANCE)
         for layer, part in zip(layers, parts):
             _prove_prompt([layer], [part], BoundPrompt([part]), _ROUNDED_TOLERANCE if rounded else _TOLERANCE)
+    return not _eager(layers)
 
 
 @contextmanager

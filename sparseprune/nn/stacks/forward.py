@@ -62,7 +62,7 @@ class StackForward:
         self.owner, self.name, self.reader = owner, name, reader
         self._lock = threading.Lock()
         self._bound: Any = None
-        self._refused: tuple[Modules, str] | None = None
+        self._refused: tuple[Modules, str, Any] | None = None  # and what tells whether its tensors are the same
         update_wrapper(self, type(owner).forward, updated=())
         signature = inspect.signature(type(owner).forward)
         self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
@@ -117,7 +117,7 @@ class StackForward:
             why = "a gradient is needed"
         if why is not None:
             raise Unsupported(why)
-        if self._refused is not None and self._refused[0] is modules:
+        if self._refused is not None and self._refused[0] is modules and self._refused[2] == modules.versions():
             raise Unsupported(self._refused[1])
         if bound is None or bound.modules is not modules or not bound.weights.fresh():
             why = modules.why_not_float32()
@@ -137,7 +137,7 @@ class StackForward:
                 with torch.no_grad():
                     self._bound = bound = self._bind(modules, known)
             except UnknownLayer as error:
-                self._bound, self._refused = None, (modules, str(error))
+                self._bound, self._refused = None, (modules, str(error), modules.versions())
                 raise Unsupported(str(error)) from None
             self._refused = None
             return bound
@@ -157,7 +157,8 @@ class StackForward:
         except Unsupported as reason:
             if call.done:  # a layer was asked once more behind the last one, and will be again
                 call.undo()
-                self._bound, self._refused = None, (call.bound.modules, str(reason))
+                modules = call.bound.modules
+                self._bound, self._refused = None, (modules, str(reason), modules.versions())
             raise
         if not call.done:
             raise Unsupported("its forward does not run its layers")

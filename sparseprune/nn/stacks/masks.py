@@ -59,18 +59,23 @@ def kept(mask: Tensor) -> Tensor:
     return keep
 
 
-def real_in_prompt(mask: Any, batch: int, length: int) -> Tensor | None:
+def real_in_prompt(mask: Any, batch: int, length: int, whole: bool = False) -> Tensor | None:
     """Bool `[B, S]`, True where a token of a prompt is real; None: all are.
 
-    mask: None, where each token sees those up to itself; bool or additive `[B or 1, 1, S, S or more]`, of whose places
-    those from S on are empty. :class:`Unsupported` where it says more than that a token sees the real ones up to
-    itself; one that would see none may see all.
+    mask: None, where each token sees those up to itself; bool or float32, added, `[B or 1, 1, S, S]`, or where it is of
+    a ``whole`` cache `[.., S or more]`, of whose places those from S on are empty. :class:`Unsupported` where it says
+    more than that a token sees the real ones up to itself, one that would see none may see all; and on padding that is
+    not in front of a sequence, for layers give such tokens hidden states that may be read.
     """
     if mask is None:
         return None
     if type(mask) is not Tensor or not mask.is_cpu:
         raise Unsupported(f"the mask is {type(mask).__name__}, not a tensor on the CPU")
-    if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1:3] != (1, length) or mask.shape[3] < length:
+    if mask.dtype not in (torch.bool, torch.float32):
+        raise Unsupported(f"the mask has dtype {mask.dtype}")
+    keys = mask.shape[-1]
+    fits_in = keys == length or (whole and keys > length)
+    if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1:3] != (1, length) or not fits_in:
         raise Unsupported(f"the mask has shape {list(mask.shape)} for a prompt of {batch} x {length} tokens")
     keep = kept(mask)[:, 0]
     real = keep[:, -1, :length]  # what the last token sees, of padding in front and behind alike
@@ -78,6 +83,8 @@ def real_in_prompt(mask: Any, batch: int, length: int) -> Tensor | None:
     fits = (keep[..., :length] == expected).all(2) & ~keep[..., length:].any(2)
     if not bool((fits | (keep.all(2) & ~expected.any(2))).all()):
         raise Unsupported("the mask of the prompt says more than padding: what a token sees depends on its place")
+    if not bool((real[:, 1:] >= real[:, :-1]).all()):
+        raise Unsupported("there is padding behind a token of the prompt, whose hidden states may be read")
     return None if bool(real.all()) else real.expand(batch, length).contiguous()
 
 

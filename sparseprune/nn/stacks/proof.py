@@ -36,11 +36,12 @@ def example(
         if layer.kind in positions or not (layer.rotary or layer.biased):
             continue
         if layer.rotary:
-            angle = torch.rand(length, layer.depth // 2, generator=generator).mul_(6).repeat(1, 2)
+            angle = torch.rand(length, layer.depth // 2, generator=generator, dtype=torch.float32)
+            angle = angle.mul_(6).repeat(1, 2)
             tables += [angle.cos(), angle.sin()]
             positions[layer.kind] = {"position_embeddings": (angle.cos().unsqueeze(0), angle.sin().unsqueeze(0))}
         else:
-            bias = torch.randn(layer.heads, length, length, generator=generator)
+            bias = torch.randn(layer.heads, length, length, generator=generator, dtype=torch.float32)
             tables.append(bias.transpose(1, 2).contiguous())
             positions[layer.kind] = {"position_bias": bias.unsqueeze(0)}
     calls = []
@@ -48,12 +49,13 @@ def example(
         window = 0 <= layer.window < length - 1
         mask = None
         if layer.mask == "src_key_padding_mask":
-            mask = torch.zeros(batch, length).masked_fill_(~real, float("-inf")) if masked else None
+            added = torch.zeros(batch, length, dtype=torch.float32).masked_fill_(~real, float("-inf"))
+            mask = added if masked else None
         elif masked or window:
             seen = real[:, None, None, :].expand(batch, 1, length, length)
             if window:
                 seen = seen & ((place[:, None] - place).abs() <= layer.window)
-            mask = torch.zeros(seen.shape).masked_fill_(~seen, lowest)
+            mask = torch.zeros(seen.shape, dtype=torch.float32).masked_fill_(~seen, lowest)
         calls.append({layer.mask: mask, **positions.get(layer.kind, {})})
     return calls, tables
 
@@ -92,7 +94,7 @@ def _prove(layers: Sequence[nn.Module], parts: Sequence[LayerParts], bound: Boun
     in_tuples, first = False, parts[0].sequence_first
     with torch.no_grad(), evaluating(*layers):
         for length in (*_LENGTHS, *sorted(windows)):
-            hidden = torch.randn(_BATCH, length, parts[0].hidden, generator=generator)
+            hidden = torch.randn(_BATCH, length, parts[0].hidden, generator=generator, dtype=torch.float32)
             real = torch.rand(_BATCH, length, generator=generator) < 0.7
             real[:, length // 2] = True  # a sequence of padding alone is nobody's business
             for masked in (False, True):

@@ -57,6 +57,14 @@ class Modules:
         """Whether a parameter wants a gradient."""
         return any(p is not None and p.requires_grad for p in self._parameter)
 
+    def versions(self) -> tuple[tuple[int, int], ...] | None:
+        """What changes with the tensors; None where that cannot be told."""
+        try:
+            held = chain(self._now(self._parameters), self._now(self._buffers))
+            return tuple((t.data_ptr(), t._version) for t in held if t is not None)
+        except RuntimeError:  # of inference mode, or without memory
+            return None
+
     def why_not_float32(self) -> str | None:
         """Which parameter is no float32 tensor on the CPU."""
         for p in self._parameter:
