@@ -92,9 +92,9 @@ class DecoderForward(StackForward):
     """``forward`` of the instance ``owner``, which loops over its ModuleList ``name`` of decoder layers.
 
     The same result as the class's forward, and the same tokens in the cache; but of padding in front of a prompt hidden
-    states, keys and values are zero. A program takes calls of up to 16 new tokens, over all sequences, with a DynamicCache or a
-    StaticCache that holds the tokens before them, and prompts without a cache or with an empty one. ``by_layers``: why
-    layers answer all prompts.
+    states, keys and values are zero. A program takes calls of up to 16 new tokens, over all sequences, with a
+    DynamicCache or a StaticCache that holds the tokens before them, and prompts without a cache or with an empty one.
+    ``by_layers``: why layers answer all prompts.
     """
 
     refused = (*_OUTPUTS, "head_mask", "encoder_hidden_states", "encoder_attention_mask")
