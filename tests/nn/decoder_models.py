@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import sparseprune as sp
+from sparseprune.nn.stacks import drop_stacks_
 
 VOCABULARY = 99
 EVERY = ["llama", "mistral", "qwen2", "qwen3", "smollm", "gemma", "phi", "phi normed", "neox", "neox serial", "gpt2"]
@@ -62,6 +64,13 @@ def prompts(batch: int = 1, length: int = 7) -> dict[str, Tensor]:
     for i in range(batch):
         real[i, : i % 3] = 0
     return {"input_ids": ids.masked_fill(real == 0, 0), "attention_mask": real}
+
+
+def undone(model: Any) -> Any:
+    """The same model layer by layer."""
+    layers = copy.deepcopy(model)
+    assert drop_stacks_(layers)
+    return layers
 
 
 def body(model: nn.Module) -> nn.Module:

@@ -7,24 +7,18 @@ import pickle
 
 import pytest
 import torch
-from decoder_models import EVERY, VOCABULARY, body, make, sparse
+from decoder_models import EVERY, VOCABULARY, body, make, sparse, undone
 from stack_models import programs
 from torch import Tensor
 
 import sparseprune as sp
 from sparseprune import _native, bench
-from sparseprune.nn.stacks import decoder_proof, drop_stacks_, stack_of
+from sparseprune.nn.stacks import decoder_proof, stack_of
 from sparseprune.nn.stacks.masks import Unsupported, real_in_prompt
 from sparseprune.packing import Kind
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(_native.C is None, reason="no compiled core")
-
-
-def undone(model):
-    layers = copy.deepcopy(model)
-    assert drop_stacks_(layers)
-    return layers
 
 
 def prompt(batch: int, length: int, padding: str = "none") -> dict[str, Tensor]:
@@ -52,6 +46,7 @@ def same(model, call: dict[str, Tensor], kind: str = "dynamic", tolerance: float
     options = {"use_cache": kind != "none"}
     with programs(model) as notes:
         found = model(**call, **options, past_key_values=mine).logits
+    answered = list(notes)
     expected = layers(**call, **options, past_key_values=theirs).logits
     near = {"rtol": tolerance, "atol": tolerance * max(1.0, float(expected.abs().max()))}
     torch.testing.assert_close(found[real], expected[real], **near)
@@ -62,6 +57,7 @@ def same(model, call: dict[str, Tensor], kind: str = "dynamic", tolerance: float
                 one, two = (getattr(layer, name).transpose(1, 2)[:, : real.shape[1]] for layer in (a, b))
                 there = real[:, -one.shape[1] :]  # fewer in a cache that slides
                 torch.testing.assert_close(one[there], two[there], **near)
+                assert answered != [None] or not bool(one[~there].any())
         more = torch.cat([call["attention_mask"], torch.ones(len(real), 1, dtype=torch.long)], 1)
         step = {"input_ids": call["input_ids"][:, -1:], "attention_mask": more}
         one, two = (m(**step, past_key_values=c).logits for m, c in ((model, mine), (layers, theirs)))

@@ -23,7 +23,7 @@ from ..rounded import RoundedLinear
 from .decoder_build import make_rows
 from .decoder_cache import Prompted, Space, is_empty, space_in
 from .decoder_parts import DecoderParts, recognise_decoder
-from .decoder_prompt import BoundPrompt, positions_of, real_tokens_of
+from .decoder_prompt import BoundPrompt, cos_and_sin, positions_of, real_tokens_of
 from .decoder_proof import prove_decoder, prove_prompt
 from .forward import _OUTPUTS, StackForward, _argument_names, _same, _Supported
 from .masks import Unsupported, kept
@@ -296,13 +296,7 @@ def _table(positions: Any, batch: int, tokens: int, turned: int) -> tuple[tuple[
     """(:func:`table_numbers`, what they point to)."""
     if not turned:
         return (0, 0, 0, 0, 0), None
-    if not isinstance(positions, tuple) or len(positions) != 2:
-        raise Unsupported("its layers get no position_embeddings of cos and sin")
-    for table in positions:
-        fits = type(table) is Tensor and table.dtype is torch.float32 and table.is_cpu and table.dim() == 3
-        if not fits or table.shape[0] not in (1, batch) or table.shape[1:] != (tokens, turned):
-            raise Unsupported(f"expected positions as float32 [{batch} or 1, {tokens}, {turned}]")
-    cos, sin = (table.contiguous() for table in positions)
+    cos, sin = (table.contiguous() for table in cos_and_sin(positions, batch, tokens, turned))
     if cos.shape != sin.shape:
         raise Unsupported(f"expected cos and sin of one shape, got {list(cos.shape)} and {list(sin.shape)}")
     return table_numbers(cos, sin), (cos, sin)

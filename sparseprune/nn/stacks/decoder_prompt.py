@@ -23,7 +23,7 @@ from .decoder_parts import DecoderParts, NormParts
 from .masks import Unsupported, real_in_prompt
 from .recognise import UnknownLayer
 
-__all__ = ["BoundPrompt", "build_prompt", "positions_of", "real_tokens_of"]
+__all__ = ["BoundPrompt", "build_prompt", "cos_and_sin", "positions_of", "real_tokens_of"]
 
 _HIDDEN, _QKV, _MIXED, _FFN, _NORMED, _ROUNDED = range(6)  # buffers
 
@@ -152,10 +152,17 @@ def positions_of(positions: Any, batch: int, length: int, turned: int) -> list[T
     """cos and sin `[B, S, turned]`; none where nothing turns."""
     if not turned:
         return []
+    return [table.expand(batch, length, turned).contiguous() for table in cos_and_sin(positions, batch, length, turned)]
+
+
+def cos_and_sin(positions: Any, batch: int, length: int, turned: int) -> tuple[Tensor, Tensor]:
+    """What layers get as ``position_embeddings``, float32 `[B or 1, S, turned]`. :class:`Unsupported` on anything
+    else.
+    """
     if not isinstance(positions, tuple) or len(positions) != 2:
         raise Unsupported("its layers get no position_embeddings of cos and sin")
     for table in positions:
         fits = type(table) is Tensor and table.dtype is torch.float32 and table.is_cpu and table.dim() == 3
         if not fits or table.shape[0] not in (1, batch) or table.shape[1:] != (length, turned):
             raise Unsupported(f"expected positions as float32 [{batch} or 1, {length}, {turned}]")
-    return [table.expand(batch, length, turned).contiguous() for table in positions]
+    return positions
