@@ -24,6 +24,7 @@ class AdversarialTerm:
     def __init__(self, config: GANConfig, device: torch.device, note: Callable[[str], None]):
         self.config, self.device, self.note = config, device, note
         self.game: Game | None = None
+        self._told_idle = False
         self._processes = Processes(active=False)
 
     def meet(self, processes: Processes) -> None:
@@ -50,6 +51,9 @@ class AdversarialTerm:
         if game.monitor.blind and not game.monitor.warned and clock.progress > config.warmup:
             game.monitor.warned = True
             event = event or f"discriminator blind: accuracy {game.monitor.accuracy:.2f}"
+        if not weight and clock.progress > config.warmup and not self._told_idle:
+            self._told_idle = True
+            event = event or "the adversarial term has no weight: distillation does not pull on what it judges"
         return weight * adversarial, {
             "adversarial": float(adversarial.detach()), "weight": weight,
             "discriminator_loss": verdict["loss"], "discriminator_accuracy": verdict["accuracy"],

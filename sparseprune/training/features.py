@@ -42,6 +42,11 @@ class FeatureReader:
         else:
             self._others = choose_taps(teacher, linears, self.wanted)
 
+    @property
+    def reads_logits(self) -> bool:
+        """Whether the features are the logits' own rows that count."""
+        return not callable(self.wanted) and not self.taps
+
     def __call__(self, model: nn.Module, batch: LabelledBatch) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """(logits, features, entry) of one forward pass."""
         if callable(self.wanted):

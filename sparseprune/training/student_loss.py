@@ -89,10 +89,10 @@ class StudentLoss:
         event = None
         if distil:
             mask = batch.mask
-            kd = distillation(
-                real_rows(logits, batch.targets, mask), real_rows(teacher_logits, batch.targets, mask),
-                config.temperature, classes,
-            )  # fmt: skip
+            mine, theirs = (real_rows(given, batch.targets, mask) for given in (logits, teacher_logits))
+            if self.reader.reads_logits:  # the very rows that are distilled, so that the pull on them is known
+                features, teacher_features = [mine], [theirs]
+            kd = distillation(mine, theirs, config.temperature, classes)
             hidden = _hidden(features, teacher_features, mask) if config.hidden else kd.new_zeros(())
             distance = config.kd * kd + config.hidden * hidden
             total = total + distance

@@ -53,6 +53,31 @@ def test_a_student_is_pruned_by_its_outputs_and_by_distributions(batches, tmp_pa
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("teacher", [None, (24, 3)])
+def test_the_game_on_logits_pulls_on_the_student(batches, teacher):
+    """With the logits distilled and no hidden state: the adversary has its share of that pull, and changes something."""
+    given = None if teacher is None else encoder(*teacher, 1)
+    found = []
+    for kind, config in (
+        (GANPruner, GANConfig(hidden=0.0, steps=24, features="logits")),
+        (DistillPruner, DistillConfig(hidden=0.0, steps=24, features="logits")),
+    ):
+        pruner = kind(encoder(16, 2), config, given)
+        history = pruner.fit(batches)
+        found.append(torch.cat([p.flatten() for p in pruner.model.parameters()]))
+        if kind is GANPruner:
+            assert history.steps[-1]["weight"] > 0 and not any("no weight" in str(e) for e in history.events)
+    assert not torch.equal(*found)
+
+
+def test_an_adversary_without_weight_says_so(batches):
+    """Nothing is distilled, so there is no pull that its own could be measured by."""
+    pruner = GANPruner(encoder(16, 2), GANConfig(kd=0.0, hidden=0.0, ce=1.0, steps=24), None)
+    history = pruner.fit(batches)
+    told = [e for e in history.events if "the adversarial term has no weight" in str(e)]
+    assert history.steps[-1]["weight"] == 0 and len(told) == 1
+
+
 def test_neither_side_is_given_away_by_the_length_of_its_rows():
     game = Game(GANConfig().discriminator, 0.2, [24], 0, 0, torch.device("cpu"), student_sizes=[16])
     rows = game.rows([torch.randn(50, 24)], [torch.randn(50, 16)], None, None)
