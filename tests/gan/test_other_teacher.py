@@ -55,7 +55,7 @@ def test_a_student_is_pruned_by_its_outputs_and_by_distributions(batches, tmp_pa
 
 @pytest.mark.parametrize("teacher", [None, (24, 3)])
 def test_the_game_on_logits_pulls_on_the_student(batches, teacher):
-    """With the logits distilled and no hidden state: the adversary has its share of that pull, and changes something."""
+    """With logits distilled and no hidden state: the adversary has its share of that pull, and changes something."""
     given = None if teacher is None else encoder(*teacher, 1)
     found = []
     for kind, config in (
