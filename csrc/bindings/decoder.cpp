@@ -14,7 +14,6 @@
 namespace sparseprune {
 namespace {
 constexpr int64_t kVersion = 1, kStepInts = 28, kCyclesOfThread = 1 << 15;
-constexpr int64_t kWholeKind = -1;  // sparseprune/decoder_program.py, WHOLE
 
 [[noreturn]] void refuse(const std::string& what) { refuse_plan("decoder", what); }
 [[noreturn]] void refuse_call(const std::string& what) { throw std::invalid_argument("decoder: " + what); }

@@ -17,7 +17,7 @@
 namespace sparseprune {
 namespace {
 constexpr int64_t kVersion = 1, kStepInts = 16;
-constexpr int64_t kWholeKind = -1, kWholeBlock = 32;  // sparseprune/encoder_program.py, WHOLE; outputs of a piece of such a weight
+constexpr int64_t kWholeBlock = 32;  // outputs of a piece of a dense weight
 
 [[noreturn]] void refuse(const std::string& what) { refuse_plan("encoder", what); }
 

@@ -12,6 +12,7 @@ namespace sparseprune {
   throw std::invalid_argument(std::string(op) + ": the plan is not valid: " + what);
 }
 
+constexpr int64_t kWholeKind = -1;                        // sparseprune/encoder_program.py, WHOLE
 constexpr int64_t kWeightInts = 10;                       // places of values, index, offsets and scale, and six numbers of sizes
 constexpr int64_t kLargest = (int64_t(1) << 31) - 1;      // the product of two, twice, fits into 64 bits
 constexpr int64_t kMostRounded = 65536;                   // columns whose sums of rounded products are within 32 bits

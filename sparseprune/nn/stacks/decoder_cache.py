@@ -121,17 +121,16 @@ def is_empty(cache: Any) -> bool:
     if not _exact(cache):
         return False
     layers = _part(cache, "layers", list)
-    kinds: list[Any] = [*map(type, layers), getattr(cache, "layer_class_to_replicate", None)]
-    if any(k is not None and k.__module__ != "transformers.cache_utils" for k in kinds):
-        return False
-    if any(k is not None and k.__name__ not in _KEEPING for k in kinds):
+    grown: Any = getattr(cache, "layer_class_to_replicate", None)
+    kinds = [*map(type, layers), *([] if grown is None else [grown])]
+    if any(k.__module__ != "transformers.cache_utils" or k.__name__ not in _KEEPING for k in kinds):
         return False
     return not any(int(layer.get_seq_length()) for layer in layers)
 
 
 class Prompted:
-    """The keys and values of a prompt, `[2 layers, B, heads, S, depth]`, on their way into an empty cache's layers
-    ``places``. Where a token is not real, they are 0.
+    """The keys and values of a prompt on their way into an empty cache's layers ``places``, each of ``size`` `[B,
+    heads, S, depth]`; 0 where a token is not real, unless all are ``real``.
     """
 
     def __init__(self, cache: Any, places: tuple[int, ...], size: tuple[int, int, int, int], real: bool) -> None:

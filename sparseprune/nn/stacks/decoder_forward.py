@@ -144,7 +144,10 @@ class DecoderForward(StackForward):
         super()._check_call(args, kwargs)
         ids = args[0] if args else kwargs.get("input_ids")
         if isinstance(ids, Tensor) and ids.dim() == 2 and ids.numel() > MOST_ROWS and not ids.is_floating_point():
-            # before the masks of a prompt are made twice
+            # before the masks of so many tokens are made twice
+            cache = kwargs.get("past_key_values")
+            if cache is not None and not is_empty(cache):
+                raise Unsupported(_too_many(ids.shape[0], ids.shape[1], MOST_ROWS))
             if self.by_layers is not None:
                 raise Unsupported(self.by_layers)
             bound = self._bound
