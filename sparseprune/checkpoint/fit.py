@@ -117,7 +117,7 @@ def _fill(model: nn.Module, content: Content, keep: str) -> None:
         if structure.fused:
             fuse_(model)
     round_as_(model, structure.rounded)
-    put_stacks_(model, structure.programs)
+    put_stacks_(model, structure.programs, structure.layered_prompts)
 
 
 def _wanted(model: nn.Module, linears: _Linears) -> dict[str, Any]:

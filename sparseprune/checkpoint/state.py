@@ -16,7 +16,7 @@ from ..nn import MaskedLinear, RoundedLinear, SparseLinear
 from ..nn.fusion import is_fused
 from ..nn.packed_only import PackedLinear, without_canonical
 from ..nn.replace import replace_
-from ..nn.stacks import stacks_in_use
+from ..nn.stacks import layered_prompts, stacks_in_use
 from ..packing import VALUE_DTYPES
 from .error import CheckpointError
 from .structure import Structure, prefixed
@@ -83,7 +83,9 @@ def gather(model: nn.Module, value_dtype: str = "float32") -> State:
 
 
 def _gather(model: nn.Module, value_dtype: str) -> State:
-    structure = Structure(fused=is_fused(model), programs=stacks_in_use(model))
+    structure = Structure(
+        fused=is_fused(model), programs=stacks_in_use(model), layered_prompts=layered_prompts(model)
+    )
     found: dict[str, Any] = dict(model.state_dict(keep_vars=True))
     dense: dict[int, Tensor] = {}  # a layer under two names has one weight
     for fqn, module in model.named_modules(remove_duplicate=False):

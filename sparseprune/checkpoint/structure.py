@@ -26,8 +26,9 @@ class Structure:
     """``ties``: name -> the name it shares its tensor with; ``linears``: fqn -> (out_features, in_features);
     ``sparse``: fqn -> how its SparseLinear ran; ``masked``: fqns of MaskedLinears; ``fused``: whether fuse_ had been at
     work; ``rounded``: fqn -> [up to how many rows of x a RoundedLinear answers from its copy, in which value_dtype];
-    ``programs``: fqns of modules whose layers ran as one program; ``encoded``: name of a tensor that is not stored
-    plainly -> how, as :meth:`sparseprune.encodings.Encoded.spec` or :func:`bits_spec`.
+    ``programs``: fqns of modules whose layers ran as one program; ``layered_prompts``: those of them whose prompts ran
+    layer by layer; ``encoded``: name of a tensor that is not stored plainly -> how, as
+    :meth:`sparseprune.encodings.Encoded.spec` or :func:`bits_spec`.
     """
 
     encoded: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Structure:
     fused: bool = False
     rounded: dict[str, list[Any]] = field(default_factory=dict)
     programs: list[str] = field(default_factory=list)
+    layered_prompts: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
         found = {key: getattr(self, key) for key in _FIELDS}
@@ -95,6 +97,9 @@ class Structure:
         for fqn in self.programs:
             if not isinstance(fqn, str):
                 raise ValueError(f"structure: programs expected names of modules, got {shown(fqn)}")
+        for fqn in self.layered_prompts:
+            if fqn not in self.programs:
+                raise ValueError(f"structure: layered_prompts expected names among programs, got {shown(fqn)}")
 
 
 _FIELDS = {
@@ -106,8 +111,10 @@ _FIELDS = {
     "fused": bool,
     "rounded": dict,
     "programs": list,
+    "layered_prompts": list,
 }
-_OPTIONAL = {"rounded", "programs"}  # later than the first files, and written only where it says something
+# Later than the first files, and written only where it says something.
+_OPTIONAL = {"rounded", "programs", "layered_prompts"}
 
 
 def prefixed(fqn: str, name: str) -> str:

@@ -22,7 +22,7 @@ from ..nn.filters import take_slow_path_
 from ..nn.fusion import is_fused
 from ..nn.matrices import Experts, PatchLinear, unpack_, unpackable
 from ..nn.packed_only import PackedLinear, without_canonical
-from ..nn.stacks import put_stacks_, stacks_in_use
+from ..nn.stacks import layered_prompts, put_stacks_, stacks_in_use
 from .placeholder import Placeholder, headers, placeholder
 
 __all__ = ["Description", "describe", "finish_", "prepare_"]
@@ -34,6 +34,7 @@ _COUNTS = (
     "num_key_value_groups",
 )  # fmt: skip
 _STRUCTURE = ("linears", "sparse", "masked", "fused", "rounded", "programs")
+_OPTIONAL = {"layered_prompts"}  # later than the first folders, and written only where it says something
 
 
 @dataclass
@@ -51,16 +52,17 @@ class Description:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         parts = {key: getattr(self.structure, key) for key in _STRUCTURE}
+        parts |= {key: value for key in _OPTIONAL if (value := getattr(self.structure, key))}
         return parts | {"unpacked": self.unpacked, "shapes": self.shapes, "counts": self.counts}
 
     @classmethod
     def from_dict(cls, found: Any) -> Description:
         """ValueError on anything that :meth:`to_dict` does not give."""
         keys = {*_STRUCTURE, "unpacked", "shapes", "counts"}
-        if not isinstance(found, Mapping) or set(found) != keys:
+        if not isinstance(found, Mapping) or not keys <= set(found) <= keys | _OPTIONAL:
             got = sorted(found) if isinstance(found, Mapping) else found
             raise ValueError(f"quantization_config: layers expected the keys {sorted(keys)}, got {shown(got)}")
-        parts = {key: found[key] for key in _STRUCTURE}
+        parts = {key: found[key] for key in {*_STRUCTURE, *_OPTIONAL} & set(found)}
         try:
             structure = Structure.from_json(json.dumps({"encoded": {}, "ties": {}, **parts}))
         except ValueError as error:
@@ -106,6 +108,7 @@ class Description:
         structure = Structure(
             linears=names(s.linears), sparse=names(s.sparse), masked=list(names(dict.fromkeys(s.masked))),
             fused=s.fused, rounded=names(s.rounded), programs=list(names(dict.fromkeys(s.programs))),
+            layered_prompts=list(names(dict.fromkeys(s.layered_prompts))),
         )  # fmt: skip
         return Description(structure, list(names(dict.fromkeys(self.unpacked))), parameters, names(self.counts))
 
@@ -122,7 +125,9 @@ def describe(model: nn.Module) -> Description:
             f"save_pretrained: expected every sparse layer in memory, got {len(away)} on the disk or the meta device "
             f"({', '.join(away[:3])}); load the model with device_map='cpu' to save it"
         )
-    structure = Structure(fused=is_fused(model), programs=stacks_in_use(model))
+    structure = Structure(
+        fused=is_fused(model), programs=stacks_in_use(model), layered_prompts=layered_prompts(model)
+    )
     for fqn, module in model.named_modules():
         if isinstance(module, SparseLinear):
             structure.sparse[fqn] = how(module)
@@ -241,7 +246,7 @@ def finish_(model: nn.Module, described: Description) -> None:
         fuse_(model)
     if not away:
         round_as_(model, structure.rounded)
-    put_stacks_(model, structure.programs)
+    put_stacks_(model, structure.programs, structure.layered_prompts)
 
 
 def _held(shapes: Mapping[str, list[int]], prefix: str, fqn: str) -> dict[str, list[int]]:

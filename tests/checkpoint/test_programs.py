@@ -77,6 +77,38 @@ def test_names_are_checked(pruned, tmp_path, monkeypatch):
         sp.load(encoder(1), tmp_path / "m.safetensors")
 
 
+def test_layered_prompts_are_checked(pruned, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparseprune.checkpoint.state.layered_prompts", lambda model: ["0"])
+    sp.save(pruned, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="layered_prompts expected names among programs, got '0'"):
+        sp.load(encoder(1), tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("layered", [True, False])
+def test_prompts_that_ran_layer_by_layer_do_so_again(tmp_path, layered):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=40
+    )
+    model, empty = (transformers.LlamaForCausalLM(config).eval().requires_grad_(False) for _ in range(2))
+    sp.prune_(model, 0.7)
+    sp.sparsify_(model, layout="csr", tokens=1, engine="program")
+    if layered:
+        stack_of(model.model).by_layers = "measured"
+    sp.save(model, tmp_path / "m.safetensors")
+    model.save_pretrained(tmp_path / "folder")
+    base = transformers.AutoModel.from_pretrained(tmp_path / "folder")
+    base.save_pretrained(tmp_path / "base")
+    loaded = [sp.load(empty, tmp_path / "m.safetensors"), sp.load(tmp_path / "folder"), base]
+    loaded.append(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base"))
+    expected = "prompts run layer by layer: they did so when the model was saved" if layered else None
+    for again in loaded:
+        assert stack_of(getattr(again, "model", again)).by_layers == expected
+    with safe_open(tmp_path / "m.safetensors", framework="pt") as file:
+        assert ("layered_prompts" in json.loads(file.metadata()["structure"])) == layered
+
+
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_folders_of_transformers(tmp_path, kind):
     transformers = pytest.importorskip("transformers")

@@ -20,8 +20,8 @@ from .masks import Unsupported
 from .proof import example, run_layers
 from .recognise import LayerParts, UnknownLayer, may_be_layer, recognise
 
-__all__ = ["ENGINES", "StackChoice", "drop_stacks_", "find_stacks", "in_encoder", "leave_to_layers_", "put_stacks_",
-           "stacks_in_use", "use_stacks_", "why_layers"]  # fmt: skip
+__all__ = ["ENGINES", "StackChoice", "drop_stacks_", "find_stacks", "in_encoder", "layered_prompts",
+           "leave_to_layers_", "put_stacks_", "stacks_in_use", "use_stacks_", "why_layers"]  # fmt: skip
 
 ENGINES = ("auto", "program", "layers")
 _MIN_RATIO = 1.1
@@ -191,6 +191,15 @@ def stacks_in_use(model: nn.Module) -> list[str]:
     return [fqn for fqn, module in model.named_modules() if stack_of(module) is not None]
 
 
+def layered_prompts(model: nn.Module) -> list[str]:
+    """Those of :func:`stacks_in_use` that leave prompts to their layers."""
+    return [fqn for fqn in stacks_in_use(model) if _leaves_prompts(stack_of(model.get_submodule(fqn)))]
+
+
+def _leaves_prompts(stack: StackForward | None) -> bool:
+    return isinstance(stack, DecoderForward) and stack.by_layers is not None
+
+
 def in_encoder(model: nn.Module, names: Sequence[str]) -> Callable[[str], bool]:
     """Whether a module of this name lies in one of the encoders of these names, whose program shares its weights."""
     found = find_stacks(model) if names else {}
@@ -198,15 +207,18 @@ def in_encoder(model: nn.Module, names: Sequence[str]) -> Callable[[str], bool]:
     return lambda name: any(not fqn or name.startswith(f"{fqn}.") for fqn in owners)
 
 
-def put_stacks_(model: nn.Module, names: Sequence[str]) -> None:
-    """Gives these modules programs again, as :func:`stacks_in_use` named them when the model was saved. A program is
-    built, and proven on random input, by the first call that it may answer. Warns of a name that is no stack here.
+def put_stacks_(model: nn.Module, names: Sequence[str], by_layers: Sequence[str] = ()) -> None:
+    """Gives these modules programs again, as :func:`stacks_in_use` named them when the model was saved, and leaves the
+    prompts of ``by_layers`` to their layers, as :func:`layered_prompts` named those. A program is built, and proven on
+    random input, by the first call that it may answer. Warns of a name that is no stack here.
     """
     found = find_stacks(model) if names else {}
     for fqn in names:
         if fqn in found:
             module, name = found[fqn]
-            module.__dict__["forward"] = _stack(model, module, name)
+            module.__dict__["forward"] = stack = _stack(model, module, name)
+            if fqn in by_layers and isinstance(stack, DecoderForward):
+                stack.by_layers = "prompts run layer by layer: they did so when the model was saved"
         else:
             warnings.warn(
                 f"{fqn!r} ran as one program when the model was saved; expected layers of an encoder or a decoder "
