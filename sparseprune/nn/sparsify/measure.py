@@ -19,6 +19,7 @@ from .timing import FEW, MIN_RATIO, copies_in_turn, copies_on_gpu, rows_for, wit
 __all__ = ["Choice", "fitting_layouts", "int8_layouts", "measure"]
 
 _MIN_FILL = 0.8  # share of non-zeros in the stored blocks below which a bsr layout is not tried
+_FREEZE = "its weight learns and is looked at in every call: for inference freeze it first, requires_grad_(False)"
 # On a GPU: square blocks that fill a tensor core, and what its sparse tensor cores know.
 _GPU_BLOCKSIZES = ((128, 128), (64, 64), (32, 32), (16, 16))
 _GPU_PATTERNS = ((2, 4),)
@@ -152,6 +153,8 @@ def measure(
     else:
         choice = choose(counts)
         memo[known] = Choice(choice.name, fitting.get(choice.name, {}), choice.ratio, choice.reason, choice.doubt)
+    if learns and memo[known].label == "dense":
+        memo[known] = memo[known]._replace(reason=f"{memo[known].reason}; {_FREEZE}")
     return memo[known]
 
 
