@@ -22,7 +22,14 @@ import sparseprune as sp
 from sparseprune import _native
 from sparseprune.nn.rounded import RoundedLinear
 from sparseprune.nn.sparsify import rounding
-from sparseprune.nn.stacks import DecoderForward, decoder_measure, stack_of, use_stacks_
+from sparseprune.nn.stacks import (
+    DecoderForward,
+    decoder_linears,
+    decoder_measure,
+    stack_of,
+    use_stacks_,
+    weights_in_turn,
+)
 from sparseprune.nn.stacks.decoder_cache import space_in
 from sparseprune.nn.stacks.decoder_forward import _table
 from sparseprune.nn.stacks.decoder_parts import recognise_decoder
@@ -541,3 +548,59 @@ def test_eight_sequences_in_8_bits():
     kinds = {w.plan.kind for w in stack_of(body(model)).ready().built.program.weights}
     assert Kind.QUADS in kinds
     a_token_both_ways(model, 8, 3e-2)
+
+
+STEP = "up to 8 as a step of a program"
+
+
+def reasons(model, **options) -> dict[str, str]:
+    return {layer.name: layer.reason for layer in sp.sparsify_(copy.deepcopy(model), **options).layers}
+
+
+@pytest.mark.parametrize("name", ["llama", "phi", "neox", "gpt2"])
+def test_linears_are_timed_as_the_program_runs_them(name, monkeypatch):
+    monkeypatch.setenv("SPARSEPRUNE_CACHE", "0")
+    model = make(name)
+    sp.prune_(model, 0.5, filter_fn=lambda m, fqn: True)
+    found = reasons(model, tokens=(1, 64), filter_fn=lambda m, fqn: True)
+    inside = {fqn: STEP in reason for fqn, reason in found.items()}
+    assert inside == {fqn: fqn not in ("lm_head", "embed_out") for fqn in found} and len(found) > 8
+    for options in ({"tokens": (1, 64), "engine": "layers"}, {"tokens": 64}):
+        assert not any(STEP in reason for reason in reasons(model, **options).values())
+    assert all(STEP in reason for reason in reasons(model, tokens=4).values())
+    learning = reasons(model.requires_grad_(True), tokens=1).values()
+    assert not any(STEP in reason for reason in learning)
+
+
+def test_what_no_program_takes_is_timed_by_itself():
+    model, layer = make("llama"), torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+    encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    layers = body(model).layers
+    expected = {id(m) for m in layers.modules() if isinstance(m, torch.nn.Linear)}
+    assert decoder_linears(model) == expected and not decoder_linears(encoder.eval())
+    assert decoder_linears(model.train()) == expected and model.training  # timed as it will run
+    hook = layers[0].register_forward_hook(lambda *_: None)
+    assert not decoder_linears(model)
+    hook.remove()
+    body(model).forward = lambda *args, **kwargs: None
+    assert not decoder_linears(model)
+    del body(model).forward
+    del layers[1].mlp.up_proj
+    assert not decoder_linears(model)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("options", [
+    {}, {"value_dtype": "bfloat16"}, {"value_dtype": "int8"}, {"value_dtype": "int8", "activations": "int8"},
+], ids=str)  # fmt: skip
+def test_weights_in_turn(rows, options, close):
+    linear = torch.nn.Linear(76, 33).requires_grad_(False)
+    sp.prune_(linear, 0.5)
+    x = torch.randn(rows, 76)
+    expected = x @ linear.weight.T
+    close(weights_in_turn([torch.nn.Linear(76, 33), linear])(x), expected)
+    layer = sp.SparseLinear.from_linear(linear, layout="csr", tokens=1, **options).eval()
+    found = weights_in_turn([linear, layer])(x)
+    if options:
+        torch.testing.assert_close(found, layer(x) - linear.bias, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(found, expected, **({"rtol": 5e-2, "atol": 5e-2} if options else {}))

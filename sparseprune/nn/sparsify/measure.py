@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from ... import bench, layouts
 from ...packing import QUAD, why_not_quads
 from ..linear import SparseLinear
+from ..stacks import weights_in_turn
 from .timing import FEW, MIN_RATIO, copies_in_turn, copies_on_gpu, rows_for, without_grad
 
 __all__ = ["Choice", "fitting_layouts", "int8_layouts", "measure"]
 
 _MIN_FILL = 0.8  # share of non-zeros in the stored blocks below which a bsr layout is not tried
+_STEPS = 16  # of a program at least, so that what is timed is not its call
 _FREEZE = "its weight learns and is looked at in every call: for inference freeze it first, requires_grad_(False)"
 # On a GPU: square blocks that fill a tensor core, and what its sparse tensor cores know.
 _GPU_BLOCKSIZES = ((128, 128), (64, 64), (32, 32), (16, 16))
@@ -87,10 +89,11 @@ def measure(
     memo: dict[Any, Choice],
     cold: bool,
     activations: str = "float32",
+    in_program: bool = False,
 ) -> Choice:
     """What runs this layer fastest, "dense" included. kept: bool `[N, K]`; options: of every SparseLinear made; memo:
     what was measured before; cold: its weight comes from memory; activations: "int8" allows products in int8 beside
-    exact ones.
+    exact ones; in_program: up to 8 rows of x are those of a step in the program of a decoder, unless the weight learns.
     """
     if density == 1.0 and activations == "float32":
         return Choice("dense", {}, 1.0, "it has no zeros; prune it first")
@@ -104,7 +107,11 @@ def measure(
         return Choice("dense", {}, 1.0, f"it has no zeros, and int8 {why_not_quads(shape)}")
     learns = linear.weight.requires_grad
     dtype = options["value_dtype"]
-    known = (shape, round(density, 2), tuple(fitting), weight.dtype, linear.bias is None, learns, weight.device, dtype)
+    in_program &= not learns
+    known = (
+        shape, round(density, 2), tuple(fitting), weight.dtype, linear.bias is None, learns, weight.device, dtype,
+        in_program,
+    )  # fmt: skip
     if known in memo:
         return memo[known]
 
@@ -117,7 +124,13 @@ def measure(
         cache = torch.cuda.get_device_properties(weight.device).L2_cache_size
         return copies_on_gpu(nbytes, round(nbytes * density), cache)
 
+    def steps(layers: list[Any], rows: int) -> Callable[[], object]:
+        x, run = rows_for(weight, rows), weights_in_turn(layers * -(-_STEPS // len(layers)))
+        return without_grad(lambda: run(x))
+
     def dense(rows: int) -> Callable[[], object]:
+        if in_program and rows <= FEW:
+            return steps([linear, *(copy.deepcopy(linear) for _ in range(copies(rows) - 1))], rows)
         x, bias = rows_for(weight, rows), None if linear.bias is None else linear.bias.detach()
         weights = [weight, *(weight.clone() for _ in range(copies(rows) - 1))]
         return without_grad(lambda: [F.linear(x, each, bias) for each in weights])
@@ -128,6 +141,8 @@ def measure(
             layer = SparseLinear.from_linear(linear, **{**options, "tokens": tuned, **fitting[label]}).eval()
             x = rows_for(weight, rows)
             layers = [layer, *(copy.deepcopy(layer) for _ in range(copies(rows) - 1))]
+            if in_program and rows <= FEW:
+                return steps(layers, rows)
             return without_grad(lambda: [each(x) for each in layers])
 
         return setup
@@ -135,12 +150,13 @@ def measure(
     def choose(sizes: tuple[int, ...]) -> bench.Choice:
         note = f"values={options['value_dtype']}" + (",in turn" if cold and max(sizes) <= FEW else "")
         note += ",learns" if learns else ""  # and is compared with what was packed at every call
+        step = ",step of a program" if in_program else ""
         return bench.choose_fastest(
             {"dense": dense, **{label: sparse(label) for label in fitting}},
             tokens=sizes,
             min_ratio=MIN_RATIO,
             key=lambda label, rows: bench.layer_key(
-                shape, round(density, 2), label, rows, weight.dtype, note, weight.device
+                shape, round(density, 2), label, rows, weight.dtype, note + step * (rows <= FEW), weight.device
             ),
             device=weight.device,
         )
@@ -153,6 +169,8 @@ def measure(
     else:
         choice = choose(counts)
         memo[known] = Choice(choice.name, fitting.get(choice.name, {}), choice.ratio, choice.reason, choice.doubt)
+    if in_program and min(counts) <= FEW:
+        memo[known] = memo[known]._replace(reason=f"{memo[known].reason}, up to {FEW} as a step of a program")
     if learns and memo[known].label == "dense":
         memo[known] = memo[known]._replace(reason=f"{memo[known].reason}; {_FREEZE}")
     return memo[known]

@@ -16,12 +16,12 @@ from ..packed_only import KEEP
 from ..replace import replace_
 from ..rounded import ROUNDED_DTYPES
 from ..simulated import check_dtypes
-from ..stacks import ENGINES, StackChoice, use_stacks_
+from ..stacks import ENGINES, StackChoice, decoder_linears, use_stacks_
 from .measure import Choice, measure
 from .memory import check_keep, keep_packed_forms_, memory_of
 from .reports import LayerChoice, SparsifyReport, note_dense_
 from .rounding import round_
-from .timing import CACHED
+from .timing import CACHED, FEW
 
 __all__ = ["sparsify_"]
 
@@ -54,12 +54,13 @@ def sparsify_(
     ratio of 1.1 up, else the layer stays dense. Several numbers, with ``per_call``: each gets the packed form that
     suits it, and from where dense wins the unpacked weight serves, which is kept beside it (the reason
     says so); without ``per_call`` one packed form serves all and the worst case decides. Up to 8 rows are timed
-    with the weight coming from memory where the selected Linears take more than 32 MiB together. "csr" | "bsr"
-    (``blocksize``, 16x1 by default) | "nm" (``nm``, 2:4 by default) forces one on every selected Linear without
-    measuring. ``fuse``: activations, residuals and LayerNorms that follow move into the kernels' epilogues where that
-    is safe, and RMSNorms run in one pass. ``value_dtype``: how inference holds the weights, "float32" (exact),
-    "bfloat16" or "int8". ``activations="int8"``, for int8 weights, lets products round x to 8 bits with a scale a
-    token: "auto" then times every layout exactly and in int8, and int8 without zeros, the layer's shape permitting.
+    with the weight coming from memory where the selected Linears take more than 32 MiB together, frozen ones of decoder
+    layers as steps of a program unless ``engine`` says "layers". "csr" | "bsr" (``blocksize``, 16x1 by default) | "nm"
+    (``nm``, 2:4 by default) forces one on every selected Linear without measuring. ``fuse``: activations, residuals and
+    LayerNorms that follow move into the kernels' epilogues where that is safe, and RMSNorms run in one pass.
+    ``value_dtype``: how inference holds the weights, "float32" (exact), "bfloat16" or "int8". ``activations="int8"``,
+    for int8 weights, lets products round x to 8 bits with a scale a token: "auto" then times every layout exactly and
+    in int8, and int8 without zeros, the layer's shape permitting.
     ``exact_layers``: names of Linears that are to stay in float32 all the same, sparse or dense, such as
     :func:`~sparseprune.choose_exact_layers` finds.
 
@@ -124,6 +125,8 @@ def sparsify_(
     options: dict[str, Any] = {"tokens": counts if per_call else max(counts)}
     weights = sum(linear.weight.numel() * linear.weight.element_size() for linear in selection.selected.values())
     cold = weights > CACHED
+    timed = layout == "auto" and engine != "layers" and min(counts) <= FEW
+    in_programs = decoder_linears(model) if timed else frozenset()
     choices: list[LayerChoice] = []
     replacements: dict[int, nn.Module] = {}
     memo: dict[Any, Choice] = {}
@@ -138,7 +141,8 @@ def sparsify_(
         options["value_dtype"] = "float32" if exact else value_dtype
         takes = "float32" if exact else activations
         if layout == "auto":
-            found = measure(linear, kept, density, counts, options, memo, cold, takes)
+            in_program = id(linear) in in_programs
+            found = measure(linear, kept, density, counts, options, memo, cold, takes, in_program)
             chosen, arguments, ratio, reason, doubt = found
         else:
             arguments = (

@@ -5,6 +5,7 @@ structure, proven by running both forms.
 from .choose import (
     ENGINES,
     StackChoice,
+    decoder_linears,
     drop_stacks_,
     find_stacks,
     in_encoder,
@@ -15,6 +16,7 @@ from .choose import (
     use_stacks_,
     why_layers,
 )
+from .decoder_build import weights_in_turn
 from .decoder_forward import DecoderForward
 from .forward import StackForward, stack_of
 
@@ -23,6 +25,7 @@ __all__ = [
     "DecoderForward",
     "StackChoice",
     "StackForward",
+    "decoder_linears",
     "drop_stacks_",
     "find_stacks",
     "in_encoder",
@@ -32,5 +35,6 @@ __all__ = [
     "stack_of",
     "stacks_in_use",
     "use_stacks_",
+    "weights_in_turn",
     "why_layers",
 ]

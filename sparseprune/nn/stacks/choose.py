@@ -20,7 +20,7 @@ from .masks import Unsupported
 from .proof import example, run_layers
 from .recognise import LayerParts, UnknownLayer, may_be_layer, recognise
 
-__all__ = ["ENGINES", "StackChoice", "drop_stacks_", "find_stacks", "in_encoder", "layered_prompts",
+__all__ = ["ENGINES", "StackChoice", "decoder_linears", "drop_stacks_", "find_stacks", "in_encoder", "layered_prompts",
            "leave_to_layers_", "put_stacks_", "stacks_in_use", "use_stacks_", "why_layers"]  # fmt: skip
 
 ENGINES = ("auto", "program", "layers")
@@ -86,6 +86,25 @@ def use_stacks_(model: nn.Module, engine: str = "auto", tokens: Sequence[int] = 
         assert isinstance(layers, nn.ModuleList)
         choices.append(_choose_(fqn, _stack(model, module, name), layers, engine, tokens))
     return choices
+
+
+def decoder_linears(model: nn.Module) -> frozenset[int]:
+    """The ids of the Linears that a program would take new tokens through: those of stacks of decoder layers that are
+    recognised, and proven as they are now.
+    """
+    found: set[int] = set()
+    for module, name in find_stacks(model).values():
+        stack, layers = _stack(model, module, name), module._modules[name]
+        replaced = "forward" in vars(module) and stack_of(module) is None
+        if not isinstance(stack, DecoderForward) or replaced or layers is None:
+            continue
+        try:
+            with torch.no_grad(), evaluating(layers):
+                parts = stack.ready().parts
+        except (Unsupported, UnknownLayer):
+            continue
+        found.update(id(projection.module) for layer in parts for projection in layer.projections)
+    return frozenset(found)
 
 
 def _stack(model: nn.Module, module: nn.Module, name: str) -> StackForward:

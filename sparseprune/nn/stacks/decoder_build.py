@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ... import decoder_program as P
+from ...native.decoder import BoundDecoder
 from ..linear import SparseLinear
 from ..rounded import Copy, RoundedLinear
 from .build import StackProgram
@@ -15,7 +16,7 @@ from .decoder_parts import DecoderParts, NormParts
 from .recognise import Projection, UnknownLayer
 from .state import StackWeights
 
-__all__ = ["RowWeights", "Tensors", "build_decoder", "make_rows"]
+__all__ = ["RowWeights", "Tensors", "build_decoder", "make_rows", "weights_in_turn"]
 
 _HIDDEN, _QKV, _MIXED, _FFN = range(4)  # buffers
 
@@ -127,6 +128,17 @@ def build_decoder(layers: Sequence[DecoderParts]) -> StackProgram:
             buffers[buffer] = max(buffers[buffer], features)
     program = P.Program(tuple(buffers), tuple(tensors.weights), tuple(steps), _HIDDEN)
     return StackProgram(program, tuple(tensors.found), {})
+
+
+def weights_in_turn(modules: Sequence[nn.Linear | SparseLinear]) -> Callable[[Tensor], Tensor]:
+    """What takes x float32 `[M, K]`, up to 16 rows, through the weight `[N, K]` of one module after the other, each a
+    step of one program, as :func:`build_decoder` has it; gives what the last says, `[M, N]`, without its bias.
+    """
+    tensors, (outputs, inputs) = Tensors(), (modules[0].out_features, modules[0].in_features)
+    steps = tuple(P.Linear(1, 0, tensors.weight(Projection(module, 0, outputs))) for module in modules)
+    program = P.Program((inputs, outputs), tuple(tensors.weights), steps, 1)
+    bound = BoundDecoder(tuple(tensors.found), *program.encode())
+    return lambda x: bound(x[None], [], x.shape[0], 0, [], [])[0]
 
 
 def make_rows(layers: Sequence[DecoderParts]) -> tuple[StackProgram, RowWeights]:
