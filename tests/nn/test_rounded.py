@@ -195,6 +195,21 @@ def test_what_is_slower_watched_or_not_called_for_stays_with_a_reason(monkeypatc
     assert report.rounded[0].reason == "no call of up to 8 rows among tokens=(128,)"
 
 
+def test_layers_that_are_alike_are_timed_once_and_chosen_alike(monkeypatch):
+    asked = []
+
+    def ratio(weight, bias, rows, dtype):
+        asked.append((tuple(weight.shape), bias is None, weight.requires_grad, rows))
+        return 2.0 if len(asked) % 2 else 0.5
+
+    monkeypatch.setattr(rounding, "rounded_ratio", ratio)
+    layers = [nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 8).requires_grad_(False)]
+    model = nn.Sequential(*layers, nn.Linear(8, 4)).eval()
+    choices = rounding.round_(model, (1, 4), "int8")
+    assert [choice.layout for choice in choices] == ["int8"] * 5
+    assert [m.rows for m in model] == [1] * 5 and len(set(asked)) == len(asked) == 8
+
+
 def test_the_ratio_is_measured(monkeypatch):
     monkeypatch.setenv("SPARSEPRUNE_CACHE", "0")
     monkeypatch.setattr(timing, "_IN_TURN", 1 << 18)

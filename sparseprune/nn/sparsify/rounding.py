@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ def round_(
     """
     few = sorted(rows for rows in counts if rows <= FEW)
     choices: list[LayerChoice] = []
+    memo: dict[tuple[Any, ...], dict[int, float]] = {}  # layers that are timed alike are chosen alike
     replacements: dict[int, nn.Module] = {}
     for name, linear in model.named_modules():
         if type(linear) is not nn.Linear or not isinstance(linear._parameters.get("weight"), nn.Parameter):
@@ -44,7 +46,10 @@ def round_(
         elif not few:
             reason = f"no call of up to {FEW} rows among tokens={counts}"
         else:
-            found = {rows: rounded_ratio(linear.weight, bias, rows, value_dtype) for rows in few}
+            alike = weight.shape, bias is None, linear.weight.requires_grad
+            if alike not in memo:
+                memo[alike] = {rows: rounded_ratio(linear.weight, bias, rows, value_dtype) for rows in few}
+            found = memo[alike]
             most = max((rows for rows, gain in found.items() if gain >= MIN_RATIO), default=0)
             ratio = max(found.values())
             reason = f"{value_dtype} runs " + ", ".join(f"{gain:.2f} at {rows} tokens" for rows, gain in found.items())
