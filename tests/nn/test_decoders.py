@@ -19,7 +19,8 @@ from stack_models import programs
 from torch import Tensor
 
 import sparseprune as sp
-from sparseprune import _native
+from sparseprune import _native, bench
+from sparseprune.nn import sparsify
 from sparseprune.nn.rounded import RoundedLinear
 from sparseprune.nn.sparsify import rounding
 from sparseprune.nn.stacks import (
@@ -559,7 +560,14 @@ def reasons(model, **options) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", ["llama", "phi", "neox", "gpt2"])
 def test_linears_are_timed_as_the_program_runs_them(name, monkeypatch):
-    monkeypatch.setenv("SPARSEPRUNE_CACHE", "0")
+    def once(candidates, *, tokens, baseline="dense", **_):
+        for setup in candidates.values():
+            [setup(rows)() for rows in tokens]
+        return bench.Choice(baseline, 1.0, "timed", {label: dict.fromkeys(tokens, 0.5) for label in candidates}, {})
+
+    monkeypatch.setattr(bench, "choose_fastest", once)
+    monkeypatch.setattr(sparsify.measure, "copies_in_turn", lambda nbytes: 3)
+    monkeypatch.setattr(sparsify.sparsify, "CACHED", 0)
     model = make(name)
     sp.prune_(model, 0.5, filter_fn=lambda m, fqn: True)
     found = reasons(model, tokens=(1, 64), filter_fn=lambda m, fqn: True)

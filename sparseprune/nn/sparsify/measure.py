@@ -130,7 +130,7 @@ def measure(
 
     def dense(rows: int) -> Callable[[], object]:
         if in_program and rows <= FEW:
-            return steps([linear, *(copy.deepcopy(linear) for _ in range(copies(rows) - 1))], rows)
+            return steps([linear, *(_holding(weight.clone()) for _ in range(copies(rows) - 1))], rows)
         x, bias = rows_for(weight, rows), None if linear.bias is None else linear.bias.detach()
         weights = [weight, *(weight.clone() for _ in range(copies(rows) - 1))]
         return without_grad(lambda: [F.linear(x, each, bias) for each in weights])
@@ -174,6 +174,13 @@ def measure(
     if learns and memo[known].label == "dense":
         memo[known] = memo[known]._replace(reason=f"{memo[known].reason}; {_FREEZE}")
     return memo[known]
+
+
+def _holding(weight: Tensor) -> nn.Linear:
+    """A Linear of this weight and of nothing that other Linears may hold."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
 
 
 def _by_call(
