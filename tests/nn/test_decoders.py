@@ -606,9 +606,10 @@ def test_weights_in_turn(rows, options, close):
     sp.prune_(linear, 0.5)
     x = torch.randn(rows, 76)
     expected = x @ linear.weight.T
-    close(weights_in_turn([torch.nn.Linear(76, 33), linear])(x), expected)
+    close(weights_in_turn(linear, copies=3)(x), expected)
     layer = sp.SparseLinear.from_linear(linear, layout="csr", tokens=1, **options).eval()
-    found = weights_in_turn([linear, layer])(x)
+    found = weights_in_turn(layer, copies=2, steps=5)(x)
+    assert torch.equal(weights_in_turn(layer)(x), found)
     if options:
         torch.testing.assert_close(found, layer(x) - linear.bias, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(found, expected, **({"rtol": 5e-2, "atol": 5e-2} if options else {}))

@@ -124,13 +124,13 @@ def measure(
         cache = torch.cuda.get_device_properties(weight.device).L2_cache_size
         return copies_on_gpu(nbytes, round(nbytes * density), cache)
 
-    def steps(layers: list[Any], rows: int) -> Callable[[], object]:
-        x, run = rows_for(weight, rows), weights_in_turn(layers * -(-_STEPS // len(layers)))
+    def steps(layer: nn.Linear | SparseLinear, rows: int) -> Callable[[], object]:
+        x, run = rows_for(weight, rows), weights_in_turn(layer, copies(rows), _STEPS)
         return without_grad(lambda: run(x))
 
     def dense(rows: int) -> Callable[[], object]:
         if in_program and rows <= FEW:
-            return steps([linear, *(_holding(weight.clone()) for _ in range(copies(rows) - 1))], rows)
+            return steps(linear, rows)
         x, bias = rows_for(weight, rows), None if linear.bias is None else linear.bias.detach()
         weights = [weight, *(weight.clone() for _ in range(copies(rows) - 1))]
         return without_grad(lambda: [F.linear(x, each, bias) for each in weights])
@@ -139,10 +139,10 @@ def measure(
         def setup(rows: int) -> Callable[[], object]:
             tuned = rows if isinstance(options["tokens"], tuple) else options["tokens"]
             layer = SparseLinear.from_linear(linear, **{**options, "tokens": tuned, **fitting[label]}).eval()
+            if in_program and rows <= FEW:
+                return steps(layer, rows)
             x = rows_for(weight, rows)
             layers = [layer, *(copy.deepcopy(layer) for _ in range(copies(rows) - 1))]
-            if in_program and rows <= FEW:
-                return steps(layers, rows)
             return without_grad(lambda: [each(x) for each in layers])
 
         return setup
@@ -174,13 +174,6 @@ def measure(
     if learns and memo[known].label == "dense":
         memo[known] = memo[known]._replace(reason=f"{memo[known].reason}; {_FREEZE}")
     return memo[known]
-
-
-def _holding(weight: Tensor) -> nn.Linear:
-    """A Linear of this weight and of nothing that other Linears may hold."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    return layer
 
 
 def _by_call(

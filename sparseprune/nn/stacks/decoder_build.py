@@ -72,6 +72,16 @@ class Tensors:
             self.weights.append(self._weight(module))
         return self._made[id(module)]
 
+    def again(self, place: int) -> int:
+        """A copy of this weight, elsewhere in memory."""
+        values, index, offsets, scale, plan = self.weights[place]
+
+        def copy(i: int) -> int:
+            return -1 if i < 0 else self.place(self.found[i].clone())
+
+        self.weights.append(P.Weight(copy(values), copy(index), copy(offsets), copy(scale), plan))
+        return len(self.weights) - 1
+
     def _weight(self, module: nn.Module) -> P.Weight:
         if isinstance(module, SparseLinear):
             p = module._packed(module._forms.for_rows(1))
@@ -130,13 +140,19 @@ def build_decoder(layers: Sequence[DecoderParts]) -> StackProgram:
     return StackProgram(program, tuple(tensors.found), {})
 
 
-def weights_in_turn(modules: Sequence[nn.Linear | SparseLinear]) -> Callable[[Tensor], Tensor]:
-    """What takes x float32 `[M, K]`, up to 16 rows, through the weight `[N, K]` of one module after the other, each a
-    step of one program, as :func:`build_decoder` has it; gives what the last says, `[M, N]`, without its bias.
+def weights_in_turn(module: nn.Linear | SparseLinear, copies: int = 1, steps: int = 1) -> Callable[[Tensor], Tensor]:
+    """What takes x float32 `[M, K]`, up to 16 rows, through ``copies`` of the module's weight `[N, K]`, one after the
+    other in ``steps`` or more steps of one program, as :func:`build_decoder` has them; gives what the last says,
+    `[M, N]`, without the bias.
     """
-    tensors, (outputs, inputs) = Tensors(), (modules[0].out_features, modules[0].in_features)
-    steps = tuple(P.Linear(1, 0, tensors.weight(Projection(module, 0, outputs))) for module in modules)
-    program = P.Program((inputs, outputs), tuple(tensors.weights), steps, 1)
+    tensors = Tensors()
+    first = tensors.weight(Projection(module, 0, module.out_features))
+    weights = [first, *(tensors.again(first) for _ in range(copies - 1))]
+    rounds = -(-steps // len(weights))
+    program = P.Program(
+        (module.in_features, module.out_features), tuple(tensors.weights),
+        tuple(P.Linear(1, 0, weight) for weight in weights * rounds), 1,
+    )  # fmt: skip
     bound = BoundDecoder(tuple(tensors.found), *program.encode())
     return lambda x: bound(x[None], [], x.shape[0], 0, [], [])[0]
 
