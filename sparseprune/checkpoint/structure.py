@@ -97,8 +97,9 @@ class Structure:
         for fqn in self.programs:
             if not isinstance(fqn, str):
                 raise ValueError(f"structure: programs expected names of modules, got {shown(fqn)}")
+        known = set(self.programs)
         for fqn in self.layered_prompts:
-            if fqn not in self.programs:
+            if not isinstance(fqn, str) or fqn not in known:
                 raise ValueError(f"structure: layered_prompts expected names among programs, got {shown(fqn)}")
 
 

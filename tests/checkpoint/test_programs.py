@@ -77,10 +77,11 @@ def test_names_are_checked(pruned, tmp_path, monkeypatch):
         sp.load(encoder(1), tmp_path / "m.safetensors")
 
 
-def test_layered_prompts_are_checked(pruned, tmp_path, monkeypatch):
-    monkeypatch.setattr("sparseprune.checkpoint.state.layered_prompts", lambda model: ["0"])
+@pytest.mark.parametrize("wrong", ["0", 3, ["1"], {}, None])
+def test_layered_prompts_are_checked(pruned, tmp_path, monkeypatch, wrong):
+    monkeypatch.setattr("sparseprune.checkpoint.state.layered_prompts", lambda model: ["1", wrong])
     sp.save(pruned, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match="layered_prompts expected names among programs, got '0'"):
+    with pytest.raises(CheckpointError, match="layered_prompts expected names among programs, got "):
         sp.load(encoder(1), tmp_path / "m.safetensors")
 
 

@@ -613,3 +613,80 @@ def test_weights_in_turn(rows, options, close):
     if options:
         torch.testing.assert_close(found, layer(x) - linear.bias, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(found, expected, **({"rtol": 5e-2, "atol": 5e-2} if options else {}))
+
+
+@pytest.mark.parametrize("error", [IndexError, AssertionError, ImportError, ZeroDivisionError, StopIteration, OSError])
+@pytest.mark.parametrize("where", ["attention", "norm"])
+def test_what_layers_raise_when_they_are_tried_is_a_reason(error, where):
+    """Their own model never calls them so."""
+    model = make("llama")
+    sp.prune_(model, sparsity=0.5)
+    module = body(model).layers[1]
+    module = module.self_attn if where == "attention" else module.input_layernorm
+
+    class Picky(type(module)):
+        def forward(self, *args, **kwargs):
+            if where == "norm" or "Cache" not in type(kwargs["past_key_values"]).__name__:
+                raise error("not like this")
+            return super().forward(*args, **kwargs)
+
+    module.__class__ = Picky
+    assert not decoder_linears(model)
+    report = sp.sparsify_(model, layout="csr", tokens=(1, 64), engine="program")
+    assert report.stacks[0].engine == "layers" and "not like this" in report.stacks[0].reason
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda layer: setattr(layer.self_attn, "scaling", None), lambda layer: setattr(layer.self_attn, "scaling", "1"),
+    lambda layer: setattr(layer.self_attn, "head_dim", 0), lambda layer: setattr(layer.self_attn, "head_dim", 8.0),
+], ids=["no scale", "scale in words", "no depth", "depth as float"])  # fmt: skip
+def test_what_a_layer_has_that_no_program_can_use_is_a_reason(wrong):
+    model = make("llama")
+    wrong(body(model).layers[0])
+    assert not decoder_linears(model)
+    (choice,) = use_stacks_(model, "program")
+    assert choice.engine == "layers" and choice.reason
+
+
+def test_a_layer_that_gives_another_shape_is_a_reason():
+    model = make("llama")
+    last = body(model).layers[1].mlp
+
+    class Wide(type(last)):
+        def forward(self, x):
+            return super().forward(x)[..., :1].expand(2, *x.shape)
+
+    last.__class__ = Wide
+    (choice,) = use_stacks_(model, "program")
+    assert choice.engine == "layers" and "its layers give [2, " in choice.reason
+
+
+def test_small_calls_of_a_program_take_one_form(monkeypatch):
+    """That of the smallest, and never the dense weight: so they are timed with it, and the worst of them decides."""
+    made = []
+    keep = sp.SparseLinear.from_linear.__func__
+
+    def noted(cls, linear, **options):
+        made.append(options["tokens"])
+        return keep(cls, linear, **options)
+
+    ratios = {1: 2.0, 8: 0.5, 64: 3.0}
+
+    def given(candidates, *, tokens, baseline="dense", **_):
+        for setup in candidates.values():
+            setup(tokens[0])()
+        return bench.Choice("csr", 1.0, "timed", {"csr": {tokens[0]: ratios[tokens[0]]}}, {})
+
+    monkeypatch.setattr(sp.SparseLinear, "from_linear", classmethod(noted))
+    monkeypatch.setattr(bench, "choose_fastest", given)
+    model = make("llama")
+    sp.prune_(model, 0.5)
+    report = sp.sparsify_(copy.deepcopy(model), tokens=(1, 8, 64), engine="program")
+    assert set(made) == {1, 64}
+    assert all(r.reason.startswith("dense wins: csr runs 2.00 at 1 tokens, 0.50 at 8 tokens") for r in report.layers)
+    ratios[8], ratios[64] = 1.5, 0.5
+    report = sp.sparsify_(copy.deepcopy(model), tokens=(8, 64, 1), engine="program")
+    assert all("; dense from 23 on" in r.reason for r in report.layers)
+    ratios[9] = 0.5
+    report = sp.sparsify_(copy.deepcopy(model), tokens=(1, 9), engine="program")
+    assert all("; dense from 9 on" in r.reason for r in report.layers)

@@ -170,8 +170,11 @@ def test_auto_keeps_dense_where_dense_wins(monkeypatch):
     report = sp.sparsify_(model)
     assert [layer.layout for layer in report.layers] == ["dense", "dense"]
     assert all(type(m) is nn.Linear for m in model)
-    assert all(layer.reason.endswith("for inference freeze it first, requires_grad_(False)") for layer in report.layers)
-    assert [layer.reason for layer in sp.sparsify_(model.requires_grad_(False)).layers] == ["dense wins"] * 2
+    assert [layer.reason for layer in report.layers] == ["dense wins"] * 2
+    few = sp.sparsify_(model, tokens=4)  # where looking at a weight counts
+    assert all(layer.reason.endswith("for inference freeze it first, requires_grad_(False)") for layer in few.layers)
+    frozen = sp.sparsify_(model.requires_grad_(False), tokens=4)
+    assert [layer.reason for layer in frozen.layers] == ["dense wins"] * 2
 
 
 @pytest.mark.parametrize("options", [{}, {"tokens": (1, 64), "dense_value_dtype": "int8"}], ids=["exact", "rounded"])

@@ -94,6 +94,7 @@ def measure(
     """What runs this layer fastest, "dense" included. kept: bool `[N, K]`; options: of every SparseLinear made; memo:
     what was measured before; cold: its weight comes from memory; activations: "int8" allows products in int8 beside
     exact ones; in_program: up to 8 rows of x are those of a step in the program of a decoder, unless the weight learns.
+    It reads one form, that of the fewest rows, and never the dense weight.
     """
     if density == 1.0 and activations == "float32":
         return Choice("dense", {}, 1.0, "it has no zeros; prune it first")
@@ -114,6 +115,8 @@ def measure(
     )  # fmt: skip
     if known in memo:
         return memo[known]
+
+    step_tokens = min(counts) if isinstance(options["tokens"], tuple) else options["tokens"]
 
     def copies(rows: int) -> int:
         if not cold or rows > FEW:
@@ -138,6 +141,8 @@ def measure(
     def sparse(label: str) -> bench.choose.Setup:
         def setup(rows: int) -> Callable[[], object]:
             tuned = rows if isinstance(options["tokens"], tuple) else options["tokens"]
+            if in_program and rows <= FEW:
+                tuned = step_tokens
             layer = SparseLinear.from_linear(linear, **{**options, "tokens": tuned, **fitting[label]}).eval()
             if in_program and rows <= FEW:
                 return steps(layer, rows)
@@ -150,7 +155,7 @@ def measure(
     def choose(sizes: tuple[int, ...]) -> bench.Choice:
         note = f"values={options['value_dtype']}" + (",in turn" if cold and max(sizes) <= FEW else "")
         note += ",learns" if learns else ""  # and is compared with what was packed at every call
-        step = ",step of a program" if in_program else ""
+        step = f",step of a program for {step_tokens}" if in_program else ""
         return bench.choose_fastest(
             {"dense": dense, **{label: sparse(label) for label in fitting}},
             tokens=sizes,
@@ -165,29 +170,32 @@ def measure(
         choices = {rows: choose((rows,)) for rows in sorted(counts)}
         ratios = {rows: {label: per[rows] for label, per in c.ratios.items()} for rows, c in choices.items()}
         doubts = [choice.doubt for choice in choices.values() if choice.doubt]
-        memo[known] = _by_call(ratios, fitting)._replace(doubt=doubts[0] if doubts else "")
+        memo[known] = _by_call(ratios, fitting, FEW if in_program else 0)._replace(doubt=doubts[0] if doubts else "")
     else:
         choice = choose(counts)
         memo[known] = Choice(choice.name, fitting.get(choice.name, {}), choice.ratio, choice.reason, choice.doubt)
     if in_program and min(counts) <= FEW:
         memo[known] = memo[known]._replace(reason=f"{memo[known].reason}, up to {FEW} as a step of a program")
-    if learns and memo[known].label == "dense":
+    if learns and memo[known].label == "dense" and min(counts) <= FEW:
         memo[known] = memo[known]._replace(reason=f"{memo[known].reason}; {_FREEZE}")
     return memo[known]
 
 
 def _by_call(
-    ratios: dict[int, dict[str, float]], fitting: dict[str, dict[str, Any]]
+    ratios: dict[int, dict[str, float]], fitting: dict[str, dict[str, Any]], together: int
 ) -> Choice:
     """ratios: rows of x, rising -> label -> dense time / its time. The layout that gains most in the product over the
-    call sizes, each of which takes what is faster; dense may win from some size on, not below it.
+    call sizes, each of which takes what is faster; dense may win from some size on, not below it. Sizes up to
+    ``together`` take the same, so the worst of them counts.
     """
     best, arguments, gain, reason = "dense", {}, 1.0, ""
     for label in fitting:
         found = {rows: per[label] for rows, per in ratios.items() if label in per}
+        table = ", ".join(f"{ratio:.2f} at {rows} tokens" for rows, ratio in found.items())
+        worst = min((ratio for rows, ratio in found.items() if rows <= together), default=0.0)
+        found = {rows: worst if rows <= together else ratio for rows, ratio in found.items()}
         wins = [rows for rows, ratio in found.items() if ratio >= 1.0]
         losing = [rows for rows in found if rows not in wins]
-        table = ", ".join(f"{ratio:.2f} at {rows} tokens" for rows, ratio in found.items())
         reason = reason or f"dense wins: {label} runs {table}"
         if not wins or max(found.values()) < MIN_RATIO or (losing and min(losing) < max(wins)):
             continue
@@ -198,7 +206,7 @@ def _by_call(
             best, gain, arguments = label, product, dict(fitting[label])
             reason = f"{label} runs {table}"
             if losing:
-                arguments["dense_from"] = math.isqrt(max(wins) * min(losing)) + 1
+                arguments["dense_from"] = max(math.isqrt(max(wins) * min(losing)), together) + 1
                 reason += f"; dense from {arguments['dense_from']} on"
     top = max((per.get(best, 1.0) for per in ratios.values()), default=1.0)
     return Choice(best, arguments, top if best != "dense" else 1.0, reason or "dense wins")

@@ -125,7 +125,8 @@ def sparsify_(
     options: dict[str, Any] = {"tokens": counts if per_call else max(counts)}
     weights = sum(linear.weight.numel() * linear.weight.element_size() for linear in selection.selected.values())
     cold = weights > CACHED
-    timed = layout == "auto" and engine != "layers" and min(counts) <= FEW
+    frozen = any(not linear.weight.requires_grad for linear in selection.selected.values())
+    timed = layout == "auto" and engine != "layers" and min(counts) <= FEW and frozen
     in_programs = decoder_linears(model) if timed else frozenset()
     choices: list[LayerChoice] = []
     replacements: dict[int, nn.Module] = {}

@@ -231,12 +231,12 @@ def put_stacks_(model: nn.Module, names: Sequence[str], by_layers: Sequence[str]
     prompts of ``by_layers`` to their layers, as :func:`layered_prompts` named those. A program is built, and proven on
     random input, by the first call that it may answer. Warns of a name that is no stack here.
     """
-    found = find_stacks(model) if names else {}
+    found, layered = find_stacks(model) if names else {}, set(by_layers)
     for fqn in names:
         if fqn in found:
             module, name = found[fqn]
             module.__dict__["forward"] = stack = _stack(model, module, name)
-            if fqn in by_layers and isinstance(stack, DecoderForward):
+            if fqn in layered and isinstance(stack, DecoderForward):
                 stack.by_layers = "prompts run layer by layer: they did so when the model was saved"
         else:
             warnings.warn(

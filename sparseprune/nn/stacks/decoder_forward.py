@@ -123,7 +123,7 @@ class DecoderForward(StackForward):
         built, weights = make_rows(parts)
         try:
             program = BoundDecoder(built.tensors, *built.program.encode())
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # of numbers that a layer has and the program cannot
             raise UnknownLayer(str(error)) from None
         in_tuples = known.in_tuples if known is not None else prove_decoder(layers, parts, program)
         kinds = list(dict.fromkeys(p.kind for p in parts))

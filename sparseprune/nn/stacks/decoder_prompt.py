@@ -114,7 +114,7 @@ class BoundPrompt:
         self.built = build_prompt(parts)
         try:
             self._program = BoundEncoder(self.built.tensors, *self.built.program.encode())
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UnknownLayer(str(error)) from None
 
     def __call__(

@@ -21,7 +21,7 @@ from .decoder_build import build_decoder
 from .decoder_parts import DecoderParts
 from .decoder_prompt import BoundPrompt
 from .proof import run_layers
-from .recognise import UnknownLayer
+from .recognise import UnknownLayer, foreign
 from .weights import exact, rounds
 
 __all__ = ["Example", "Grown", "prove_decoder", "prove_prompt"]
@@ -197,7 +197,7 @@ def _prove(
         for batch, past, tokens in _CASES:
             example, cache = Example(parts, batch, past, tokens, past > 1), Grown()
             whole = past + tokens
-            try:
+            with foreign("its layers do not take the call that was tried"):
                 example.layers(layers, cache, 0, past)
                 if len(cache.keys) != len(layers):
                     raise UnknownLayer("its layers keep no keys in the cache they are given")
@@ -205,8 +205,6 @@ def _prove(
                 expected = example.layers(layers, cache, past, whole)
                 first = example.hidden[:, :1]
                 in_tuples = isinstance(layers[0](first, **_first_call(layers[0], parts[0], example)), tuple)
-            except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
-                raise UnknownLayer(f"its layers do not take the call that was tried: {error}") from None
             keys, values = [k for k, _ in held], [v for _, v in held]
             if any(k.shape[1:] != (p.kv_heads, whole + 1, p.depth) for p, k in zip(parts, keys)):
                 raise UnknownLayer(f"its cache holds {list(keys[0].shape)}")
@@ -229,11 +227,9 @@ def _prove_prompt(
                 real[0, : tokens // 2] = False
                 example.seen &= real[:, None]
                 example.seen |= torch.eye(tokens, dtype=torch.bool)
-            try:
+            with foreign("its layers do not take the prompt that was tried"):
                 expected = example.layers(layers, cache, 0, tokens)
                 plain = example.by_layers(layers, Grown(), 0, tokens, True)() if batch == 1 else expected
-            except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
-                raise UnknownLayer(f"its layers do not take the prompt that was tried: {error}") from None
             found, keys, values = example.by_prompt(bound, real if batch > 1 else None)
             _compare(expected[real], found[real], tolerance)
             if not _eager(layers):  # they attend to all where there is no mask; the program takes no such call
@@ -262,7 +258,10 @@ def _with_room(tensor: Tensor, whole: int) -> Tensor:
     return room
 
 
-def _compare(expected: Tensor, found: Tensor, tolerance: float) -> None:
+def _compare(expected: Any, found: Tensor, tolerance: float) -> None:
+    if not isinstance(expected, Tensor) or expected.shape != found.shape:
+        shape = list(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
+        raise UnknownLayer(f"its layers give {shape}, the program {list(found.shape)}")
     far = float((expected - found).abs().max())
     if not far <= tolerance * max(1.0, float(expected.abs().max())):
         raise UnknownLayer(f"layers and program differ by {far:.1e} on random input")

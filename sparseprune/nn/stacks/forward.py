@@ -348,7 +348,7 @@ def _bind(modules: Modules, known: _Ready | None) -> _Ready:
     built = build(every)
     try:
         program = BoundEncoder(built.tensors, *built.program.encode())
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UnknownLayer(str(error)) from None
     weights.packed()
     in_tuples = known.in_tuples if known is not None else prove(layers, every, program)

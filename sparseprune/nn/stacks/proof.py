@@ -12,7 +12,7 @@ from ...native.encoder import BoundEncoder
 from ..modes import evaluating
 from ..packed_only import PackedLinear
 from .build import build
-from .recognise import LayerParts, UnknownLayer
+from .recognise import LayerParts, UnknownLayer, foreign
 from .weights import exact, rounds
 
 __all__ = ["example", "prove", "run_layers"]
@@ -101,11 +101,9 @@ def _prove(layers: Sequence[nn.Module], parts: Sequence[LayerParts], bound: Boun
                 counted = real if masked else torch.ones_like(real)
                 calls, tables = example(parts, counted, masked, generator)
                 x = hidden.transpose(0, 1) if first else hidden
-                try:
+                with foreign("its layers do not take the call that was tried"):
                     expected, in_tuples = run_layers(layers, calls, x)
-                except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
-                    raise UnknownLayer(f"its layers do not take the call that was tried: {error}") from None
-                expected = expected.transpose(0, 1) if first else expected
+                    expected = expected.transpose(0, 1) if first else expected
                 found = bound(hidden, real if masked else None, tables)
                 if expected.shape != found.shape:
                     raise UnknownLayer(f"its layers give {list(expected.shape)}, the program {list(found.shape)}")

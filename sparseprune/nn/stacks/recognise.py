@@ -6,7 +6,8 @@ claim: :mod:`.proof` runs both forms before anything is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -129,16 +130,25 @@ def recognise(layer: nn.Module) -> LayerParts:
     return first_known(known, layer, "encoder layers")
 
 
+@contextmanager
+def foreign(what: str) -> Iterator[None]:
+    """Around code of others that is tried out: whatever it raises is an :class:`UnknownLayer`, ``what`` and why."""
+    try:
+        yield
+    except UnknownLayer:
+        raise
+    except Exception as error:
+        raise UnknownLayer(f"{what}: {str(error) or type(error).__name__}") from error
+
+
 def first_known(known: Sequence[Callable[[Any], Parts | None]], layer: nn.Module, what: str) -> Parts:
     """What the first recogniser that knows the layer gives, checked. Raises :class:`UnknownLayer` where none does."""
     for one in known:
-        try:
+        with foreign(f"its {type(layer).__name__} is another structure"):  # children by name, something else in them
             parts = one(layer)
-        except AttributeError as error:  # the children by name, and something else in them
-            raise UnknownLayer(f"its {type(layer).__name__} is another structure: {error}") from None
-        if parts is not None:
-            parts.check()
-            return parts
+            if parts is not None:
+                parts.check()
+                return parts
     raise UnknownLayer(f"its layers are no {what} of a known structure, but {type(layer).__name__}")
 
 
