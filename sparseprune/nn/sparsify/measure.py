@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -98,87 +99,117 @@ def measure(
     """
     if density == 1.0 and activations == "float32":
         return Choice("dense", {}, 1.0, "it has no zeros; prune it first")
-    weight = linear.weight.detach()
-    shape = (linear.out_features, linear.in_features)
-    fitting = fitting_layouts(kept, weight.device.type == "cuda") if density < 1.0 else {}
+    fitting = fitting_layouts(kept, linear.weight.device.type == "cuda") if density < 1.0 else {}
     if activations == "int8":
         options = {**options, "value_dtype": "float32"}
         fitting |= int8_layouts(kept, fitting)
     if not fitting:
-        return Choice("dense", {}, 1.0, f"it has no zeros, and int8 {why_not_quads(shape)}")
-    learns = linear.weight.requires_grad
-    dtype = options["value_dtype"]
-    in_program &= not learns
-    known = (
-        shape, round(density, 2), tuple(fitting), weight.dtype, linear.bias is None, learns, weight.device, dtype,
-        in_program,
-    )  # fmt: skip
-    if known in memo:
-        return memo[known]
+        why = why_not_quads((linear.out_features, linear.in_features))
+        return Choice("dense", {}, 1.0, f"it has no zeros, and int8 {why}")
+    step = None
+    if in_program and not linear.weight.requires_grad:
+        step = min(counts) if isinstance(options["tokens"], tuple) else options["tokens"]
+    contest = _Contest(linear, density, fitting, options, cold, step)
+    known = contest.key()
+    if known not in memo:
+        memo[known] = _choose(contest, counts)
+    return memo[known]
 
-    step_tokens = min(counts) if isinstance(options["tokens"], tuple) else options["tokens"]
 
-    def copies(rows: int) -> int:
-        if not cold or rows > FEW:
+@dataclass(frozen=True)
+class _Contest:
+    """What is timed of one layer: dense against each layout in ``fitting``. step: the rows of x whose packed form up to
+    8 rows read as a step of a program; None where all are calls of a module.
+    """
+
+    linear: nn.Linear
+    density: float
+    fitting: dict[str, dict[str, Any]]
+    options: dict[str, Any]
+    cold: bool
+    step: int | None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight.detach()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.linear.out_features, self.linear.in_features
+
+    def key(self) -> tuple[Any, ...]:
+        """What layers have in common that are timed alike."""
+        weight, plain = self.linear.weight, self.linear.bias is None
+        what = weight.dtype, weight.device, weight.requires_grad, self.options["value_dtype"]
+        return self.shape, round(self.density, 2), tuple(self.fitting), plain, self.step, *what
+
+    def fastest(self, sizes: tuple[int, ...]) -> bench.Choice:
+        weight = self.weight
+        note = f"values={self.options['value_dtype']}" + (",in turn" if self.cold and max(sizes) <= FEW else "")
+        note += ",learns" if self.linear.weight.requires_grad else ""  # is compared with what was packed at every call
+        step = f",step of a program for {self.step}"
+
+        def key(label: str, rows: int) -> str:
+            about = note + step * self._is_step(rows)
+            return bench.layer_key(self.shape, round(self.density, 2), label, rows, weight.dtype, about, weight.device)
+
+        candidates = {"dense": self._dense, **{label: self._sparse(label) for label in self.fitting}}
+        return bench.choose_fastest(candidates, tokens=sizes, min_ratio=MIN_RATIO, key=key, device=weight.device)
+
+    def _is_step(self, rows: int) -> bool:
+        return self.step is not None and rows <= FEW
+
+    def _copies(self, rows: int) -> int:
+        weight = self.weight
+        if not self.cold or rows > FEW:
             return 1
-        nbytes = weight.numel() * weight.element_size()
         if weight.device.type != "cuda":
-            return copies_in_turn(nbytes)
+            return copies_in_turn(weight.nbytes)
         cache = torch.cuda.get_device_properties(weight.device).L2_cache_size
-        return copies_on_gpu(nbytes, round(nbytes * density), cache)
+        return copies_on_gpu(weight.nbytes, round(weight.nbytes * self.density), cache)
 
-    def steps(layer: nn.Linear | SparseLinear, rows: int) -> Callable[[], object]:
-        x, run = rows_for(weight, rows), weights_in_turn(layer, copies(rows), _STEPS)
-        return without_grad(lambda: run(x))
-
-    def dense(rows: int) -> Callable[[], object]:
-        if in_program and rows <= FEW:
-            return steps(linear, rows)
-        x, bias = rows_for(weight, rows), None if linear.bias is None else linear.bias.detach()
-        weights = [weight, *(weight.clone() for _ in range(copies(rows) - 1))]
+    def _dense(self, rows: int) -> Callable[[], object]:
+        if self._is_step(rows):
+            return self._steps(self.linear, rows)
+        weight, bias = self.weight, None if self.linear.bias is None else self.linear.bias.detach()
+        x, weights = rows_for(weight, rows), [weight, *(weight.clone() for _ in range(self._copies(rows) - 1))]
         return without_grad(lambda: [F.linear(x, each, bias) for each in weights])
 
-    def sparse(label: str) -> bench.choose.Setup:
+    def _sparse(self, label: str) -> bench.choose.Setup:
         def setup(rows: int) -> Callable[[], object]:
-            tuned = rows if isinstance(options["tokens"], tuple) else options["tokens"]
-            if in_program and rows <= FEW:
-                tuned = step_tokens
-            layer = SparseLinear.from_linear(linear, **{**options, "tokens": tuned, **fitting[label]}).eval()
-            if in_program and rows <= FEW:
-                return steps(layer, rows)
-            x = rows_for(weight, rows)
-            layers = [layer, *(copy.deepcopy(layer) for _ in range(copies(rows) - 1))]
+            tokens = rows if isinstance(self.options["tokens"], tuple) else self.options["tokens"]
+            tokens = self.step if self._is_step(rows) else tokens
+            options = {**self.options, "tokens": tokens, **self.fitting[label]}
+            layer = SparseLinear.from_linear(self.linear, **options).eval()
+            if self._is_step(rows):
+                return self._steps(layer, rows)
+            x = rows_for(self.weight, rows)
+            layers = [layer, *(copy.deepcopy(layer) for _ in range(self._copies(rows) - 1))]
             return without_grad(lambda: [each(x) for each in layers])
 
         return setup
 
-    def choose(sizes: tuple[int, ...]) -> bench.Choice:
-        note = f"values={options['value_dtype']}" + (",in turn" if cold and max(sizes) <= FEW else "")
-        note += ",learns" if learns else ""  # and is compared with what was packed at every call
-        step = f",step of a program for {step_tokens}" if in_program else ""
-        return bench.choose_fastest(
-            {"dense": dense, **{label: sparse(label) for label in fitting}},
-            tokens=sizes,
-            min_ratio=MIN_RATIO,
-            key=lambda label, rows: bench.layer_key(
-                shape, round(density, 2), label, rows, weight.dtype, note + step * (rows <= FEW), weight.device
-            ),
-            device=weight.device,
-        )
+    def _steps(self, layer: nn.Linear | SparseLinear, rows: int) -> Callable[[], object]:
+        x, run = rows_for(self.weight, rows), weights_in_turn(layer, self._copies(rows), _STEPS)
+        return without_grad(lambda: run(x))
 
-    if isinstance(options["tokens"], tuple):
-        choices = {rows: choose((rows,)) for rows in sorted(counts)}
-        ratios = {rows: {label: per[rows] for label, per in c.ratios.items()} for rows, c in choices.items()}
-        doubts = [choice.doubt for choice in choices.values() if choice.doubt]
-        memo[known] = _by_call(ratios, fitting, FEW if in_program else 0)._replace(doubt=doubts[0] if doubts else "")
+
+def _choose(contest: _Contest, counts: tuple[int, ...]) -> Choice:
+    if isinstance(contest.options["tokens"], tuple):
+        found = {rows: contest.fastest((rows,)) for rows in sorted(counts)}
+        ratios = {rows: {label: per[rows] for label, per in c.ratios.items()} for rows, c in found.items()}
+        doubts = [c.doubt for c in found.values() if c.doubt]
+        choice = _by_call(ratios, contest.fitting, 0 if contest.step is None else FEW)
+        choice = choice._replace(doubt=doubts[0] if doubts else "")
     else:
-        choice = choose(counts)
-        memo[known] = Choice(choice.name, fitting.get(choice.name, {}), choice.ratio, choice.reason, choice.doubt)
-    if in_program and min(counts) <= FEW:
-        memo[known] = memo[known]._replace(reason=f"{memo[known].reason}, up to {FEW} as a step of a program")
-    if learns and memo[known].label == "dense" and min(counts) <= FEW:
-        memo[known] = memo[known]._replace(reason=f"{memo[known].reason}; {_FREEZE}")
-    return memo[known]
+        one = contest.fastest(counts)
+        choice = Choice(one.name, contest.fitting.get(one.name, {}), one.ratio, one.reason, one.doubt)
+    reason = choice.reason
+    if contest.step is not None and min(counts) <= FEW:
+        reason += f", up to {FEW} as a step of a program"
+    if contest.linear.weight.requires_grad and choice.label == "dense" and min(counts) <= FEW:
+        reason += f"; {_FREEZE}"
+    return choice._replace(reason=reason)
 
 
 def _by_call(
