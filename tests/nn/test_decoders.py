@@ -661,6 +661,22 @@ def test_a_layer_that_gives_another_shape_is_a_reason():
     assert choice.engine == "layers" and "its layers give [2, " in choice.reason
 
 
+@pytest.mark.parametrize("given", [lambda y: y.expand(2, *y.shape), lambda y: None, lambda y: y[:, :1]])
+def test_a_prompt_that_gives_another_shape_is_a_reason(given):
+    model = undone(sparse("llama"))
+    layers = body(model).layers
+
+    class Long(type(layers[0])):
+        def forward(self, hidden_states, *args, **kwargs):
+            found = super().forward(hidden_states, *args, **kwargs)
+            return given(found) if self is layers[-1] and hidden_states.shape[1] > 20 else found
+
+    for layer in layers:
+        layer.__class__ = Long
+    (choice,) = use_stacks_(model, "program")
+    assert choice.engine == "program" and choice.prompts.startswith("layers: prompts have no program: ") and " give" in choice.prompts
+
+
 def test_small_calls_of_a_program_take_one_form(monkeypatch):
     """That of the smallest, and never the dense weight: so they are timed with it, and the worst of them decides."""
     made = []

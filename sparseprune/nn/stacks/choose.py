@@ -95,8 +95,7 @@ def decoder_linears(model: nn.Module) -> frozenset[int]:
     found: set[int] = set()
     for module, name in find_stacks(model).values():
         stack, layers = _stack(model, module, name), module._modules[name]
-        replaced = "forward" in vars(module) and stack_of(module) is None
-        if not isinstance(stack, DecoderForward) or replaced or layers is None:
+        if not isinstance(stack, DecoderForward) or _replaced(module) or layers is None:
             continue
         try:
             with torch.no_grad(), evaluating(layers):
@@ -105,6 +104,10 @@ def decoder_linears(model: nn.Module) -> frozenset[int]:
             continue
         found.update(id(projection.module) for layer in parts for projection in layer.projections)
     return frozenset(found)
+
+
+def _replaced(owner: nn.Module) -> bool:
+    return "forward" in vars(owner) and stack_of(owner) is None
 
 
 def _stack(model: nn.Module, module: nn.Module, name: str) -> StackForward:
@@ -140,7 +143,7 @@ def _choose_(
         return left("engine='layers' was asked for")
     if engine == "auto" and not any(isinstance(m, SparseLinear) for m in layers.modules()):
         return left("none of its layers is sparse")
-    if "forward" in vars(module) and stack_of(module) is None:
+    if _replaced(module):
         return left("its forward was replaced")
     try:
         with torch.no_grad(), evaluating(layers):

@@ -230,12 +230,16 @@ def _prove_prompt(
             with foreign("its layers do not take the prompt that was tried"):
                 expected = example.layers(layers, cache, 0, tokens)
                 plain = example.by_layers(layers, Grown(), 0, tokens, True)() if batch == 1 else expected
+                held = [(cache.keys[p.place], cache.values[p.place]) for p in parts]
             found, keys, values = example.by_prompt(bound, real if batch > 1 else None)
+            for given in (expected, plain):
+                _check_shape(given, found)
             _compare(expected[real], found[real], tolerance)
             if not _eager(layers):  # they attend to all where there is no mask; the program takes no such call
                 _compare(plain[real], found[real], tolerance)
-            for p, k, v in zip(parts, keys, values):
-                for mine, theirs in ((k, cache.keys[p.place]), (v, cache.values[p.place])):
+            for k, v, (their_k, their_v) in zip(keys, values, held):
+                for mine, theirs in ((k, their_k), (v, their_v)):
+                    _check_shape(theirs, mine)
                     _compare(theirs.transpose(1, 2)[real], mine.transpose(1, 2)[real], tolerance)
 
 
@@ -258,10 +262,14 @@ def _with_room(tensor: Tensor, whole: int) -> Tensor:
     return room
 
 
-def _compare(expected: Any, found: Tensor, tolerance: float) -> None:
-    if not isinstance(expected, Tensor) or expected.shape != found.shape:
-        shape = list(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
+def _check_shape(given: Any, found: Tensor) -> None:
+    if not isinstance(given, Tensor) or given.shape != found.shape:
+        shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
         raise UnknownLayer(f"its layers give {shape}, the program {list(found.shape)}")
+
+
+def _compare(expected: Any, found: Tensor, tolerance: float) -> None:
+    _check_shape(expected, found)
     far = float((expected - found).abs().max())
     if not far <= tolerance * max(1.0, float(expected.abs().max())):
         raise UnknownLayer(f"layers and program differ by {far:.1e} on random input")
