@@ -25,6 +25,7 @@ from sparseprune.nn.rounded import RoundedLinear
 from sparseprune.nn.sparsify import rounding
 from sparseprune.nn.stacks import (
     DecoderForward,
+    decoder_build,
     decoder_linears,
     decoder_measure,
     stack_of,
@@ -615,6 +616,24 @@ def test_weights_in_turn(rows, options, close):
     torch.testing.assert_close(found, expected, **({"rtol": 5e-2, "atol": 5e-2} if options else {}))
 
 
+def test_copies_in_turn_lie_apart(monkeypatch):
+    """So that each comes from memory."""
+    held = []
+    keep = decoder_build.BoundDecoder
+
+    def noted(tensors, *plan):
+        held.extend(tensors)
+        return keep(tensors, *plan)
+
+    monkeypatch.setattr(decoder_build, "BoundDecoder", noted)
+    linear = torch.nn.Linear(64, 32).requires_grad_(False)
+    sp.prune_(linear, 0.5)
+    weights_in_turn(sp.SparseLinear.from_linear(linear, layout="csr", tokens=1, value_dtype="int8"), copies=3, steps=9)
+    assert len({t.data_ptr() for t in held}) == len(held) and len(held) % 3 == 0
+    for n in range(len(held) // 3):
+        assert torch.equal(held[n], held[n + len(held) // 3])
+
+
 @pytest.mark.parametrize("error", [IndexError, AssertionError, ImportError, ZeroDivisionError, StopIteration, OSError])
 @pytest.mark.parametrize("where", ["attention", "norm"])
 def test_what_layers_raise_when_they_are_tried_is_a_reason(error, where):
@@ -674,7 +693,8 @@ def test_a_prompt_that_gives_another_shape_is_a_reason(given):
     for layer in layers:
         layer.__class__ = Long
     (choice,) = use_stacks_(model, "program")
-    assert choice.engine == "program" and choice.prompts.startswith("layers: prompts have no program: ") and " give" in choice.prompts
+    assert choice.engine == "program"
+    assert choice.prompts.startswith("layers: prompts have no program: ") and " give" in choice.prompts
 
 
 def test_small_calls_of_a_program_take_one_form(monkeypatch):
