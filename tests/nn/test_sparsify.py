@@ -550,3 +550,11 @@ def test_an_activation_is_fused_with_one_linear(close):
         close(model(x), expected)
         model[0].gate.register_forward_hook(lambda module, args, result: None)
         close(model(x), expected)
+
+
+@pytest.mark.parametrize("tokens", [0, (), (1, 0), 1.5, (1, 2.0), "12", (1, "a"), None], ids=repr)
+def test_tokens_that_count_nothing_are_refused(tokens):
+    model = prune(nn.Sequential(nn.Linear(8, 8)), 0.5)
+    with pytest.raises(ValueError, match="tokens expected one or more whole numbers >= 1, got "):
+        sp.sparsify_(model, tokens=tokens)
+    assert type(model[0]) is nn.Linear

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -111,9 +112,9 @@ def sparsify_(
         raise ValueError(f"sparsify_: keep expected one of {KEEP}, got {keep!r}")
     if keep == "packed":
         check_keep(model)
-    counts = (tokens,) if isinstance(tokens, int) else tuple(tokens)
-    if not counts or min(counts) < 1:
-        raise ValueError(f"sparsify_: tokens expected one or more numbers >= 1, got {tokens!r}")
+    counts = tuple(tokens) if isinstance(tokens, Iterable) else (tokens,)
+    if not counts or not all(isinstance(count, Integral) and count >= 1 for count in counts):
+        raise ValueError(f"sparsify_: tokens expected one or more whole numbers >= 1, got {tokens!r}")
     unpack_pruned_(model)
     selection = select_linears(model, filter_fn)
     if unknown := [name for name in exact_layers if name not in selection.selected]:
