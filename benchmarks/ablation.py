@@ -69,8 +69,8 @@ MATCHED = {
     "scores_kd_matched": ("gan", "scores_kd"),
     "scores_kd_matched+logits": ("gan+logits", "scores_kd+logits"),
 }
-# arm -> the registered criterion that gives its scores; all else is that of ``gmp_kd``
-CRITERIA = {"random_kd": "random", "uncertainty_kd": "uncertainty"}
+# arm -> the criterion that gives its scores; all else is that of ``gmp_kd``
+CRITERIA = {"random_kd": "random", "uncertainty_kd": "uncertainty", "movement_kd": "movement", "fisher_kd": "fisher"}
 ARMS = (*RULE_ARMS, *COMPENSATED, *REMEDIES, *ON_LOGITS, *CRITERIA)
 CONTRASTS = (
     ("gan", "scores_kd"), ("gan", "scores_kd_matched"), ("gan", "gan_frozen_d"), ("gan", "gan_shuffled_d"),

@@ -7,6 +7,7 @@ from .compensation import Compensation, CompensationReport, compensate, compensa
 from .counts import erk_densities, kept_count, weighted_counts
 from .criteria import Criterion, PruneContext, criterion_names, make_criterion, register_criterion
 from .factors import Factors
+from .fisher import Fisher
 from .granularity import NM, Block, Element, Granularity, Heads, Mixture, Neurons, make_granularity
 from .masks import MaskSet
 from .plan import Plan
@@ -28,6 +29,7 @@ __all__ = [
     "CubicSchedule",
     "Element",
     "Factors",
+    "Fisher",
     "Granularity",
     "Heads",
     "LinearSchedule",

@@ -1,7 +1,7 @@
 """Criteria: which weights matter. A criterion gives every weight a score; the highest scores are kept.
 
 Criteria stand in a table by name. :func:`register_criterion` adds one; the data-driven ones (Wanda, SparseGPT) register
-themselves in ``oneshot``.
+themselves in ``oneshot``, that of second order in ``fisher``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 __all__ = [
+    "Accumulating",
     "Criterion",
     "FromFunction",
     "Magnitude",
@@ -134,8 +135,8 @@ class FromFunction(Criterion):
         return found
 
 
-class _Accumulating(Criterion):
-    """State of one tensor (or more) a layer, float32, made at the first gradient."""
+class Accumulating(Criterion):
+    """State of one tensor (or more) a layer, made at the first gradient."""
 
     needs_gradients = True
     tensors: tuple[str, ...] = ()
@@ -143,21 +144,28 @@ class _Accumulating(Criterion):
     def __init__(self) -> None:
         self.state: dict[str, dict[str, Tensor]] = {}
 
+    def _zeros(self, like: Tensor) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(like, dtype=torch.float32) for name in self.tensors}
+
     def _of(self, fqn: str, like: Tensor) -> dict[str, Tensor]:
         if fqn not in self.state:
-            self.state[fqn] = {name: torch.zeros_like(like, dtype=torch.float32) for name in self.tensors}
+            self.state[fqn] = self._zeros(like)
         return self.state[fqn]
 
     def _score(self, state: dict[str, Tensor]) -> Tensor:
         raise NotImplementedError
 
-    def scores(self, context: PruneContext) -> dict[str, Tensor]:
+    def check_seen(self, context: PruneContext) -> None:
+        """ValueError on layers whose gradients were never observed."""
         unseen = [fqn for fqn in context.weights if fqn not in self.state]
         if unseen:
             raise ValueError(
                 f"{self.name}: no gradient seen for {', '.join(unseen[:5])}; run backward before pruning, and give "
                 "Pruner.prepare the optimiser"
             )
+
+    def scores(self, context: PruneContext) -> dict[str, Tensor]:
+        self.check_seen(context)
         return {fqn: self._score(self.state[fqn]) for fqn in context.weights}
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,7 +181,7 @@ class _Accumulating(Criterion):
         self.state = {fqn: {name: t.clone() for name, t in tensors.items()} for fqn, tensors in state.items()}
 
 
-class Movement(_Accumulating):
+class Movement(Accumulating):
     """The sum of -g w over the steps: weights that move away from zero stay (Sanh et al. 2020).
 
     g is the gradient at the masked weight and w the value behind the mask (straight-through), so a pruned weight can
@@ -217,7 +225,7 @@ class SoftMovement(Movement):
             moved.sub_(sigmoid * (1 - sigmoid), alpha=self.pull)
 
 
-class Uncertainty(_Accumulating):
+class Uncertainty(Accumulating):
     """Smoothed |g w| times its smoothed spread: what matters, or might, is kept (PLATON, Zhang et al. 2022)."""
 
     name = "uncertainty"

@@ -169,7 +169,7 @@ def test_a_class_is_no_criterion():
 
 
 def test_criteria_by_name():
-    assert {"magnitude", "movement", "random", "soft_movement", "uncertainty"} <= set(criterion_names())
+    assert {"fisher", "magnitude", "movement", "random", "soft_movement", "uncertainty"} <= set(criterion_names())
     with pytest.raises(ValueError, match=r"expected one of .*magnitude.*, got 'magnitud'; did you mean 'magnitude'\?"):
         prune_(two(), 0.5, "magnitud")
     with pytest.raises(ValueError, match=r"unknown option 'sead'; known: seed"):

@@ -46,7 +46,7 @@ def train(model, optimizer, pruner, steps, start=0):
 
 TOTAL = 12 * 16 + 16 * 8
 CONFIG = PruneConfig(schedule=sp.CubicSchedule(0.1), begin=3, end=20, every=4)
-CRITERIA = ["magnitude", "movement", "soft_movement", "uncertainty", "random"]
+CRITERIA = ["magnitude", "movement", "soft_movement", "uncertainty", "fisher", "random"]
 
 
 @pytest.mark.parametrize("optimiser", optimisers())

@@ -135,6 +135,19 @@ def test_a_resume_goes_on_with_what_the_criterion_has_seen(tmp_path):
             assert torch.equal(a, b)
 
 
+def test_a_resume_goes_on_with_the_fisher_matrix_and_the_inverse_it_had(tmp_path):
+    whole, path = run(method="fisher"), tmp_path / "killed"
+    with pytest.raises(Killed):
+        run(path, 11, method="fisher")  # inverted at 8, and next at 16
+    again = run(path, method="fisher")
+    for name, state in whole.gates.criterion.state.items():
+        assert state["steps"].tolist()[1] > 11
+        assert all(torch.equal(value, again.gates.criterion.state[name][key]) for key, value in state.items())
+    assert all(torch.equal(again.masks[name], mask) for name, mask in whole.masks.items())
+    plain = run(method="magnitude")
+    assert any(not torch.equal(plain.masks[name], mask) for name, mask in whole.masks.items())
+
+
 def test_a_step_that_is_not_finite_is_not_observed():
     pruner = run(data=batches(poison=4), epochs=3.0)
     assert any("not finite" in event["event"] for event in pruner.history.events)
