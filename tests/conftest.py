@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -106,6 +107,17 @@ def fussy_blas(monkeypatch):
         return plain(input, weight, bias) * (1 + 1e-5 * off)
 
     monkeypatch.setattr(F, "linear", linear)
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Makes the folder a package, though it is no part of the installed one and the checkout is on no path."""
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    spec = importlib.util.spec_from_file_location(
+        "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    monkeypatch.setitem(sys.modules, "benchmarks", importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(sys.modules["benchmarks"])
 
 
 @pytest.fixture

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-
 import pytest
 from pages import ROOT, text
 
+pytestmark = pytest.mark.usefixtures("benchmarks")
+
 PAGES = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs" / "lab").glob("*.md"))]
-
-
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch):
-    """The folder as a package, though it is no part of the installed one and the checkout is on no path."""
-    folder = ROOT / "benchmarks"
-    spec = importlib.util.spec_from_file_location(
-        "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    monkeypatch.setitem(sys.modules, "benchmarks", importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(sys.modules["benchmarks"])
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "<!-- table:" in text(page)])

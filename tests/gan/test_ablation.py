@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 
-@pytest.fixture(scope="module")
-def ablation():
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "ablation.py"
-    spec = importlib.util.spec_from_file_location("ablation_program", path)
-    module = importlib.util.module_from_spec(spec)
-    import sys
+@pytest.fixture
+def ablation(benchmarks):
+    from benchmarks import ablation
 
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return ablation
 
 
 def record(arm, data, seed, accuracy):
@@ -153,9 +146,9 @@ def test_a_set_that_is_not_built_in_comes_from_the_data_folder(ablation, tmp_pat
     for split in ("train", "dev", "test"):
         folder.joinpath(f"{split}.tsv").write_text("good\t0\nbad\t1\n")
     folder.joinpath("labels.txt").write_text("yes\nno\n")
-    assert ablation._data("mine", tmp_path).label_names == ["yes", "no"]
+    assert ablation.load_data("mine", tmp_path).label_names == ["yes", "no"]
     with pytest.raises(SystemExit, match="--data-dir"):
-        ablation._data("mine", None)
+        ablation.load_data("mine", None)
 
 
 @pytest.mark.slow
