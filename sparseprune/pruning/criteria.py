@@ -44,7 +44,8 @@ class PruneContext:
 
     ``layers``: fqn -> Linear, the ones being pruned. ``weights``: fqn -> `[N, K]`, their values with what is pruned at
     present still in place (a gradual run can bring weights back). ``plan`` turns scores into masks, exactly:
-    ``plan.masks(scores, sparsity)``. ``data``: what the user passed, or None.
+    ``plan.masks(scores, sparsity)``. ``data``: what the user passed, or None. ``sum_``: adds up a tensor, in
+    place, over the processes that hold parts of these layers; called by all of them or by none.
     """
 
     model: nn.Module
@@ -53,6 +54,7 @@ class PruneContext:
     plan: Plan
     sparsity: float
     data: Any = None
+    sum_: Callable[[Tensor], None] = lambda tensor: None
 
 
 class Criterion:
@@ -160,8 +162,9 @@ class Accumulating(Criterion):
         unseen = [fqn for fqn in context.weights if fqn not in self.state]
         if unseen:
             raise ValueError(
-                f"{self.name}: no gradient seen for {', '.join(unseen[:5])}; run backward before pruning, and give "
-                "Pruner.prepare the optimiser"
+                f"{self.name}: no gradient seen for {', '.join(unseen[:5])}; expected a step that reached each layer "
+                "before pruning begins: leave frozen and unused layers out, give a short run more time, and in your "
+                "own loop call backward first and give Pruner.prepare the optimiser"
             )
 
     def scores(self, context: PruneContext) -> dict[str, Tensor]:

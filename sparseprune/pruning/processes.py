@@ -38,6 +38,11 @@ class Processes:
 
         self._exchange(tensors, mean)
 
+    def sum_(self, tensor: Tensor) -> None:
+        """Replaces it by its sum over the processes."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor, group=self.group)
+
     def mean_gradients_(self, parameters: Sequence[nn.Parameter]) -> None:
         """Averages ``.grad``: one that is None counts as zero where another process has it, and stays None where none
         has.

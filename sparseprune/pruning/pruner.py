@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from .selectors import DistributedSelector, Selector
 __all__ = ["PruneConfig", "Pruner"]
 
 _VERSION = 1
+_BY_DEFAULT = CubicSchedule(0.1)
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,16 @@ class PruneConfig(Config):
 
     ``schedule``: the density over the window from step ``begin`` to step ``end``, 0 <= begin < end, in steps of the
     optimiser; masks are chosen anew every ``every`` >= 1 steps of it and are fixed from ``end`` on. ``density``: the
-    final one, a share of the weights in (0, 1], by default the schedule's. ``criterion``, ``criterion_options``,
-    ``granularity``, ``scope``, ``densities``, ``floor``: as in ``prune_``. ``value_dtype``, ``activations``: those that
-    ``sparsify_`` will be given; from ``end`` to ``finalize`` the pruned Linears round as its kernels will, and
-    gradients pass straight through.
+    final one, a share of the weights in (0, 1], by default the schedule's; without a schedule a cubic one ends there.
+    ``criterion``, ``criterion_options``, ``granularity``, ``scope``, ``densities``, ``floor``: as in ``prune_``.
+    ``value_dtype``, ``activations``: those that ``sparsify_`` will be given; from ``end`` to ``finalize`` the pruned
+    Linears round as its kernels will, and gradients pass straight through.
 
     ValueError on a ``density`` that is not the schedule's, on steps outside these ranges, on another scope, and on
     dtypes that do not go together.
     """
 
-    schedule: Schedule = field(default_factory=lambda: CubicSchedule(0.1))
+    schedule: Schedule = field(default_factory=lambda: _BY_DEFAULT)
     criterion: str | Criterion | Callable[..., Tensor] = "magnitude"
     granularity: str | Granularity | dict[str, str | Granularity] = "element"
     scope: Literal["global", "layer"] = "global"
@@ -67,6 +69,8 @@ class PruneConfig(Config):
         if not isinstance(self.schedule, Schedule):
             got = repr(self.schedule)
             raise ValueError(f"PruneConfig: schedule expected a Schedule such as sp.CubicSchedule(0.1), got {got}")
+        if self.density is not None and self.schedule is _BY_DEFAULT:
+            object.__setattr__(self, "schedule", CubicSchedule(self.density))
         final = self.schedule.final_density
         if self.density is None:
             object.__setattr__(self, "density", final)
@@ -130,7 +134,10 @@ class Pruner:
                 f"Pruner: distributed expected 'auto', 'off', 'replicated' or 'sharded', got {distributed!r}"
             )
         self._distributed, self._group = distributed, group
-        self.criterion = make_criterion(self.config.criterion, self.config.criterion_options)
+        # What it observes here stays here: another Pruner of the same configuration begins with what it was given.
+        given = self.config.criterion
+        given = copy.deepcopy(given) if isinstance(given, Criterion) else given
+        self.criterion = make_criterion(given, self.config.criterion_options)
         if self.criterion.needs_data and data is None:
             raise ValueError(f"Pruner: criterion {self.criterion.name!r} needs data; pass data=batches of inputs")
         self._views = LinearViews(model)
@@ -318,9 +325,12 @@ class Pruner:
         layers = self._layers()
         weights = {fqn: self._dense(fqn, linear) for fqn, linear in layers.items()}
         sparsity = 1 - density
-        context = PruneContext(self._views.model(), layers, weights, self._plan, sparsity, self.data)
         mode = self._mode()
         processes = Processes(self._group, active=mode == "replicated")
+        shards = Processes(self._group, active=mode == "sharded")
+        context = PruneContext(
+            self._views.model(), layers, weights, self._plan, sparsity, self.data, shards.sum_
+        )
         if type(self.criterion).masks is Criterion.masks:
             scores = self.criterion.scores(context)
             if mode == "replicated":  # equal to the bit everywhere, so the masks are

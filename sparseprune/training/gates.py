@@ -224,7 +224,7 @@ class Gates:
             "scores": {name: s.detach().clone() for name, s in self.scores.items()},
             "masks": {name: m.clone() for name, m in self.masks.items()},
             "frozen": self.frozen,
-            "criterion": {} if self.criterion is None else self.criterion.state_dict(),
+            "criterion": {} if self.criterion is None or self.frozen else self.criterion.state_dict(),
         }
 
     @torch.no_grad()
@@ -237,7 +237,9 @@ class Gates:
             self.masters[name].copy_(value)
         for name, value in state["scores"].items():
             self.scores[name].copy_(value)
-        if self.criterion is not None:  # a copy: what it adds to must not be the snapshot that it came from
+        # A copy: what it adds to must not be the snapshot that it came from. Of one from before its first step there is
+        # none: what it has seen since stays.
+        if self.criterion is not None and state["criterion"]:
             device = next(iter(self.weights.values())).device
             self.criterion.load_state_dict(moved(state["criterion"], lambda value: value.to(device, copy=True)))
         self.masks = {name: value.to(self.weights[name].device, copy=True) for name, value in state["masks"].items()}

@@ -14,9 +14,13 @@ def context_of(linears):
 
 
 def shown(criterion, linear, gradients):
+    return shown_to(criterion, linear, gradients, context_of({"a": linear}))
+
+
+def shown_to(criterion, linear, gradients, context):
     for gradient in gradients:
         criterion.observe({"a": linear.weight.detach()}, {"a": gradient})
-    return criterion.scores(context_of({"a": linear}))["a"]
+    return criterion.scores(context)["a"]
 
 
 def blocks_of(gradients, row, start, block, damp):
@@ -79,11 +83,62 @@ def test_an_inverse_is_made_anew_soon_among_the_first_steps_and_then_every_so_of
 
 def test_where_no_gradient_was_the_order_is_that_of_magnitude():
     linear = nn.Linear(8, 4)
-    found = shown(Fisher(), linear, [torch.zeros(4, 8)])
-    assert torch.equal(found.flatten().argsort(), linear.weight.abs().flatten().argsort())
+    for size in (0.0, 1e-25):  # whose square is 0
+        found = shown(Fisher(), linear, [torch.full((4, 8), size)])
+        assert torch.equal(found.flatten().argsort(), linear.weight.abs().flatten().argsort())
     empty = nn.Linear(8, 4)
     empty.weight = nn.Parameter(torch.empty(0, 8))
     assert shown(Fisher(), empty, [torch.empty(0, 8)]).shape == (0, 8)
+
+
+def test_a_layer_without_a_gradient_is_not_above_those_with_one():
+    torch.manual_seed(6)
+    linears, criterion = {name: nn.Linear(8, 4) for name in "ab"}, Fisher(block=4, damp=0.5)
+    weights = {name: linear.weight.detach() for name, linear in linears.items()}
+    for _ in range(20):
+        criterion.observe(weights, {"a": 1e-3 * torch.randn(4, 8), "b": torch.zeros(4, 8)})
+    found = criterion.scores(context_of(linears))
+    # F of b is the common damping alone: half of the mean over both layers, which is half of that of a
+    torch.testing.assert_close(found["b"], linears["b"].weight.detach() ** 2 * 0.25e-6 / 2, rtol=0.3, atol=0)
+    assert found["a"].mean() > found["b"].mean()
+
+
+@pytest.mark.parametrize("damp", [1e-4, 1e-3])
+def test_a_small_damp_is_exact_too(damp):
+    torch.manual_seed(7)
+    linear, gradients = nn.Linear(32, 3), [torch.randn(3, 32) for _ in range(5)]  # so that F has not full rank
+    found = shown(Fisher(block=32, damp=damp), linear, gradients)
+    inverse = torch.linalg.inv(blocks_of(gradients, 1, 0, 32, damp)).diagonal()
+    expected = linear.weight[1].detach().double() ** 2 / (2 * inverse)
+    torch.testing.assert_close(found[1].double(), expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_a_gradient_that_was_not_finite_is_told_with_its_layer(value):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    for linear in model:
+        linear.weight.grad = torch.randn_like(linear.weight)
+    model[1].weight.grad[2, 3] = value
+    with pytest.raises(ValueError, match="scores of 1 hold NaN"):
+        prune_(model, 0.5, "fisher")
+
+
+def test_shards_of_rows_get_the_scores_of_the_whole(monkeypatch):
+    torch.manual_seed(8)
+    whole, scale = nn.Linear(8, 6), torch.tensor([1.0] * 4 + [0.1] * 2)[:, None]
+    parts, gradients = {"top": nn.Linear(8, 4), "low": nn.Linear(8, 2)}, [torch.randn(6, 8) * scale for _ in range(9)]
+    rows, told = {"top": slice(0, 4), "low": slice(4, 6)}, []
+    for name, part in parts.items():  # each a process; the first time they only say what they have
+        part.weight.data = whole.weight.detach()[rows[name]].clone()
+        context = context_of({"a": part})
+        context.sum_ = lambda tensor: told.append(tensor.clone())
+        shown_to(Fisher(block=4), part, [g[rows[name]] for g in gradients], context)
+    for name, part in parts.items():
+        context = context_of({"a": part})
+        context.sum_ = lambda tensor: tensor.copy_(sum(told))
+        found = shown_to(Fisher(block=4), part, [g[rows[name]] for g in gradients], context)
+        expected = shown(Fisher(block=4), whole, gradients)[rows[name]]
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 def test_what_it_saw_is_kept_to_the_bit():
@@ -104,7 +159,7 @@ def test_what_it_saw_is_kept_to_the_bit():
 @pytest.mark.parametrize(
     ("options", "why"),
     [({"block": 0}, "block expected"), ({"window": 2.5}, "window expected"), ({"refresh": True}, "refresh expected"),
-     ({"damp": 0}, "damp expected"), ({"damp": float("nan")}, "damp expected"), ({"blocks": 4}, "unknown option")],
+     ({"damp": 1e-7}, "damp expected"), ({"damp": float("nan")}, "damp expected"), ({"blocks": 4}, "unknown option")],
 )  # fmt: skip
 def test_options_that_cannot_be_are_refused(options, why):
     with pytest.raises(ValueError, match=why):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 import sparseprune as sp
-from sparseprune.pruning import Criterion, PruneConfig, Pruner
+from sparseprune.pruning import Criterion, Fisher, PruneConfig, Pruner
+from sparseprune.pruning.criteria import Movement
 
 
 def build(seed=0):
@@ -308,6 +310,19 @@ def test_misuse_says_what_to_do():
     model[0] = nn.Identity()
     with pytest.raises(RuntimeError, match="0 of the model is no Linear any more"):
         pruner.step()
+
+
+@pytest.mark.parametrize("criterion", [Movement, Fisher])
+def test_a_criterion_that_is_given_twice_begins_twice_with_what_it_had(criterion):
+    config = PruneConfig(sp.CubicSchedule(0.1), criterion(), begin=2, end=9, every=2)
+    found = []
+    for given in (config, config, replace(config, criterion=criterion())):
+        model = build()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        pruner = Pruner(model, given).prepare(optimizer)
+        train(model, optimizer, pruner, 12)
+        found.append(pruner.masks.mask_hash())
+    assert len(set(found)) == 1 and not config.criterion.state
 
 
 @pytest.mark.slow

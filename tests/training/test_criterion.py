@@ -148,6 +148,40 @@ def test_a_resume_goes_on_with_the_fisher_matrix_and_the_inverse_it_had(tmp_path
     assert any(not torch.equal(plain.masks[name], mask) for name, mask in whole.masks.items())
 
 
+def test_a_run_that_goes_back_to_before_its_first_step_keeps_what_the_criterion_has_seen():
+    class Poisoned:
+        calls = 0
+
+        def __call__(self, logits, targets):
+            self.calls += 1
+            return nn.functional.cross_entropy(logits, targets) * (float("nan") if 7 < self.calls < 11 else 1)
+
+    pruner = DistillPruner(model(), config(method="fisher", epochs=4.0))
+    history = pruner.fit(batches(), loss=Poisoned())
+    assert any(event["event"] == "restored a snapshot" for event in history.events)
+    assert pruner.gates.kept == pruner.gates.total - round(0.8 * pruner.gates.total)
+    steps = {int(state["steps"][0]) for state in pruner.gates.criterion.state.values()}
+    assert len(steps) == 1 and 7 < steps.pop() < 24
+
+
+def test_a_run_too_short_for_a_gradient_says_so():
+    with pytest.raises(ValueError, match=r"no gradient seen for 0, 2, 4; .*give a short run more time"):
+        DistillPruner(model(), config(method="fisher", max_seconds=1e-7)).fit(batches())
+
+
+def test_final_masks_need_no_more_of_what_the_criterion_saw(tmp_path):
+    path = tmp_path / "killed"
+    with pytest.raises(Killed):
+        run(path, 22, method="fisher")
+    small = tmp_path / "magnitude"
+    with pytest.raises(Killed):
+        run(small, 22, method="magnitude")
+    assert path.stat().st_size < 1.2 * small.stat().st_size  # F alone has 32 times as many numbers as the weights
+    whole, again = run(method="fisher"), run(path, method="fisher")
+    for a, b in zip(again.finalize().parameters(), whole.finalize().parameters()):
+        assert torch.equal(a, b)
+
+
 def test_a_step_that_is_not_finite_is_not_observed():
     pruner = run(data=batches(poison=4), epochs=3.0)
     assert any("not finite" in event["event"] for event in pruner.history.events)
