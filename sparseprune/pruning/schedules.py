@@ -12,7 +12,8 @@ from typing import Literal
 
 from .._config import Config
 
-__all__ = ["ConstantSchedule", "CubicSchedule", "LinearSchedule", "OneShotSchedule", "RetentionSchedule", "Schedule"]
+__all__ = ["ConstantSchedule", "CubicSchedule", "LinearSchedule", "OneShotSchedule", "RetentionSchedule", "Schedule",
+           "retention_to"]  # fmt: skip
 
 _MAX_STEPS = 100_000
 
@@ -240,3 +241,12 @@ class RetentionSchedule(Schedule):
         if share == 0:
             return knots[index]
         return math.exp((1 - share) * math.log(knots[index]) + share * math.log(knots[index + 1]))
+
+
+def retention_to(density: float) -> Schedule:
+    """The article's schedule, bounded, that ends at this density, a share of the weights in (0, 1]. ValueError on
+    another.
+    """
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+        raise ValueError(f"density expected in (0, 1], the share of the weights kept, got {density!r}")
+    return ConstantSchedule(1.0) if density == 1 else RetentionSchedule(r0=min(0.1, 1 - density), z_min=density)

@@ -13,7 +13,7 @@ from .._config import Config
 from ..data import SETS, Augment
 from ..gan import GANConfig, GANPruner
 from ..pruning.granularity import make_granularity
-from ..pruning.schedules import ConstantSchedule, RetentionSchedule, Schedule
+from ..pruning.schedules import Schedule, retention_to
 from ..training import DistillConfig, DistillPruner
 from ..training.config import METHODS as TRAINING_METHODS
 
@@ -151,13 +151,12 @@ def schedule(density: float | None, granularity: Any) -> Schedule:
     fixed = _fixed(granularity)
     if density is None:
         density = DENSITY if fixed is None else fixed
-    if not (isinstance(density, int | float) and 0 < density <= 1):
-        raise ValueError(f"density expected in (0, 1], the share of the weights kept, got {density!r}")
+    found = retention_to(density)
     if fixed is not None and not math.isclose(density, fixed, abs_tol=1e-9):
         raise ValueError(
             f"density {density:g}: granularity {granularity!r} keeps {fixed:g} of the weights; leave the density out"
         )
-    return ConstantSchedule(1.0) if density == 1 else RetentionSchedule(r0=min(0.1, 1 - density), z_min=density)
+    return found
 
 
 def _fixed(granularity: Any) -> float | None:

@@ -26,6 +26,7 @@ from ..data import (
 )
 from ..nn import expose_linears_
 from ..pruning.rows import IGNORED
+from ..training.rates import SMALLEST, rate_for
 from .config import RunConfig
 from .folder import write_json
 from .text_encoder import TextEncoder
@@ -61,8 +62,8 @@ def open_source(config: RunConfig) -> Source:
 
 
 def default_rate(model: str) -> float:
-    """The learning rate of pruning where none is given: 4e-4 for a hidden size of 384 (measured, docs/lab/gan.md), and
-    by its inverse square from there, between 3e-5 and 1e-3. 3e-5 where the model says none.
+    """The learning rate of pruning where none is given, by the hidden size (:func:`rate_for`); 3e-5 where the model
+    says none.
     """
     try:
         from transformers import AutoConfig
@@ -70,7 +71,7 @@ def default_rate(model: str) -> float:
         size = getattr(AutoConfig.from_pretrained(model), "hidden_size", None)
     except (ImportError, OSError, ValueError, KeyError):
         size = None  # whatever is wrong with the model, open_source says it
-    return min(1e-3, max(3e-5, 4e-4 * (384 / size) ** 2)) if isinstance(size, int) and size > 0 else 3e-5
+    return rate_for(size) if isinstance(size, int) and size > 0 else SMALLEST
 
 
 def _read(config: RunConfig) -> TextData:

@@ -10,7 +10,7 @@ from .._config import Config
 from ..nn.simulated import check_dtypes
 from ..pruning.criteria import Criterion, criterion_names, make_criterion
 from ..pruning.granularity import Granularity
-from ..pruning.schedules import RetentionSchedule, Schedule
+from ..pruning.schedules import Schedule, retention_to
 
 __all__ = ["METHODS", "MOST_EPOCHS", "DistillConfig", "at_least", "criterion_of", "one_of"]
 
@@ -18,6 +18,7 @@ __all__ = ["METHODS", "MOST_EPOCHS", "DistillConfig", "at_least", "criterion_of"
 METHODS = ("scores", "magnitude", "movement")
 #: A small set is read so often at the most to reach ``min_steps``.
 MOST_EPOCHS = 40
+_BY_DEFAULT = retention_to(0.1)
 
 
 def at_least(owner: str, name: str, value: float, low: float) -> None:
@@ -62,7 +63,7 @@ class DistillConfig(Config):
     magnitude and elsewhere as much (docs/lab/gan.md); "magnitude" takes ``|W|``; "movement" sums -W dL/dW; any other
     name is a criterion's (:func:`~sparseprune.pruning.register_criterion`), which observes the gradients of each step,
     unclipped, and whose state is in the checkpoint. schedule: the density, a share of the weights in (0, 1], over the
-    pruning window; density: its last, checked against it.
+    pruning window; density: its last, checked against it, or in place of a schedule: then the default one ends there.
     granularity: a name, a granularity, or a dict from name patterns (fnmatch) to them. scope: "global" or "layer";
     floor: the least density of a layer under "global", as a share of the density of all; None as in ``prune_``, so that
     no layer starves.
@@ -75,10 +76,10 @@ class DistillConfig(Config):
 
     loss: ``ce`` CE + ``kd`` tau^2 KL(teacher, student) + ``hidden`` mean square of the normalised hidden states, those
     of ``features``: "auto", "logits", names of modules, or a callable; tau is ``temperature`` > 0; the three weights
-    are >= 0 and not all 0. lr: the weights' (3e-5 is careful with a pretrained model; MiniLM-L6 keeps more with 4e-4,
-    docs/lab/gan.md); scores_lr: that of learned scores; weight_decay: of matrices, by AdamW; clip > 0: the largest norm
-    of all gradients of a step. gumbel: temperature of the Gumbel noise on the scores at the start; it falls to 0 at the
-    end of the window.
+    are >= 0 and not all 0. lr: the weights'; None takes it from the hidden size of a model of transformers (4e-4 at
+    384, 1e-4 at 768: :func:`~sparseprune.training.rates.rate_of`), and 1e-3 for any other; scores_lr: that of learned
+    scores; weight_decay: of matrices, by AdamW; clip > 0: the largest norm of all gradients of a step. gumbel:
+    temperature of the Gumbel noise on the scores at the start; it falls to 0 at the end of the window.
 
     compensation: what stands in, from the freeze on, for what the masks removed, so that each layer's outputs come
     nearer to the teacher's; fitted to the last batches, each layer taking what serves it best on the validation split
@@ -103,7 +104,7 @@ class DistillConfig(Config):
     adversarial: ClassVar[bool] = False
 
     method: str = "scores"
-    schedule: Schedule = field(default_factory=lambda: RetentionSchedule(r0=0.1, z_min=0.1))
+    schedule: Schedule = field(default_factory=lambda: _BY_DEFAULT)
     density: float | None = None
     granularity: str | Granularity | dict[str, str | Granularity] = "element"
     scope: Literal["global", "layer"] = "global"
@@ -114,7 +115,7 @@ class DistillConfig(Config):
     warmup: float = 0.05
     prune_until: float = 0.55
     freeze_at: float = 0.65
-    lr: float = 1e-3
+    lr: float | None = None
     scores_lr: float = 1e-2
     weight_decay: float = 1e-2
     clip: float = 1.0
@@ -149,11 +150,19 @@ class DistillConfig(Config):
         check_dtypes(name, self.value_dtype, self.activations)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"{name}: label_smoothing expected in [0, 1), got {self.label_smoothing!r}")
-        for key, low in (("lr", 0), ("scores_lr", 0), ("weight_decay", 0), ("ce", 0), ("kd", 0), ("hidden", 0),
+        if self.density is not None and self.schedule is _BY_DEFAULT:
+            object.__setattr__(self, "schedule", retention_to(self.density))
+        if self.lr is not None:
+            at_least(name, "lr", self.lr, 0)
+        for key, low in (("scores_lr", 0), ("weight_decay", 0), ("ce", 0), ("kd", 0), ("hidden", 0),
                          ("gumbel", 0), ("input_noise", 0), ("min_steps", 0), ("accumulate", 1)):  # fmt: skip
             at_least(name, key, getattr(self, key), low)
         if not 0 < self.rescale < float("inf"):
             raise ValueError(f"{name}: rescale expected a number > 0, got {self.rescale!r}")
+        for key in ("steps", "evaluate_every", "patience", "accumulate", "min_steps"):
+            value = getattr(self, key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{name}: {key} expected a whole number, got {value!r}")
         for key in ("epochs", "clip", "temperature", "max_seconds", "steps", "evaluate_every", "patience"):
             value = getattr(self, key)
             if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):

@@ -27,7 +27,7 @@ class Optimisers:
     trained: list[nn.Parameter]
 
     @classmethod
-    def of(cls, model: nn.Module, gates: Gates, config: DistillConfig) -> Optimisers:
+    def of(cls, model: nn.Module, gates: Gates, config: DistillConfig, lr: float) -> Optimisers:
         pruned = {id(w) for w in gates.weights.values()}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in pruned]
         decayed = [p for p in others if p.dim() > 1]
@@ -42,10 +42,10 @@ class Optimisers:
         weights: torch.optim.Optimizer
         if gates.frozen:
             masks = {gates.weights[name]: mask for name, mask in gates.masks.items()}
-            weights = AdamW(groups, lr=config.lr, masks=masks)
+            weights = AdamW(groups, lr=lr, masks=masks)
         else:
             fused = all(p.is_floating_point() for p in trained)
-            weights = torch.optim.AdamW(groups, lr=config.lr, fused=fused)
+            weights = torch.optim.AdamW(groups, lr=lr, fused=fused)
         return cls(weights, torch.optim.Adam(gates.scores.values(), lr=config.scores_lr), trained)
 
     def zero_grad(self) -> None:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -33,6 +34,7 @@ from .history import History
 from .losses import LossLike, make_loss, smoothed
 from .optimisers import Optimisers
 from .position import DataPosition, rewind
+from .rates import rate_of
 from .student_loss import ExtraTerm, StudentLoss
 from .teacher_fit import compensate_from_teacher_
 
@@ -82,6 +84,8 @@ class DistillPruner:
                 f"{who}: config expected a {self.config_type.__name__}, got a {type(config).__name__}; give that to "
                 f"{other}"
             )
+        self._lr = rate_of(model) if config.lr is None else config.lr
+        config = replace(config, lr=self._lr)
         self._given, self.config, self.device = model, config, next(model.parameters()).device
         # A teacher that is given stays as trainable as it was: it runs under no_grad, and may be trained on elsewhere.
         teacher = (copy.deepcopy(model).requires_grad_(False) if teacher is None else teacher).eval()
@@ -99,7 +103,7 @@ class DistillPruner:
         self._clock = Clock(config.max_seconds)
         self._position = DataPosition()
         self._guard, self._best, self._finished = Guard(), Best(), False
-        self._optimisers = Optimisers.of(model, self.gates, config)
+        self._optimisers = Optimisers.of(model, self.gates, config, self._lr)
 
     @property
     def density(self) -> float:
@@ -280,7 +284,7 @@ class DistillPruner:
         self._note("healing on sparse kernels", layers=made, left=left)
         if self.config.rounds:
             self._note("rounding simulated from here on", left=exact)
-        self._optimisers = Optimisers.of(self.model, self.gates, self.config)
+        self._optimisers = Optimisers.of(self.model, self.gates, self.config, self._lr)
         self._note("masks frozen", density=self.density)
 
     def _compensate(self, valid_loader: Iterable[Any] | None) -> None:
@@ -334,7 +338,7 @@ class DistillPruner:
             return None
         guard.bad = 0
         factor = clock.lr_factor(config.warmup) * guard.lr_scale
-        optimisers.set_rates(config.lr * factor, config.scores_lr * guard.lr_scale)
+        optimisers.set_rates(self._lr * factor, config.scores_lr * guard.lr_scale)
         if not gates.frozen:
             gates.step_scores(optimisers.scores)
         optimisers.weights.step()
@@ -346,7 +350,7 @@ class DistillPruner:
         return {
             "step": clock.step, "epoch": self._position.epoch, "progress": clock.progress,
             "phase": "heal" if gates.frozen else "prune", "density": density, "sparsity": 1 - density, **sums,
-            "lr": config.lr * factor, "gradient_norm": norm,
+            "lr": self._lr * factor, "gradient_norm": norm,
         }  # fmt: skip
 
     def _not_finite(self, sums: dict[str, float], norm: float) -> None:
@@ -357,7 +361,7 @@ class DistillPruner:
         if self._guard.bad_step():
             where = f"{self._who}.fit: not finite at step {self._clock.step}"
             what = f"gradient norm {norm!r}, losses {seen or sums}"
-            self._restore_tensors(self._guard.restore(where, what, self.config.lr))
+            self._restore_tensors(self._guard.restore(where, what, self._lr))
             self._guard.lr_scale /= 2
             self._note("restored a snapshot", lr_scale=self._guard.lr_scale)
 
@@ -411,7 +415,7 @@ class DistillPruner:
         self.gates.load_state_dict(state["gates"])
         if self.gates.frozen != was_frozen:
             heal_sparse_(self.model, self.gates)
-            self._optimisers = Optimisers.of(self.model, self.gates, self.config)
+            self._optimisers = Optimisers.of(self.model, self.gates, self.config, self._lr)
         self._optimisers.load_state_dict(copy.deepcopy(state["optimisers"]))
         if self.adversary is not None:
             self.adversary.load_state_dict(copy.deepcopy(state["adversary"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from sparseprune import NM, Block, CubicSchedule, RetentionSchedule
@@ -25,7 +27,13 @@ def test_json_both_ways():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"density": 0.2}, "density 0.2 differs from the schedule's final density 0.1"),
+        (
+            {"density": 0.2, "schedule": RetentionSchedule(r0=0.1, z_min=0.1)},
+            "density 0.2 differs from the schedule's final density 0.1",
+        ),
+        ({"density": 1.5}, r"density expected in \(0, 1\], the share of the weights kept, got 1.5"),
+        ({"steps": 40.5}, "steps expected a whole number, got 40.5"),
+        ({"accumulate": True}, "accumulate expected a whole number, got True"),
         ({"method": "magic"}, "method expected one of scores, magnitude, movement"),
         ({"kappa": 0}, "a run without an adversary; use DistillPruner"),
         ({"warmup": 0.7}, "warmup < prune_until"),
@@ -43,6 +51,15 @@ def test_bad_settings_are_said(settings, said):
 def test_spectral_norm_and_a_gradient_penalty_do_not_go_together():
     with pytest.raises(ValueError, match='use norm="layer"'):
         DiscriminatorConfig(loss="wgan-gp")
+
+
+@pytest.mark.parametrize("density", [0.2, 0.95, 1, 0.01])
+def test_a_density_alone_is_where_the_default_schedule_ends(density):
+    config = GANConfig(density=density)
+    assert config.final_density == density and config.density_at(1.0) == pytest.approx(density)
+    assert GANConfig.from_json(config.to_json()) == config
+    assert replace(config, density=None).final_density == density
+    assert GANConfig(schedule=config.schedule, density=density) == config
 
 
 def test_unknown_key_is_an_error():

@@ -104,6 +104,7 @@ def test_a_prune_config_goes_round(granularity):
 
 def test_density_follows_the_schedule():
     assert PruneConfig(schedule=CubicSchedule(0.2), density=0.2).density == 0.2
+    assert PruneConfig(density=0.3).schedule == CubicSchedule(0.3) and PruneConfig().schedule == CubicSchedule(0.1)
     with pytest.raises(ValueError, match="final density"):
         PruneConfig(schedule=CubicSchedule(0.2), density=0.3)
     with pytest.raises(ValueError, match="begin < end"):
