@@ -59,6 +59,11 @@ def task_loss(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets:
     else goes to the loss as it is. 0 where every target is ignored, which a mean cannot tell.
     """
     logits = logits.float()
+    if isinstance(loss, nn.CrossEntropyLoss) and (logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1)):
+        raise ValueError(
+            f"loss: cross-entropy expected several outputs a row, got {list(logits.shape)}; give the loss of one "
+            "number, such as nn.MSELoss or nn.BCEWithLogitsLoss"
+        )
     if is_classification(logits, targets):
         keep = counted(targets, loss)
         if not bool(keep.any()):
@@ -90,8 +95,13 @@ def real_rows(logits: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float, classes: bool) -> Tensor:
     """student, teacher: `[M, C]`; tau^2 KL(teacher || student) (Hinton et al. 2015), or the mean square without
-    classes; 0 without rows.
+    classes; 0 without rows. ValueError where one has more outputs than the other.
     """
+    if student.shape[-1] != teacher.shape[-1]:
+        raise ValueError(
+            f"teacher: expected as many outputs as the model's {student.shape[-1]}, got {teacher.shape[-1]}; give one "
+            "of the same task, or kd=0"
+        )
     if not len(student):
         return student.sum() * 0.0
     if not classes:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..nn.filters import take_slow_path_
 from ..nn.linear import SparseLinear
+from ..nn.replace import replace_
 from ..pruning.granularity import Block, Element
 
 __all__ = ["LowRankLinear", "execute_", "with_low_rank_"]
@@ -44,11 +45,11 @@ def _own(factor: Tensor, like: Tensor) -> Tensor:
 
 
 def with_low_rank_(model: nn.Module, name: str, low_rank_a: Tensor, low_rank_b: Tensor) -> LowRankLinear:
-    """Puts a :class:`LowRankLinear` in the place of the Linear ``name``, and returns it."""
+    """Puts a :class:`LowRankLinear` in the place of the Linear ``name``, wherever it stands, and returns it."""
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     layer = LowRankLinear(linear, low_rank_a, low_rank_b)
-    model.set_submodule(name, layer)
+    replace_(model, {id(linear): layer})
     return layer
 
 
@@ -62,7 +63,7 @@ def execute_(model: nn.Module, kinds: dict[str, Element | Block | None]) -> list
         blocks = (kind.r, kind.c) if isinstance(kind, Block) and kind.r * kind.c > 1 else None
         sparse = SparseLinear.from_linear(layer, "bsr" if blocks else "csr", blocks)
         sparse.set_low_rank_(layer.low_rank_a.detach(), layer.low_rank_b.detach())
-        model.set_submodule(name, sparse)
+        replace_(model, {id(layer): sparse})
         made.append(name)
     if made:
         take_slow_path_(model)

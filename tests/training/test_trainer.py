@@ -538,6 +538,63 @@ def test_regression_distils_by_mean_square():
     assert "accuracy" not in history.evaluations[-1] and history.evaluations[-1]["loss"] < 10
 
 
+@pytest.mark.parametrize("targets", [torch.randn(16), torch.randn(16, 1), torch.randint(0, 2, (16,))], ids=str)
+def test_one_output_wants_the_loss_of_a_number(targets):
+    batches = [(torch.randn(16, 8), targets)]
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+    with pytest.raises(ValueError, match=r"cross-entropy expected several outputs a row, got \[16, 1\]; .*MSELoss"):
+        pruner_for(copy.deepcopy(model), config(epochs=1.0)).fit(batches)
+    with pytest.raises(ValueError, match="cross-entropy expected several outputs"):
+        evaluate(model, batches)
+
+
+@pytest.mark.parametrize("outputs", [1, 5])
+def test_a_teacher_of_another_number_of_outputs_is_told(outputs):
+    batches = [(torch.randn(16, 8), torch.randint(0, 3, (16,)))]
+    student, teacher = (nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, n)) for n in (3, outputs))
+    with pytest.raises(ValueError, match=f"expected as many outputs as the model's 3, got {outputs}"):
+        pruner_for(student, config("scores", epochs=1.0, features="logits"), teacher).fit(batches)
+
+
+class Shared(nn.Module):
+    """One Linear under two names, used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(16, 32), nn.Linear(32, 4)
+        self.first = self.second = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.leave(torch.relu(self.second(torch.relu(self.first(torch.relu(self.enter(x)))))))
+
+
+def test_a_low_rank_term_stands_wherever_its_layer_does():
+    torch.manual_seed(0)
+    x = torch.randn(128, 16)
+    batches = [(x[i : i + 16], x[i : i + 16, :4].argmax(1)) for i in range(0, 128, 16)]
+    settings = config("scores", compensation="low_rank", epochs=6.0, lr=1e-2, schedule=CubicSchedule(0.3))
+    pruner = pruner_for(Shared(), settings)
+    pruner.fit(batches, batches)
+    trained = pruner.model.eval()
+    assert pruner.gates.low_rank and trained.first is trained.second
+    before = trained(x)
+    model = pruner.finalize().eval()
+    assert model.first is model.second and isinstance(model.first, SparseLinear)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("hidden", "rate"), [(384, 4e-4), (768, 1e-4), (32, 1e-3), (None, 1e-3)])
+def test_the_learning_rate_follows_the_hidden_size_where_none_is_given(hidden, rate):
+    model = nn.Sequential(nn.Linear(8, 3))
+    if hidden is not None:
+        model.config = SimpleNamespace(hidden_size=hidden)
+    x = torch.randn(16, 8)
+    pruner = DistillPruner(model, DistillConfig(steps=2, warmup=0.0))
+    history = pruner.fit([(x, x[:, :3].argmax(1))])
+    assert pruner.config.lr == pytest.approx(rate) and history.steps[0]["lr"] == pytest.approx(rate)
+    assert DistillPruner(model, DistillConfig(lr=5e-4)).config.lr == 5e-4
+
+
 class Tagger(nn.Module):
     """Token classification with an output object, as the transformers models have it."""
 
