@@ -163,7 +163,7 @@ def run(
     Plan.build(model, linears, settings.granularity, settings.scope, floor=settings.floor)
     display = Display(quiet)
     with display, occupied(folder, display.say):
-        enter(folder, config, display.say)
+        enter(folder, config, source.data.digest(), display.say)
         clock = _Clock()
         display.say(source.data.describe())
         if quality is not None:

@@ -21,8 +21,8 @@ __all__ = ["DENSE", "TRAINING", "check_place", "clear", "enter", "occupied", "wr
 #: Checkpoints of the dense training and of the pruning; both go when the run is finished.
 DENSE, TRAINING = "dense.ckpt", "training.ckpt"
 
-_RECORD, _SETTINGS, _LOCK = "run.json", "settings.json", "run.lock"
-_WRITTEN = (DENSE, TRAINING, _RECORD, _SETTINGS, "history.json", "dense.safetensors", "pruned.safetensors",
+_RECORD, _SETTINGS, _DATA, _LOCK = "run.json", "settings.json", "data.digest", "run.lock"
+_WRITTEN = (DENSE, TRAINING, _RECORD, _SETTINGS, _DATA, "history.json", "dense.safetensors", "pruned.safetensors",
             "vocabulary.json", "encoder.json", "curves.png", "layers.png", "tradeoff.png")  # fmt: skip
 
 
@@ -77,24 +77,27 @@ def _locked(path: Path, say: Callable[[str], None]) -> IO[str]:
         file.close()  # its holder had finished and removed it between our opening and our locking
 
 
-def enter(folder: Path, config: RunConfig, say: Callable[[str], None]) -> None:
+def enter(folder: Path, config: RunConfig, data: str, say: Callable[[str], None]) -> None:
     """Writes the settings, and tells what becomes of what was there. The checkpoints of an unfinished run of the same
-    settings stay; those of any other go.
+    settings and ``data``, a digest, stay; those of any other go.
     """
     for name in _WRITTEN:
         remove_unfinished(folder / name)
-    settings, wanted = folder / _SETTINGS, config.to_json()
+    settings, digest, wanted = folder / _SETTINGS, folder / _DATA, config.to_json()
     finished = (folder / _RECORD).exists()
-    if settings.exists() and settings.read_bytes() == wanted.encode() and not finished:
+    same = digest.exists() and digest.read_bytes() == data.encode()
+    if settings.exists() and settings.read_bytes() == wanted.encode() and same and not finished:
         if not any((folder / name).exists() for name in (DENSE, TRAINING)):
             say(f"{folder}: an unfinished run of these settings, without a checkpoint yet; it starts again")
         return
     if finished:
         say(f"{folder}: the finished run here is replaced")
     elif any((folder / name).exists() for name in (DENSE, TRAINING)):
-        say(f"{folder}: the unfinished run here had other settings and is replaced{_what_differs(settings, config)}")
+        what = "other settings" if same else "other data"
+        say(f"{folder}: the unfinished run here had {what} and is replaced{_what_differs(settings, config)}")
     for leftover in (TRAINING, DENSE, _RECORD, "history.json"):
         folder.joinpath(leftover).unlink(missing_ok=True)
+    write_text(digest, data)
     write_text(settings, wanted)
 
 
@@ -103,12 +106,13 @@ def _what_differs(settings: Path, config: RunConfig) -> str:
         old = RunConfig.from_json(settings.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f" (its {settings.name} cannot be read: {' '.join(str(error).split())})"
-    return f" ({'; '.join(differences(old, config))})"
+    found = differences(old, config)
+    return f" ({'; '.join(found)})" if found else ""
 
 
 def clear(folder: Path) -> None:
     """Removes what only an unfinished run needs."""
-    for leftover in (TRAINING, DENSE):
+    for leftover in (TRAINING, DENSE, _DATA):
         folder.joinpath(leftover).unlink(missing_ok=True)
 
 

@@ -112,7 +112,7 @@ def measure(
         "pruned": figures["pruned"],
         "speedup": ratio.median,
         "speedup_spread": [ratio.low, ratio.high],
-        "accuracy_kept": figures["pruned"]["test"]["accuracy"] / figures["dense"]["test"]["accuracy"],
+        "accuracy_kept": _kept(figures),
         "rounding": None if rounding is None else rounding.to_dict(),
         "forms": {name: figures[name] for name in forms},
     }  # fmt: skip
@@ -141,9 +141,21 @@ _FIGURES: dict[str, Any] = {
 }  # fmt: skip
 _RECORD: dict[str, Any] = {
     "dense": _FIGURES, "pruned": _FIGURES, "latency_batch": list, "speedup": float, "density": float,
-    "prunable_parameters": int, "accuracy_kept": float,
+    "prunable_parameters": int, "accuracy_kept": (float, int, type(None)),
     "machine": {"cpu": str, "threads": int, "load_1min": (float, int, type(None)), "torch": str},
 }  # fmt: skip
+
+
+def _kept(figures: dict[str, dict[str, Any]]) -> float | None:
+    """The share of the dense model's test accuracy; None where that model has none right."""
+    dense, pruned = (figures[which]["test"]["accuracy"] for which in ("dense", "pruned"))
+    return pruned / dense if dense else None
+
+
+def kept_in_words(record: dict[str, Any]) -> str:
+    """That share for a reader."""
+    kept = record["accuracy_kept"]
+    return "(the dense model has none right)" if kept is None else f"{kept:.1%}"
 
 
 def check_record(record: Any, source: str) -> dict[str, Any]:
@@ -189,7 +201,7 @@ def summary(record: dict[str, Any]) -> str:
     lines.insert(1, "-" * len(lines[0]))
     machine = record["machine"]
     kept = f"density {record['density']:.4f} of {record['prunable_parameters']:,} weights in the pruned Linears"
-    kept += f"; test accuracy kept {record['accuracy_kept']:.1%}"
+    kept += f"; test accuracy kept {kept_in_words(record)}"
     more = [] if not record.get("stopped") else [f"{record['stopped']}: accuracy suffers; give it more seconds"]
     if (layouts := layouts_of(record)) is not None:
         more += layouts.outline()

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from .._files import replacing
+from .measuring import kept_in_words
 
 __all__ = ["draw"]
 
@@ -122,7 +123,7 @@ def _tradeoff(record: dict[str, Any]) -> Any:
     axis.set_xlabel(f"latency of one batch, {' x '.join(map(str, record['latency_batch']))} tokens, ms")
     axis.set_ylabel("test accuracy")
     axis.set_title(
-        f"{record['speedup']:.2f} times faster, {record['accuracy_kept']:.1%} of the accuracy kept", fontsize=11
+        f"{record['speedup']:.2f} times faster, {kept_in_words(record)} of the accuracy kept", fontsize=11
     )
     _clean(axis)
     return figure

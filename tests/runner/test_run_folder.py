@@ -13,9 +13,10 @@ import time
 import pytest
 import torch
 
+from sparseprune.cli import main
 from sparseprune.runner import RunConfig, run
 from sparseprune.runner.folder import check_place, enter, occupied
-from sparseprune.training import DistillConfig, DistillPruner
+from sparseprune.training import DistillConfig, DistillPruner, evaluate
 
 TINY = {
     "hidden": 32, "ffn": 64, "layers": 1, "heads": 2, "dense_epochs": 2, "train_limit": 320, "other_limit": 60,
@@ -54,7 +55,7 @@ def test_killed_before_the_first_checkpoint_of_the_pruning_it_ends_at_the_same_m
         with pytest.raises(KeyboardInterrupt):
             run(tiny(), out=tmp_path, name="cut", quiet=True)
     left = {path.name for path in (tmp_path / "cut").iterdir()}
-    assert left == {"dense.ckpt", "settings.json"}
+    assert left == {"data.digest", "dense.ckpt", "settings.json"}
     resumed = run(tiny(), out=tmp_path, name="cut").record
     assert "resuming: 2 of 2 dense epochs are done" in capsys.readouterr().out
     assert resumed["mask_hash"] == whole["mask_hash"] and resumed["pruned"]["test"] == whole["pruned"]["test"]
@@ -68,12 +69,48 @@ def test_a_resumed_pruning_says_at_which_step_and_a_replaced_one_what_differs(tm
     run(tiny(), out=tmp_path, name="cut")
     out = capsys.readouterr().out
     assert "resuming: 10 of 20 pruning steps are done, epoch 2" in out
-    enter(tmp_path / "cut", tiny(), print)
+    enter(tmp_path / "cut", tiny(), "data", print)
     assert "the finished run here is replaced" in capsys.readouterr().out
     (tmp_path / "cut" / "training.ckpt").write_text("")
-    enter(tmp_path / "cut", tiny(seed=3), print)
+    enter(tmp_path / "cut", tiny(seed=3), "data", print)
     assert "had other settings and is replaced (seed: 0 -> 3)" in capsys.readouterr().out
     assert not (tmp_path / "cut" / "training.ckpt").exists()
+
+
+def three_files(folder, turn=False):
+    """train, valid and test of two classes that a word decides, or with ``turn`` the other way round."""
+    names = {}
+    for split, count in (("train", 64), ("valid", 16), ("test", 16)):
+        rows = [(f"word{i} {'up' if i % 2 else 'down'}", ("a", "b")[(i + turn) % 2]) for i in range(count)]
+        names[split] = folder / f"{split}.tsv"
+        names[split].write_text("".join(f"{text}\t{label}\n" for text, label in rows))
+    return {split: str(path) for split, path in names.items()}
+
+
+def test_a_run_whose_data_changed_meanwhile_begins_again(tmp_path, monkeypatch, capsys):
+    settings = {"data": None, **three_files(tmp_path), "dense_epochs": 8}
+    with monkeypatch.context() as patch:
+        killed_at(patch, 3, every=1)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny(**settings), out=tmp_path, name="cut", quiet=True)
+    three_files(tmp_path, turn=True)
+    again = run(tiny(**settings), out=tmp_path, name="cut").record
+    out = capsys.readouterr().out
+    assert "the unfinished run here had other data and is replaced\n" in out and "resuming" not in out
+    assert again["dense"]["test"]["accuracy"] > 0.9
+    fresh = run(tiny(**settings), out=tmp_path, name="fresh", quiet=True).record
+    assert again["mask_hash"] == fresh["mask_hash"]
+
+
+def test_a_dense_model_with_nothing_right_is_told_and_loses_no_run(tmp_path, monkeypatch, capsys):
+    def none_right(*args):
+        return {**evaluate(*args), "accuracy": 0.0}
+
+    monkeypatch.setattr("sparseprune.runner.measuring.evaluate", none_right)
+    found = run(tiny(), out=tmp_path, name="none")
+    assert found.record["accuracy_kept"] is None and "kept (the dense model has none right)" in found.table
+    assert main(["report", str(tmp_path / "none")]) == 0
+    assert "kept (the dense model has none right)" in capsys.readouterr().out
 
 
 def test_no_two_snapshots_and_no_copy_of_the_teacher_are_held(tmp_path, monkeypatch):
@@ -140,7 +177,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             sys.dont_write_bytecode = bytecode
     assert {name: (folder / name).read_bytes() for name in before} == before
-    assert {path.name for path in folder.iterdir()} == {*before, "settings.json"}
+    assert {path.name for path in folder.iterdir()} == {*before, "data.digest", "settings.json"}
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path):
