@@ -13,8 +13,10 @@ __all__ = ["parser", "prune"]
 
 def parser() -> Parser:
     """The options of ``sparseprune prune --text FILE``."""
-    from ..pruning import criterion_names
+    from ..pruning import criterion_names, make_criterion
 
+    # no gradients are seen on the way
+    criteria = [name for name in criterion_names() if not make_criterion(name).needs_gradients]
     command = Parser(
         prog="sparseprune prune", description="Prune a causal language model in one shot, and measure it.",
         epilog="example:\n  sparseprune prune --model HuggingFaceTB/SmolLM2-135M --text corpus.txt --density 0.5",
@@ -25,7 +27,7 @@ def parser() -> Parser:
     command.add_argument(
         "--judged-on", type=Path, metavar="FILE", help="text for the perplexity (default: its last fifth)"
     )
-    command.add_argument("--criterion", default="admm", choices=criterion_names(), help="default admm")
+    command.add_argument("--criterion", default="admm", choices=criteria, help="default admm")
     command.add_argument("--density", type=real("(0, 1)"), default=0.5, help="share of the weights kept (default 0.5)")
     command.add_argument("--granularity", default="element", help="element, 16x1, 2:4 ... (default element)")
     command.add_argument("--context", type=whole(2), default=256, help="tokens a window (default 256)")

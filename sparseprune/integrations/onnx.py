@@ -56,7 +56,7 @@ def export_onnx(
     config: Any = getattr(dense, "config", None)
     if config is not None:
         config.use_cache = False
-    wrapped = _Logits(dense, list(inputs))
+    wrapped = _Logits(dense, list(inputs)).eval()
     given = tuple(tensor.cpu() for tensor in inputs.values())
     wrapped.cpu()
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}

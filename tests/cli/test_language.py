@@ -147,3 +147,9 @@ def test_export_to_onnx(model, capsys):
     (got,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(got), made(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("criterion", ["movement", "soft_movement", "uncertainty", "fisher"])
+def test_criteria_that_want_gradients_are_no_choice(criterion, capsys):
+    assert main(["prune", "--model", "lm", "--text", "text.txt", "--criterion", criterion]) == 2
+    assert f"invalid choice: '{criterion}'" in capsys.readouterr().err

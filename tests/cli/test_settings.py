@@ -197,3 +197,12 @@ def test_every_method_can_be_asked_for():
     asked = [a for command in commands.values() for a in command._actions if "--method" in a.option_strings]
     assert asked and all(sorted(a.choices) == sorted(METHODS) for a in asked)
     assert all(DistillConfig(method=name).scored == (name != "magnitude") for name in TRAINING)
+
+
+def test_a_teacher_alone_says_which_model(monkeypatch):
+    asked = []
+    monkeypatch.setattr("sparseprune.runner.run_prune", lambda *args, **settings: asked.append((args[0], settings)))
+    files = ["--train", "a.tsv", "--valid", "b.tsv", "--test", "c.tsv"]
+    assert main(["prune", "--teacher", "tuned", *files]) == 0
+    assert main(["prune", "--teacher", "tuned", "--model", "bare", *files]) == 0
+    assert [(model, settings["teacher"]) for model, settings in asked] == [("tuned", "tuned"), ("bare", "tuned")]

@@ -51,7 +51,9 @@ def options(command: argparse.ArgumentParser) -> None:
         help="names of the labels, one a line, that numbers in the data count from 0 (default: each distinct label of"
         " --train is a class)",
     )
-    command.add_argument("--teacher", action=Given, help="folder or name of an already fine-tuned classifier")
+    command.add_argument(
+        "--teacher", action=Given, help="folder or name of an already fine-tuned classifier, in place of --model"
+    )
     command.add_argument(
         "--lr", action=Given, type=real("(0, inf)"),
         help="learning rate of the weights (default by the hidden size, 4e-4 at 384 and 1e-4 at 768; encoder 1e-3)",
@@ -70,6 +72,8 @@ def options(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.config is not None:
         return shared.run_settings(arguments)
+    if arguments.model is None:  # the student starts from the teacher's weights
+        arguments.model = arguments.teacher
     wanted = ("model",) if arguments.data is not None else ("model", "train", "valid", "test")
     missing = [f"--{name}" for name in wanted if getattr(arguments, name) is None]
     if missing:
