@@ -22,7 +22,6 @@ import dataclasses
 import itertools
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -36,6 +35,7 @@ import torch
 import sparseprune as sp
 from sparseprune import language
 from sparseprune._files import write_text
+from sparseprune.bench import describe
 from sparseprune.nn.filters import prunable_linears
 from sparseprune.pruning import make_criterion
 from sparseprune.pruning.oneshot import Sensitivity, fast_bfloat16, sensitivity, solvers
@@ -224,7 +224,7 @@ def account(
         "peaks": {k: v / 2**20 for k, (v, _) in seen.peaks.items()},
         "code of libraries": {k: v / 2**20 for k, (_, v) in seen.peaks.items()},
         "seconds": seconds, "cpu_seconds": worked, "load": os.getloadavg()[0],
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": describe()["cpu"],
     }  # fmt: skip
 
 
@@ -528,7 +528,7 @@ def main() -> None:
                 "ratio": found.value / content["dense"]["perplexity"], "seconds": seconds,
                 "walk_mib": max(peaks, default=0) / 2**20, "extra_mib": total / 2**20,
                 "kept": report.kept, "total": report.total, "allocation": allocation, "load": os.getloadavg()[0],
-                "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
+                "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": describe()["cpu"],
             }  # fmt: skip
             content["rows"].append(row)
             arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,7 @@ def table(records: Sequence[dict[str, Any]], markdown: bool = False) -> str:
     for (data, classes, texts, method), own in sorted(groups.items()):
         shares = [r["accuracy"]["pruned"] / r["accuracy"]["dense"] for r in own]
         spread = f" ({100 * min(shares):.1f} to {100 * max(shares):.1f})" if len(own) > 1 else ""
-        minutes = [sum(r["seconds"].values()) / 60 for r in own]
+        minutes = [r["seconds"]["total"] / 60 for r in own]
         rows.append([
             data, str(classes), f"{texts:,}", method, str(len(own)),
             f"{statistics.fmean(r['accuracy']['dense'] for r in own):.4f}",

@@ -6,7 +6,7 @@ import sys
 from types import TracebackType
 from typing import Any
 
-__all__ = ["Display"]
+__all__ = ["Display", "describe_step", "kept_in_words"]
 
 
 class Display:
@@ -92,3 +92,9 @@ def describe_step(record: dict[str, Any]) -> str:
     if record.get("phase") == "heal":
         parts.append("healing")
     return "  ".join(parts)
+
+
+def kept_in_words(record: dict[str, Any]) -> str:
+    """The share of the dense accuracy that a run kept, for a reader."""
+    kept = record["accuracy_kept"]
+    return "(the dense model has none right)" if kept is None else f"{kept:.1%}"

@@ -13,6 +13,7 @@ import torch
 
 from .. import checkpoint
 from .._files import replacing, write_text
+from ..bench import describe
 from ..data.tables import is_table, read_columns
 from ..integrations.folder import save_pretrained
 from ..integrations.transformers import language_model
@@ -133,7 +134,7 @@ def _run(
         "sparse_layers": len(sparse.converted), "layers": report.to_dict()["layers"],
         "dense": {"perplexity": before.value, "loss": before.loss, "bytes": full, **_speed(speeds["dense"])},
         "pruned": {"perplexity": after.value, "loss": after.loss, "bytes": stored, **_speed(speeds["pruned"])},
-        "perplexity_as_it_runs": runs_sparse.value, "tokens": before.tokens, "torch": torch.__version__,
+        "perplexity_as_it_runs": runs_sparse.value, "tokens": before.tokens, "machine": describe(),
         "threads": torch.get_num_threads(), "device": describe_device(torch.device(settings["device"])),
     }  # fmt: skip
     _draw(folder, record, say)

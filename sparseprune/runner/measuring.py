@@ -22,7 +22,7 @@ from ..structured import shrink_
 from ..training import evaluate
 from .config import RunConfig
 from .devices import describe_device
-from .display import Display
+from .display import Display, kept_in_words
 from .rounding import choose_exact, forms_table, make_sparse, other_forms
 from .sources import Source
 
@@ -150,12 +150,6 @@ def _kept(figures: dict[str, dict[str, Any]]) -> float | None:
     """The share of the dense model's test accuracy; None where that model has none right."""
     dense, pruned = (figures[which]["test"]["accuracy"] for which in ("dense", "pruned"))
     return pruned / dense if dense else None
-
-
-def kept_in_words(record: dict[str, Any]) -> str:
-    """That share for a reader."""
-    kept = record["accuracy_kept"]
-    return "(the dense model has none right)" if kept is None else f"{kept:.1%}"
 
 
 def check_record(record: Any, source: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from .._files import replacing
-from .measuring import kept_in_words
+from .display import kept_in_words
 
 __all__ = ["draw"]
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
-__all__ = ["SMALLEST", "rate_for", "rate_of"]
+from .config import DistillConfig
+
+__all__ = ["SMALLEST", "rate_for", "rate_of", "with_rate"]
 
 #: For pretrained models of which nothing is known.
 SMALLEST = 3e-5
@@ -22,3 +26,9 @@ def rate_of(model: nn.Module) -> float:
     """By the hidden size that a model of transformers has in its configuration; 1e-3 for any other model."""
     size = getattr(getattr(model, "config", None), "hidden_size", None)
     return rate_for(size) if isinstance(size, int) and size > 0 else _LARGEST
+
+
+def with_rate(config: DistillConfig, model: nn.Module) -> tuple[DistillConfig, float]:
+    """The configuration with its learning rate for this model, and that rate."""
+    rate = rate_of(model) if config.lr is None else config.lr
+    return replace(config, lr=rate), rate

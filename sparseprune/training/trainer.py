@@ -6,7 +6,6 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -34,7 +33,7 @@ from .history import History
 from .losses import LossLike, make_loss, smoothed
 from .optimisers import Optimisers
 from .position import DataPosition, rewind
-from .rates import rate_of
+from .rates import with_rate
 from .student_loss import ExtraTerm, StudentLoss
 from .teacher_fit import compensate_from_teacher_
 
@@ -77,16 +76,13 @@ class DistillPruner:
         check_models(who, model, teacher)
         if distributed not in ("auto", "off"):
             raise ValueError(f"{who}: distributed expected 'auto' or 'off', got {distributed!r}")
-        config = self.config_type() if config is None else config
-        if not isinstance(config, self.config_type) or config.adversarial != self.config_type.adversarial:
-            other = "GANPruner" if getattr(config, "adversarial", False) else "DistillPruner"
-            raise ValueError(
-                f"{who}: config expected a {self.config_type.__name__}, got a {type(config).__name__}; give that to "
-                f"{other}"
-            )
-        self._lr = rate_of(model) if config.lr is None else config.lr
-        config = replace(config, lr=self._lr)
-        self._given, self.config, self.device = model, config, next(model.parameters()).device
+        kind = self.config_type
+        config = kind() if config is None else config
+        if not isinstance(config, kind) or config.adversarial != kind.adversarial:
+            other, got = "GANPruner" if getattr(config, "adversarial", False) else "DistillPruner", type(config)
+            raise ValueError(f"{who}: config expected a {kind.__name__}, got a {got.__name__}; give that to {other}")
+        self.config, self._lr = with_rate(config, model)
+        self._given, self.device = model, next(model.parameters()).device
         # A teacher that is given stays as trainable as it was: it runs under no_grad, and may be trained on elsewhere.
         teacher = (copy.deepcopy(model).requires_grad_(False) if teacher is None else teacher).eval()
         self.model = model = trainable_twin(model, who)

@@ -43,7 +43,8 @@ def test_what_is_done_is_not_repeated_and_kept_as_a_share(small_sets, tmp_path, 
         pruned = 0.9 if settings["seed"] else 0.8
         record = dict.fromkeys(("density", "data_hash", "mask_hash", "machine"))
         accuracy = {"dense": {"test": {"accuracy": 1.0}}, "pruned": {"test": {"accuracy": pruned}}}
-        return SimpleNamespace(record={**record, **accuracy, "seconds": {"dense training": 30.0, "pruning": 90.0}})
+        seconds = {"dense training": 30.0, "pruning": 90.0, "total": 121.0}
+        return SimpleNamespace(record={**record, **accuracy, "seconds": seconds})
 
     monkeypatch.setattr(small_sets, "run_prune", fake)
     place = ["--model", "encoder", "--cache", str(tmp_path), "--out", str(tmp_path / "found.jsonl"), "--texts", "70"]

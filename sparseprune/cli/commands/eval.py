@@ -21,7 +21,7 @@ def options(command: argparse.ArgumentParser) -> None:
         help="a pruned checkpoint of the same model, by sp.save; without it the zeros of --model itself run sparse",
     )  # fmt: skip
     command.add_argument("--text", required=True, type=Path, help="plain text to judge on")
-    command.add_argument("--context", type=whole(2), default=512, help="tokens a window (default 512)")
+    command.add_argument("--context", type=whole(2), default=256, help="tokens a window (default 256)")
     command.add_argument("--windows", type=whole(1), help="at most that many windows, spread over the text")
     command.add_argument(
         "--new-tokens", type=whole(1), default=32, help="tokens to generate for the speed (default 32)"
