@@ -65,3 +65,11 @@ def test_bars_start_at_zero(tmp_path, monkeypatch):
     for axis in drawn[0].axes:
         assert axis.get_xlim()[0] == 0 and [bar.get_width() for bar in axis.patches] == [20.0, 4.0]
         assert [label.get_text() for label in axis.texts] == ["20 ms", "4 ms, 5.0 times"]
+
+
+def test_the_page_of_commands_names_all_of_them_and_no_other():
+    from sparseprune.cli import commands
+
+    named = {path.stem for path in (ROOT / "sparseprune" / "cli" / "commands").glob("[a-z]*.py")}
+    rows = [line for line in text("docs/commands.md").splitlines() if line.startswith("| `") and "sparseprune " in line]
+    assert {row.split("`")[1].split()[0] for row in rows} == named and commands.__doc__
