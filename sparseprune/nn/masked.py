@@ -97,7 +97,11 @@ class MaskedLinear(nn.Linear):
         super().__setstate__(state)
         _ALIVE.add(self)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         state_dict.setdefault(prefix + "mask", self.mask)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if local_metadata.get("assign_to_params_buffers"):  # the caller's own memory, which is not to be pruned
+            self.weight = nn.Parameter(self.weight.detach().clone(), self.weight.requires_grad)
         self.apply_mask_()

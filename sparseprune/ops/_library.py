@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import backends
 from ..activations import ACTIVATIONS
@@ -52,6 +53,17 @@ def check_mask(op: str, tensor: Tensor, mask: Tensor) -> None:
         )
 
 
+def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
+    """NotImplementedError where forward-mode differentiation goes through one of them: its tangent would be lost."""
+    if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", -1) < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            f"{op}: no forward-mode derivative (jvp, jacfwd); use reverse mode (backward, torch.autograd.grad), or make "
+            "the model dense first: densify_(model)"
+        )
+
+
 def output_for(x: Tensor, rows: Any) -> Tensor:
     """Empty `[..., rows]` for x `[..., K]`."""
     return x.new_empty((*x.shape[:-1], rows))
@@ -65,6 +77,7 @@ def check_linear(op: str, x: Tensor, rows: int, columns: int | None, bias: Tenso
         raise ValueError(f"{op}: x expected a floating dtype, got {x.dtype}; use x.float()")
     if x.dim() < 1:
         raise ValueError(f"{op}: x expected shape [..., K], got a scalar")
+    refuse_tangents(op, x, bias)
     if columns is not None and x.shape[-1] != columns:
         raise ValueError(f"{op}: x expected {columns} features in its last dimension, got shape {list(x.shape)}")
     if bias is not None and tuple(bias.shape) != (rows,):

@@ -18,7 +18,17 @@ from ..activations import activate
 from ..packing import Packed, Plan, check_length
 from ..tensor_state import gradients_at, place_of
 from . import packing, sddmm  # noqa: F401  (their ops stand in the backward formulas)
-from ._library import LIBRARY, autocast_input, check_linear, check_mask, define, needs_grad, output_for, widest
+from ._library import (
+    LIBRARY,
+    autocast_input,
+    check_linear,
+    check_mask,
+    define,
+    needs_grad,
+    output_for,
+    refuse_tangents,
+    widest,
+)
 
 __all__ = [
     "bsr_linear",
@@ -38,6 +48,7 @@ def _run(op: Callable[..., Tensor], activation: str, tracked: tuple[Tensor | Non
     """Runs ``op(*args, activation)``; where gradients are wanted the activation stands behind it, for torch to
     differentiate.
     """
+    refuse_tangents("linear", *tracked)
     if activation != "none" and needs_grad(*tracked):
         return activate(op(*args, "none"), activation)
     return op(*args, activation)
@@ -283,6 +294,7 @@ def masked_linear(x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None = None
     """
     x = autocast_input(x)
     check_mask("masked_linear", w, mask)
+    refuse_tangents("masked_linear", w)
     check_linear("masked_linear", x, w.shape[0], w.shape[1], bias, "none")
     return _OPS.masked_linear(x, w, mask, bias)
 
@@ -403,6 +415,7 @@ def trained_linear(
     if packed_t.shape != (columns, rows):
         raise ValueError(f"trained_linear: packed_t expected the shape {[columns, rows]}, got {list(packed_t.shape)}")
     check_length("trained_linear", values, packed)
+    refuse_tangents("trained_linear", values, residual)
     y = _OPS.trained_linear(
         x,
         values,

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from ..direct import is_tracing, is_transformed
 from ..linear import SparseLinear
 from ..packed_only import PLAIN
+from ..unread import Read, holds_unread, unread
 from .hooks import hooked
 from .patterns import epilogue_of
 
@@ -24,12 +26,14 @@ class FusedActivations:
     The module keeps its class and its children, and whoever else calls one of those gets what it always gave: the
     class's own forward runs on a view of the module, in which a Linear is called with the activation behind it, and
     that activation hands its input on. ``fused``: name of a Linear -> (name of its activation, what that computes).
-    Where a hook has come to watch one of them, or another module stands there, the class's forward runs on the module.
+    Where a hook has come to watch one of them, another module stands there, or the forward does anything else with what
+    comes before an activation than hand it to that, the class's forward runs on the module.
     """
 
     def __init__(self, owner: nn.Module) -> None:
         self.owner = owner
         self.fused: dict[str, tuple[str, str]] = {}
+        self.read: set[bool] = set()  # whether in training: where its forward reads more than the activations' results
         update_wrapper(self, type(owner).forward, updated=())
         signature = inspect.signature(type(owner).forward)
         self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
@@ -44,8 +48,15 @@ class FusedActivations:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = self.owner
-        if torch.compiler.is_compiling():
+        if owner.training in self.read or torch.compiler.is_compiling() or is_tracing() or is_transformed():
             return type(owner).forward(owner, *args, **kwargs)
+        try:
+            return self._fused(owner, args, kwargs)
+        except Read:  # of what comes before an activation: in this mode it will be again
+            self.read.add(owner.training)
+        return type(owner).forward(owner, *args, **kwargs)
+
+    def _fused(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         children = dict(owner._modules)
         watched = nn_module._has_any_global_hook()
         for first, (second, what) in self.fused.items():
@@ -55,12 +66,15 @@ class FusedActivations:
             if linear.activation != "none":
                 continue
             if epilogue_of(activation) == what and not hooked(linear, activation):
-                children[first], children[second] = _Then(linear, what), _HandsOn(activation)  # type: ignore[assignment]
+                children[first] = then = _Then(linear, what)  # type: ignore[assignment]
+                children[second] = _HandsOn(activation, then)  # type: ignore[assignment]
         view: Any = object.__new__(type(owner))
         vars(view).update(vars(owner))
         vars(view).pop("forward", None)
         vars(view)["_modules"] = children
         result = type(owner).forward(view, *args, **kwargs)
+        if holds_unread(result) or holds_unread([v for k, v in vars(view).items() if vars(owner).get(k) is not v]):
+            raise Read("return")
         keep_attributes_(view, owner, "_modules")
         return result
 
@@ -86,22 +100,40 @@ class _Stands:
 
 
 class _Then(_Stands):
-    __slots__ = ("_what",)
+    """The Linear with its activation. What it gives stands for what comes before the activation, which nobody has
+    computed.
+    """
+
+    __slots__ = ("_given", "_what")
 
     def __init__(self, linear: SparseLinear, what: str) -> None:
         super().__init__(linear)
         self._what = what
+        self._given: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         y: Tensor = self._module(x, then=self._what)
-        return y
+        before = unread(y)
+        self._given = before, y
+        return before
+
+    def result_of(self, before: Any) -> Tensor:
+        if self._given is None or before is not self._given[0]:
+            raise Read("an activation")
+        return self._given[1]
 
 
 class _HandsOn(_Stands):
-    __slots__ = ()
+    """The activation, which the Linear in front of it has applied."""
+
+    __slots__ = ("_then",)
+
+    def __init__(self, activation: nn.Module, then: _Then) -> None:
+        super().__init__(activation)
+        self._then = then
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x
+        return self._then.result_of(x)
 
 
 def fused_activations(module: nn.Module) -> FusedActivations | None:

@@ -80,8 +80,9 @@ def _fuse_activation(name: str, parent: nn.Module, linear: SparseLinear, child: 
     fused = own or _give_forward(parent)
     fused.fused[first] = child, what
     result = _try(parent, x)
-    if result is not None and _same(result, expected):
+    if result is not None and _same(result, expected) and not fused.read:
         return Fusion(name, what)
+    fused.read.clear()
     del fused.fused[first]
     if not fused.fused:
         del parent.__dict__["forward"]
@@ -94,16 +95,34 @@ def _give_forward(parent: nn.Module) -> FusedActivations:
     return fused
 
 
-def _try(module: nn.Module, *inputs: Tensor) -> Tensor | None:
-    """module(*inputs) in eval; None where it does not take these inputs or return a tensor: then it is not one of our
-    patterns.
+def _try(module: nn.Module, *inputs: Tensor, training: bool = False) -> Tensor | None:
+    """module(*inputs) in eval, or with ``training`` as it trains, without dropout; None where it does not take these
+    inputs or return a tensor: then it is not one of our patterns.
     """
+    dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout)] if training else []
+    rates = [dropout.p for dropout in dropouts]
     try:
         with evaluating(module):
+            for dropout in dropouts:
+                dropout.p = 0.0
+            module.train(training)
             result = module(*inputs)
     except Exception:
         return None
+    finally:
+        for dropout, rate in zip(dropouts, rates):
+            dropout.p = rate
     return result if isinstance(result, Tensor) else None
+
+
+def _alike(module: nn.Module, fused: nn.Module, *inputs: Tensor) -> bool:
+    """Whether both give the same, in eval and in training, for inputs of two dimensions and of three."""
+    for training in (False, True):
+        for given in (inputs, tuple(x[None] for x in inputs)):
+            expected, result = (_try(m, *given, training=training) for m in (module, fused))
+            if expected is None or result is None or expected.dtype != result.dtype or not _same(result, expected):
+                return False
+    return True
 
 
 @torch.no_grad()
@@ -111,13 +130,14 @@ def _fuse_output(name: str, module: nn.Module) -> tuple[Fusion, FusedOutput | No
     what = "residual + LayerNorm"
     if hooked(module, *module.children()):
         return Fusion(name, what, "a hook observes the modules"), None
+    if module._parameters or module._buffers:
+        return Fusion(name, what, "it has parameters or buffers of its own"), None
     fused = FusedOutput(module)
     dense = fused.dense
     if fused.LayerNorm.weight is None or fused.LayerNorm.bias is None:
         return Fusion(name, what, "its LayerNorm has no weight or bias"), None
     x, residual = _probe(dense, dense.in_features), _probe(dense, dense.out_features)
-    expected, result = _try(module, x, residual), _try(fused, x, residual)
-    if expected is None or result is None or not _same(result, expected):
+    if not _alike(module, fused, x, residual):
         return Fusion(name, what, "its forward is not LayerNorm(dropout(dense(x)) + residual)"), None
     return Fusion(name, what), fused
 
@@ -131,8 +151,7 @@ def _fuse_rms_norm(name: str, module: nn.Module, eps: float) -> tuple[Fusion, Fu
     scale = torch.tensor([[1e-4], [1e-2], [1.0], [1e2]])  # small inputs show the eps
     x = torch.randn(4, fused.weight.numel(), generator=torch.Generator().manual_seed(0)) * scale
     x = x.to(fused.weight)
-    expected, result = _try(module, x), _try(fused, x)
-    if expected is None or result is None or expected.dtype != result.dtype or not _same(result, expected):
+    if not _alike(module, fused, x):
         return Fusion(name, what, "its forward is not x / sqrt(mean(x^2) + eps) * weight"), None
     return Fusion(name, what), fused
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -11,7 +13,9 @@ from ..linear import SparseLinear
 from ..packed_only import PLAIN
 from .hooks import hooked
 
-__all__ = ["FUSED", "FusedOutput", "FusedRMSNorm"]
+__all__ = ["EPS_NAMES", "FUSED", "FusedOutput", "FusedRMSNorm"]
+
+EPS_NAMES = ("variance_epsilon", "eps", "epsilon")  # of an RMSNorm
 
 
 class FusedOutput(nn.Module):
@@ -62,11 +66,16 @@ class FusedRMSNorm(nn.Module):
         super().__init__()
         self.train(original.training)
         self.weight = original.weight  # type: ignore[assignment]
-        self.eps = eps
+        # Under the name that the original has for it, so that whoever changes it there changes it here.
+        self._eps_name = next((name for name in EPS_NAMES if name in vars(original)), "eps")
+        setattr(self, self._eps_name, eps)
         self.__dict__["original"] = original  # not a submodule: its weight is ours already
 
+    def __getattr__(self, name: str) -> Any:
+        return vars(self)[vars(self)["_eps_name"]] if name == "eps" else super().__getattr__(name)
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = self._parameters["weight"]
+        weight, eps = self._parameters["weight"], vars(self)[self._eps_name]
         assert weight is not None
         if (
             runs_direct(x, weight)
@@ -74,8 +83,8 @@ class FusedRMSNorm(nn.Module):
             and weight.dtype in native.linear.DTYPES
             and x.shape[-1:] == weight.shape
         ):
-            return native.norms.rms_norm(x, weight, self.eps)
-        return ops.rms_norm(x, weight, self.eps)
+            return native.norms.rms_norm(x, weight, eps)
+        return ops.rms_norm(x, weight, eps)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"

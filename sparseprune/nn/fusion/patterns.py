@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..linear import SparseLinear
-from .modules import FUSED, FusedOutput
+from .modules import EPS_NAMES, FUSED, FusedOutput
 
 __all__ = ["epilogue_of", "eps_of", "is_output_block", "neighbours"]
 
@@ -51,7 +51,7 @@ def eps_of(module: nn.Module) -> float | None:
         return None
     if module._buffers or module._modules or isinstance(module, FUSED) or not weight.is_floating_point():
         return None
-    for name in ("variance_epsilon", "eps", "epsilon"):
+    for name in EPS_NAMES:
         if isinstance(eps := getattr(module, name, None), float):
             return eps
     if not isinstance(module, nn.RMSNorm):

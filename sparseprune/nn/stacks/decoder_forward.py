@@ -27,7 +27,7 @@ from .decoder_prompt import BoundPrompt, cos_and_sin, positions_of, real_tokens_
 from .decoder_proof import prove_decoder, prove_prompt
 from .forward import _OUTPUTS, StackForward, _argument_names, _same, _Supported
 from .masks import Unsupported, kept
-from .recognise import UnknownLayer
+from .recognise import UnknownLayer, check_claimed
 from .state import Modules, Ready, StackCall, layers_in
 
 __all__ = ["DecoderForward"]
@@ -116,6 +116,8 @@ class DecoderForward(StackForward):
     def _bind(self, modules: Modules, known: Any) -> Any:
         layers = layers_in(modules)
         parts = tuple(map(recognise_decoder, layers))
+        for layer, own in zip(layers, parts):
+            check_claimed(layer, [t for n in own.norms for t in (n.weight, n.bias) if t is not None], own.projections)
         if len({(p.hidden, p.kv_heads, p.depth, p.cache, p.mask) for p in parts}) > 1:
             raise UnknownLayer("its layers have different sizes")
         if len({p.place for p in parts}) < len(parts):
@@ -220,6 +222,9 @@ class _Call(StackCall):
         for group, known in enumerate(self._groups):
             assert known is not None
             turned = bound.parts[bound.groups.index(group)].turned
+            why = why_not_direct(*_tensors(known))
+            if why is not None:
+                raise Unsupported(why)
             seen = _mask(known[0], batch, tokens, space, eager)
             for numbers, made in (seen, _table(known[1], batch, tokens, turned)):
                 (masks if len(numbers) == 4 else tables).extend(numbers)
@@ -246,6 +251,9 @@ class _Call(StackCall):
         masks, tables = [], []
         for group, known in enumerate(self._groups):
             assert known is not None
+            why = why_not_direct(*_tensors(known))
+            if why is not None:
+                raise Unsupported(why)
             masks.append(known[0])
             tables += positions_of(known[1], batch, tokens, bound.parts[bound.groups.index(group)].turned)
         configs = bound.modules._configs
@@ -264,6 +272,12 @@ class _Call(StackCall):
         self._space = prompted
         prompted.commit()
         return result
+
+
+def _tensors(known: tuple[Any, Any]) -> list[Tensor]:
+    """Those among a mask and rotary tables."""
+    mask, places = known
+    return [t for t in (mask, *(places if isinstance(places, tuple) else ())) if isinstance(t, Tensor)]
 
 
 def _too_many(batch: int, tokens: int, most: int) -> str:

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from ...native.encoder import BoundEncoder
 from ..direct import why_not_direct, why_not_native
 from ..fusion import keep_attributes_
+from ..unread import Read, holds_unread
 from .build import StackProgram, build
 from .masks import Unsupported, real_tokens
 from .proof import prove
-from .recognise import LayerParts, UnknownLayer, recognise
+from .recognise import LayerParts, UnknownLayer, check_claimed, recognise
 from .state import IN_TRAINING, Modules, Ready, StackCall, Weights, layers_in
 
 __all__ = ["StackForward", "stack_of"]
@@ -154,12 +155,18 @@ class StackForward:
         vars(view)[self.name] = [_Slot(call, i, layer) for i, layer in enumerate(call.bound.layers)]
         try:
             result = type(owner).forward(view, *args, **kwargs)
-        except Unsupported as reason:
-            if call.done:  # a layer was asked once more behind the last one, and will be again
-                call.undo()
+            if holds_unread(result) or holds_unread([v for k, v in vars(view).items() if vars(owner).get(k) is not v]):
+                raise Read("return")
+        except (Unsupported, Read) as error:
+            reason = str(error)
+            if isinstance(error, Read):
+                reason = f"its forward does more between two layers than hand on hidden states: {error.name}"
+            if call.done or isinstance(error, Read):  # what it did it will do again
+                if call.done:
+                    call.undo()
                 modules = call.bound.modules
-                self._bound, self._refused = None, (modules, str(reason), modules.versions())
-            raise
+                self._bound, self._refused = None, (modules, reason, modules.versions())
+            raise Unsupported(reason) from None
         if not call.done:
             raise Unsupported("its forward does not run its layers")
         keep_attributes_(view, owner, "use_nested_tensor", self.name)
@@ -253,6 +260,11 @@ class _Call(StackCall):
         for i, (parts, call) in enumerate(zip(bound.parts, self._calls)):
             assert call is not None
             mask, positions = _mask_and_positions(parts, bound.names[1:], *call)
+            why = why_not_direct(*(t for t in (mask, *_several(positions)) if isinstance(t, Tensor)))
+            if why is not None:
+                raise Unsupported(why)
+            if isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype is torch.bool and self._eager():
+                raise Unsupported("the attention is eager, which adds a bool mask to the scores")
             found = real_tokens(mask, x.shape[0], x.shape[1], parts.window, parts.mask != "src_key_padding_mask")
             if i == 0:
                 real = found
@@ -266,6 +278,9 @@ class _Call(StackCall):
             raise _Supported(bound.built)
         y = bound.program(x, real, tables)
         return y.transpose(0, 1).contiguous() if first else y
+
+    def _eager(self) -> bool:
+        return any(config._attn_implementation == "eager" for config in self.bound.modules._configs)
 
     def _look_behind(self, real: Tensor) -> None:
         """:class:`Unsupported` where what stands at padding, zero behind the program, is known to be read: heads read
@@ -282,6 +297,10 @@ def _same(left: Any, right: Any) -> bool:
         return True
     pair = isinstance(left, tuple) and isinstance(right, tuple) and len(left) == len(right)
     return pair and all(map(is_, left, right))
+
+
+def _several(positions: Any) -> tuple[Any, ...]:
+    return positions if isinstance(positions, tuple) else (positions,)
 
 
 def _agree(left: Tensor | None, right: Tensor | None) -> bool:
@@ -340,6 +359,8 @@ def _bind(modules: Modules, known: _Ready | None) -> _Ready:
     """
     layers = layers_in(modules)
     every = [recognise(layer) for layer in layers]
+    for layer, parts in zip(layers, every):
+        check_claimed(layer, [p for m in parts.norms for p in m.parameters()], parts.projections)
     if len({(p.hidden, p.sequence_first) for p in every}) > 1:
         raise UnknownLayer("its layers have different hidden sizes")
     keys = [(p.kind, p.window, p.rotary, p.biased, p.mask) for p in every]

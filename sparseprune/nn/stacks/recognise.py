@@ -6,7 +6,7 @@ claim: :mod:`.proof` runs both forms before anything is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -20,7 +20,7 @@ from ..linear import SparseLinear
 from ..packed_only import PackedLinear
 from ..rounded import RoundedLinear
 
-__all__ = ["LayerParts", "Projection", "UnknownLayer", "first_known", "may_be_layer", "recognise"]
+__all__ = ["LayerParts", "Projection", "UnknownLayer", "check_claimed", "first_known", "may_be_layer", "recognise"]
 
 _LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, RoundedLinear, SparseLinear, PackedLinear)
 
@@ -99,6 +99,10 @@ class LayerParts:
     def projections(self) -> list[Projection]:
         return [*self.inputs, self.output, self.up, *([] if self.gate is None else [self.gate]), self.down]
 
+    @property
+    def norms(self) -> list[nn.Module]:
+        return [n for n in (self.attention_norm, self.ffn_norm) if n is not None]
+
     def check(self) -> None:
         """:class:`UnknownLayer` where the parts do not fit each other."""
         width, hidden = self.heads * self.depth, self.hidden
@@ -121,6 +125,16 @@ def may_be_layer(layer: nn.Module) -> bool:
     linears = sum(isinstance(m, (nn.Linear, SparseLinear)) for m in layer.modules())
     names = {name for name, _ in layer.named_children()}
     return linears > 1 and (any("att" in name for name in names) or {"query", "key", "value"} <= names)
+
+
+def check_claimed(layer: nn.Module, others: Iterable[Tensor], projections: Iterable[Projection]) -> None:
+    """:class:`UnknownLayer` where the layer has a parameter that is neither of a projection nor among ``others``: what
+    it does to the result may show only later, when it has learned.
+    """
+    claimed = {id(p) for projection in projections for p in projection.module.parameters()} | set(map(id, others))
+    for name, parameter in layer.named_parameters():
+        if id(parameter) not in claimed:
+            raise UnknownLayer(f"its parameter {name} is no part of what is known")
 
 
 def recognise(layer: nn.Module) -> LayerParts:

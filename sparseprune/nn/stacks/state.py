@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any, Self
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.modules import module as nn_module
 from ...tensor_state import TensorStates
 from ..fusion import FusedActivations
 from ..linear import SparseLinear
+from ..unread import unread
 from .build import StackProgram
 from .masks import Unsupported
 from .recognise import LayerParts, UnknownLayer
@@ -29,7 +30,7 @@ IN_TRAINING = "a module inside is in training mode"
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ATTENTION = (None, "sdpa", "eager")  # implementations that compute softmax(QK)V of the mask they are given
-_training = itemgetter("training")
+_training, _forward = itemgetter("training"), attrgetter("forward")
 
 
 class Modules:
@@ -39,6 +40,7 @@ class Modules:
         self.root = root
         self._modules = list(root.modules())
         self._classes = list(map(type, self._modules))
+        self._forwards = {kind: _forward(kind) for kind in self._classes}
         self._dicts = [vars(m) for m in self._modules]
         self._children = [d["_modules"] for d in self._dicts]
         self._parameters = [d["_parameters"] for d in self._dicts]
@@ -85,6 +87,7 @@ class Modules:
             and _all_is(self._now(self._parameters), self._parameter)
             and _all_is(self._now(self._buffers), self._buffer)
             and all(map(is_, map(type, self._modules), self._classes))
+            and all(_forward(kind) is forward for kind, forward in self._forwards.items())
             and self._same_attributes()
         )
 
@@ -143,7 +146,7 @@ class StackWeights:
     """The parameters of a stack as they were: ``copied`` into packed forms, or ``read`` where they lie. Of the copied
     ones, those whose id is in ``always`` are compared at every call.
 
-    :mod:`sparseprune.tensor_state` says when a copy is trusted; what is read must only lie where it lay.
+    :mod:`sparseprune.tensor_state` says when a copy is trusted; what is read must only lie where, and as, it lay.
     """
 
     def __init__(
@@ -152,6 +155,7 @@ class StackWeights:
         self._sparse = sparse
         self._read = list({id(t): t for t in read if t is not None}.values())
         self._addresses = list(map(Tensor.data_ptr, self._read))
+        self._strides = list(map(Tensor.stride, self._read))
         self._generations = Generations(())
         self._copied = TensorStates(list({id(t): t for t in copied}.values()), always)
 
@@ -165,6 +169,8 @@ class StackWeights:
         :meth:`Modules.same` to say.
         """
         if not self._generations.same() or list(map(Tensor.data_ptr, self._read)) != self._addresses:
+            return False
+        if list(map(Tensor.stride, self._read)) != self._strides:
             return False
         return self._copied.unchanged()
 
@@ -213,25 +219,30 @@ class StackCall:
     def __init__(self, bound: Any, dry: bool) -> None:
         self.bound, self.dry = bound, dry
         self.done, self._next = False, 0
-        self._hidden: Any = None
+        self._given: Any = None  # to the first layer, and what stands for it between the others
+        self._between: Any = None
 
     def layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the layer ``index`` gives: the hidden states as they came, or behind the last one the result."""
+        """What the layer ``index`` gives: something to hand on, or behind the last one the result."""
         bound = self.bound
         if args:
             hidden, args = args[0], args[1:]
         else:
             hidden = kwargs.pop(bound.names[0], None)
-        if index != self._next or (index and hidden is not self._hidden):
+        if index != self._next or (index and hidden is not self._between):
             raise Unsupported("its forward does more between two layers than hand on hidden states")
+        if index == 0:
+            self._given = hidden
+            self._between = unread(hidden) if isinstance(hidden, Tensor) else None
         if len(args) >= len(bound.names):
             raise Unsupported("its layers get more arguments than they name")
-        self._hidden, self._next = hidden, index + 1
+        self._next = index + 1
         self._note(index, args, kwargs)
+        result = self._between
         if self._next == len(bound.layers):
-            hidden = self._finish(hidden)
+            result = self._finish(self._given)
             self.done = True
-        return (hidden,) if bound.in_tuples else hidden
+        return (result,) if bound.in_tuples else result
 
     def undo(self) -> None:
         """Takes back what the program changed beside its result."""

@@ -1,0 +1,51 @@
+"""Tensors that stand in for values which nobody has computed: they may be handed on, and not read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Read", "Unread", "holds_unread", "unread"]
+
+_ASKED = frozenset(
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "requires_grad")
+) | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}  # fmt: skip
+
+
+class Read(Exception):
+    """What was only to be handed on was read, by the function of this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name}: what it reads was never computed, for the modules around it ran as one; expected it to be handed "
+            "on alone; sparsify_(model, fuse=False, engine='layers') computes all of it"
+        )
+        self.name = name
+
+
+class Unread(Tensor):
+    """An alias of another tensor that answers for its shape, dtype and device. Everything else raises :class:`Read`."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ASKED:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise Read(getattr(func, "__name__", repr(func)))
+
+
+def unread(tensor: Tensor) -> Unread:
+    """The stand-in of a tensor, without a copy."""
+    return tensor.as_subclass(Unread)
+
+
+def holds_unread(value: Any) -> bool:
+    """Whether there is a stand-in in a value, its items or its entries."""
+    if isinstance(value, (list, tuple)):
+        return any(map(holds_unread, value))
+    if isinstance(value, dict):
+        return any(map(holds_unread, value.values()))
+    return type(value) is Unread

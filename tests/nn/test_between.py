@@ -1,0 +1,428 @@
+"""Whatever a model does between two modules that run as one, and what it changes later, counts."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sparseprune as sp
+from sparseprune import _native
+from sparseprune.nn.stacks import stack_of
+
+needs_core = pytest.mark.skipif(_native.C is None, reason=str(_native.why_no_c()))
+
+
+class Encoder(nn.TransformerEncoder):
+    """Three layers in a loop; subclasses do something between them."""
+
+    def __init__(self):
+        layer = nn.TransformerEncoderLayer(32, 2, 40, batch_first=True)
+        super().__init__(layer, 3, enable_nested_tensor=False)
+
+    def forward(self, x, tap=None):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class InPlace(Encoder):
+    def forward(self, x, tap=None):
+        for layer in self.layers[:-1]:
+            x = layer(x)
+            x += 0.5
+        return self.layers[-1](x)
+
+
+class Averaged(Encoder):
+    def forward(self, x, tap=None):
+        found = []
+        for layer in self.layers:
+            x = layer(x)
+            found.append(x)
+        return torch.stack(found).mean(0)
+
+
+class Tapped(Encoder):
+    def forward(self, x, tap=None):
+        taken = []
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i == tap:
+                taken.append(x)
+        return taken[0] if taken else x
+
+
+class Noting(Encoder):
+    def forward(self, x, tap=None):
+        self.seen = []
+        for layer in self.layers:
+            x = layer(x)
+            self.seen.append(x)
+        return x
+
+
+class Norms(Encoder):
+    def forward(self, x, tap=None):
+        self.norms = []
+        for layer in self.layers:
+            x = layer(x)
+            self.norms.append(float(x.norm()))
+        return x
+
+
+def encoder(kind):
+    torch.manual_seed(0)
+    model = kind().eval().requires_grad_(False)
+    sp.prune_(model, sparsity=0.5)
+    return model
+
+
+@needs_core
+@pytest.mark.parametrize("kind", [InPlace, Averaged, Tapped, Noting, Norms])
+def test_hidden_states_that_are_read_between_layers_are_those_of_the_layers(kind):
+    model, x = encoder(kind), torch.randn(2, 5, 32)
+    plain = copy.deepcopy(model)
+    sp.sparsify_(model, layout="csr", engine="program")
+    for _ in range(2):  # the second call knows already
+        with torch.no_grad():
+            torch.testing.assert_close(model(x.clone(), tap=0), plain(x.clone(), tap=0), rtol=1e-4, atol=1e-5)
+        assert getattr(model, "norms", []) == pytest.approx(getattr(plain, "norms", []), rel=1e-4)
+        for mine, theirs in zip(getattr(model, "seen", ()), getattr(plain, "seen", ())):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert "does more between two layers than hand on hidden states" in stack_of(model).why_not(x, tap=0)
+
+
+@needs_core
+def test_a_loop_that_hands_on_alone_stays_a_program():
+    model, x = encoder(Encoder), torch.randn(2, 5, 32)
+    plain = copy.deepcopy(model)
+    sp.sparsify_(model, layout="csr", engine="program")
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+        assert stack_of(model).why_not(x) is None and type(model(x)) is torch.Tensor
+
+
+class Feed(nn.Module):
+    """A feed-forward block; subclasses do something with what comes before the activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)
+
+    def forward(self, x, pre=False):
+        h = self.fc1(x)
+        return h if pre else self.fc2(self.act(h))
+
+
+class Detached(Feed):
+    def forward(self, x):
+        h = self.fc1(x)
+        self.noted = h.detach()
+        return self.fc2(self.act(h))
+
+
+class Kept(Feed):
+    def forward(self, x):
+        self.noted = self.fc1(x)
+        return self.fc2(self.act(self.noted))
+
+
+class Auxiliary(Feed):
+    def forward(self, x):
+        h = self.fc1(x)
+        if self.training:
+            self.noted = h.square().mean()
+        return self.fc2(self.act(h))
+
+
+class Flagged(Feed):
+    flag = False
+
+    def forward(self, x):
+        h = self.fc1(x)
+        return self.fc2(self.act(h)) + (self.fc2(h) if self.flag else 0)
+
+
+class Sequences(Feed):
+    def forward(self, x):
+        h = self.fc1(x)
+        return self.fc2(self.act(h.flip(1) - 1 if h.dim() == 3 else h))
+
+
+class Dropped(Feed):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.drop(self.fc1(x))))
+
+
+class Shifted(Feed):
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(32))
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x) + self.shift))
+
+
+def asked_before(model, x):
+    return model[0](x, pre=True)
+
+
+def noted(model, x):
+    model(x)
+    return model[0].noted
+
+
+def noted_in_training(model, x):
+    found = noted(model.train(), x)
+    model.eval()
+    return found
+
+
+def flagged(model, x):
+    model[0].flag = True
+    return model(x)
+
+
+def trained(model, x):
+    torch.manual_seed(3)
+    found = model.train()(x)
+    model.eval()
+    return found
+
+
+def shifted(model, x):
+    model[0].shift.data.fill_(1.0)
+    return model(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [(Feed, asked_before), (Detached, noted), (Kept, noted), (Auxiliary, noted_in_training), (Flagged, flagged),
+     (Sequences, nn.Sequential.__call__), (Dropped, trained), (Shifted, shifted), (Feed, nn.Sequential.__call__)],
+)  # fmt: skip
+def test_what_comes_before_an_activation_is_what_it_was(kind, call):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(kind()).eval(), torch.randn(2, 3, 16)
+    sp.prune_(model, sparsity=0.6)
+    plain = copy.deepcopy(model)
+    sp.sparsify_(model, layout="csr", filter_fn=lambda module, name: True)
+    for _ in range(2):
+        torch.testing.assert_close(call(model, x), call(plain, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_activation_that_follows_its_linear_alone_is_fused():
+    model = nn.Sequential(Feed()).eval()
+    sp.prune_(model, sparsity=0.6)
+    report = sp.sparsify_(model, layout="csr", filter_fn=lambda module, name: True)
+    assert [(f.what, f.reason) for f in report.fusions] == [("gelu", "")]
+    shift = nn.Sequential(Shifted()).eval()
+    sp.prune_(shift, sparsity=0.6)
+    assert not [f for f in sp.sparsify_(shift, layout="csr", filter_fn=lambda m, n: True).fusions if not f.reason]
+
+
+class Output(nn.Module):
+    """BERT's output block, with more."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense, self.LayerNorm, self.dropout = nn.Linear(32, 16), nn.LayerNorm(16), nn.Dropout(0.0)
+
+    def forward(self, hidden_states, input_tensor):
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)) * self.scale() + input_tensor)
+
+
+class Gained(Output):
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(16))
+
+    def scale(self):
+        return self.gamma
+
+
+class HalvedInTraining(Output):
+    def scale(self):
+        return 0.5 if self.training else 1.0
+
+
+class Block(nn.Module):
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+
+    def forward(self, x, residual):
+        return self.output(x, residual)
+
+
+@pytest.mark.parametrize("kind", [Gained, HalvedInTraining])
+def test_a_block_that_does_more_than_its_children_stays(kind):
+    torch.manual_seed(0)
+    model, given = Block(kind()), (torch.randn(3, 32), torch.randn(3, 16))
+    sp.prune_(model, sparsity=0.5)
+    plain = copy.deepcopy(model)
+    sp.sparsify_(model, layout="csr", filter_fn=lambda module, name: True)
+    assert set(dict(model.named_parameters())) >= {name for name, _ in plain.named_parameters() if "dense" not in name}
+    for each in (model, plain):
+        each.train()
+        if kind is Gained:
+            each.output.gamma.data.fill_(3.0)
+    torch.testing.assert_close(model(*given), plain(*given), rtol=1e-4, atol=1e-5)
+
+
+class Rms(nn.Module):
+    def __init__(self, halved=False):
+        super().__init__()
+        self.weight, self.variance_epsilon, self.halved = nn.Parameter(torch.ones(16)), 1e-6, halved
+
+    def forward(self, x):
+        y = self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return 0.5 * y if self.halved and self.training else y
+
+
+def test_an_rms_norm_keeps_its_eps_under_its_name_and_its_training():
+    x = torch.randn(4, 16)
+    model = nn.Sequential(Rms(), nn.Linear(16, 16), Rms(halved=True))
+    sp.prune_(model, sparsity=0.5, filter_fn=lambda module, name: True)
+    plain = copy.deepcopy(model)
+    report = sp.sparsify_(model, layout="csr", filter_fn=lambda module, name: True)
+    assert [f.reason == "" for f in report.fusions if f.what == "RMSNorm"] == [True, False]
+    for each in (model, plain):
+        each.train()
+        each[0].variance_epsilon = 5.0
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+@needs_core
+@pytest.mark.parametrize("where", ["adapter", "temperature"])
+def test_parameters_that_do_nothing_yet_keep_layers_as_they_are(where):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.bert.modeling_bert import BertLayer
+
+    class Adapted(BertLayer):
+        def __init__(self, config):
+            super().__init__(config)
+            self.up = nn.Linear(32, 32)
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
+
+        def forward(self, hidden_states, *args, **kwargs):
+            found = super().forward(hidden_states, *args, **kwargs)
+            first = found[0] if isinstance(found, tuple) else found
+            first = first + self.up(F.gelu(first))
+            return (first, *found[1:]) if isinstance(found, tuple) else first
+
+    class Tempered(BertLayer):
+        def __init__(self, config):
+            super().__init__(config)
+            self.temperature = nn.Parameter(torch.zeros(()))
+
+        def forward(self, hidden_states, *args, **kwargs):
+            return super().forward(hidden_states * self.temperature.exp(), *args, **kwargs)
+
+    kind = Adapted if where == "adapter" else Tempered
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.BertConfig(vocab_size=50, **sizes)
+    torch.manual_seed(0)
+    model, ids = transformers.BertModel(config).eval(), torch.randint(3, 50, (2, 9))
+    for i, layer in enumerate(model.encoder.layer):
+        model.encoder.layer[i] = made = kind(config).eval()
+        made.load_state_dict(layer.state_dict(), strict=False)
+    chosen = {"filter_fn": lambda module, name: "layer" in name and "up" not in name}
+    sp.prune_(model, 0.5, **chosen)
+    plain = copy.deepcopy(model)
+    report = sp.sparsify_(model.requires_grad_(False), layout="csr", engine="program", **chosen)
+    assert [stack.engine for stack in report.stacks] == ["layers"] and "is no part of what is known" in str(report)
+    for each in (model, plain):
+        for name, parameter in each.named_parameters():
+            if name.endswith(("up.weight", "temperature")):
+                parameter.data.fill_(0.2)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids)[0], plain(ids)[0], rtol=1e-4, atol=1e-4)
+
+
+def llama():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    sp.prune_(model, 0.5, filter_fn=lambda module, name: "mlp" in name)
+    plain = copy.deepcopy(model)
+    sp.sparsify_(model, layout="csr", tokens=(1, 16), engine="program", filter_fn=lambda module, name: "mlp" in name)
+    return model, plain
+
+
+def turn_weight(model):
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.weight.data = projection.weight.data.T
+
+
+def expand_norm(model):
+    norm = model.model.layers[1].input_layernorm
+    norm.weight.data = norm.weight.data[:1].mul(1.5).expand(32)
+
+
+@needs_core
+@pytest.mark.parametrize("change", [turn_weight, expand_norm])
+def test_weights_that_lie_otherwise_are_read_so(change):
+    model, plain = llama()
+    ids = torch.randint(3, 50, (1, 6))
+    with torch.no_grad():
+        model(ids)
+        for each in (model, plain):
+            change(each)
+        first, second = (each(ids, use_cache=True) for each in (model, plain))
+        torch.testing.assert_close(first.logits, second.logits, rtol=1e-4, atol=1e-4)
+        pairs = (model, first), (plain, second)
+        more = [each(ids[:, :1], past_key_values=given.past_key_values).logits for each, given in pairs]
+        torch.testing.assert_close(*more, rtol=1e-4, atol=1e-4)
+
+
+@needs_core
+def test_a_forward_that_a_class_is_given_later_runs(monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    model, plain = llama()
+    ids = torch.randint(3, 50, (1, 6))
+    before = LlamaMLP.forward
+    with torch.no_grad():
+        model(ids)
+        monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: 2 * before(self, x))
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_mode_is_refused_and_not_zero():
+    from torch.autograd import forward_ad
+
+    x, tangent = torch.randn(3, 16), torch.randn(3, 16)
+    linear = nn.Linear(16, 8).requires_grad_(False)
+    sparse = sp.SparseLinear.from_linear(linear, "csr").requires_grad_(False)
+    masked = sp.MaskedLinear.from_linear(linear).requires_grad_(False)
+    for layer in (sparse, sparse.eval(), masked):
+        with pytest.raises(NotImplementedError, match=r"no forward-mode derivative .*densify_\(model\)"):
+            torch.func.jvp(layer, (x,), (tangent,))
+        with forward_ad.dual_level():
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                layer(forward_ad.make_dual(x, tangent))
+            layer(x)  # nothing to differentiate here
+
+
+def test_a_state_that_is_assigned_stays_the_callers():
+    source = nn.Linear(8, 4)
+    state = {name: value.clone() for name, value in source.state_dict().items()}
+    kept = {name: value.clone() for name, value in state.items()}
+    layer = sp.MaskedLinear.from_linear(nn.Linear(8, 4), mask=torch.rand(4, 8) < 0.5)
+    layer.load_state_dict({**state, "mask": layer.mask}, assign=True)
+    assert all(torch.equal(state[name], value) for name, value in kept.items())
+    assert torch.equal(layer.weight, state["weight"] * layer.mask)
