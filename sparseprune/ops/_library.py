@@ -59,8 +59,8 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
         return
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError(
-            f"{op}: no forward-mode derivative (jvp, jacfwd); use reverse mode (backward, torch.autograd.grad), or make "
-            "the model dense first: densify_(model)"
+            f"{op}: no forward-mode derivative (jvp, jacfwd); use reverse mode (backward, torch.autograd.grad), or "
+            "make the model dense first: densify_(model)"
         )
 
 
