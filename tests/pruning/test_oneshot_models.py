@@ -427,6 +427,41 @@ def test_hidden_states_are_spilled(tmp_path: Any, dtype: torch.dtype) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["new"] and not list((tmp_path / "new").iterdir())
 
 
+def test_an_error_while_hidden_states_are_collected_leaves_none(tmp_path: Any) -> None:
+    model = llama(2)
+    calls: list[int] = []
+
+    def interrupt(*_: Any) -> None:
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    handle = model.get_input_embeddings().register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sp.prune_(model, 0.5, criterion="wanda", data=tokens().split(2), criterion_options={"spill": tmp_path})
+    handle.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_while_the_teachers_states_are_copied_leaves_none(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = ChunkStore.append
+    stores: list[ChunkStore] = []
+
+    def append(self: ChunkStore, value: Any) -> None:
+        if self not in stores:
+            stores.append(self)
+        if len(stores) == 3 and len(self) == 1:  # after those of the hidden states and of the calls
+            raise OSError("disk full")
+        full(self, value)
+
+    monkeypatch.setattr(ChunkStore, "append", append)
+    with pytest.raises(OSError, match="disk full"):
+        sp.prune_(llama(2), 0.5, criterion="admm", data=tokens().split(2), criterion_options={"spill": tmp_path})
+    assert not list(tmp_path.iterdir())
+
+
 class Live(TorchDispatchMode):
     """The most bytes of storages made under it, and not mapped from elsewhere, that were alive at once."""
 
