@@ -200,6 +200,32 @@ def test_pads_do_not_count_and_bfloat16_weights_learn() -> None:
     assert torch.equal(*results)
 
 
+class Routed(Block):
+    """Of two experts the sign of the first number takes one for the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if float(x[0, 0, 0]) > 0 else x + self.other(x)
+
+
+def test_a_chunk_that_reaches_none_of_the_layers_trains_none() -> None:
+    torch.manual_seed(0)
+    block = Routed()
+    inputs = [torch.randn(2, 9, 12) for _ in range(6)]
+    for i, x in enumerate(inputs):
+        x[0, 0, 0] = 1.0 if i % 2 else -1.0
+    with torch.no_grad():
+        targets = [block(x) for x in inputs]
+    task, masks = task_of(block, inputs, targets)
+    before = block.other.weight.clone()
+    reconstruct(task, {"other": masks["other"]}, epochs=1, rate=0.02)
+    assert not torch.equal(block.other.weight, before)
+    assert torch.equal(block.other.weight != 0, masks["other"])
+
+
 def test_admm_trains_its_blocks_unless_told_not_to() -> None:
     """On the same data the pruned model comes closer to the dense one; epochs=0 is ADMM alone."""
     torch.manual_seed(0)

@@ -154,7 +154,8 @@ def reconstruct(task: BlockTask, masks: Mapping[str, Tensor], *, epochs: int, ra
                         output = task.run(task.student[chunk], chunk)
                     error = _error(output, task.target[chunk], task.capture.positions[chunk])
                     del output
-                    error.backward()
+                    if error.requires_grad:  # not where the chunk reaches none of them, as of experts
+                        error.backward()
                 if shelf is not None:
                     shelf.clear()
 
