@@ -55,8 +55,8 @@ def collect_inputs(
 ) -> dict[str, Tensor]:
     """fqn -> `[T, K]`, T <= rows: what each named Linear reads while the model runs over the batches in eval mode.
 
-    batches: what the model is called with: a dict (keywords, ``labels`` left out), a tuple (its first entry) or a
-    tensor; a :class:`Batch` is taken as it is; or rows, and text with the ``tokenizer``, as in :mod:`.intake`.
+    batches: what the model is called with: a dict (keywords, ``labels`` left out), ``(inputs, targets)`` or a tensor; a
+    :class:`Batch` is taken as it is; or rows, and text with the ``tokenizer``, as in :mod:`.intake`.
     Positions with ``attention_mask`` 0 are left out. At most ``rows`` positions are kept, drawn evenly from all
     batches, the same of every layer that has as many. ValueError on a Linear that the batches never reach.
     """
@@ -78,7 +78,7 @@ def _collect(
     modules = dict(model.named_modules())
     taken = calibration_data(batches, model, tokenizer, name)
     listed = [
-        batch if isinstance(batch, Batch) else unlabelled(batch)
+        batch if isinstance(batch, Batch) else unlabelled(batch, name)
         for batch in ([taken] if isinstance(taken, Tensor | Mapping) else taken)
     ]
     if not listed:
