@@ -325,6 +325,25 @@ def test_another_model_of_the_same_linears_is_another_run(tmp_path: Any) -> None
     assert unchanged(other, before)
 
 
+def test_another_config_or_class_of_the_same_weights_is_another_run(tmp_path: Any) -> None:
+    options = {"state": tmp_path}
+    first = sp.prune_(llama(2), 0.6, criterion="wanda", data=tokens(), criterion_options=options)
+    before = snapshot(llama(2))
+    for more in ({"rms_norm_eps": 0.5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}):
+        other = llama(2, **more)
+        with pytest.raises(ValueError, match="belongs to another run, it differs in config"):
+            sp.prune_(other, 0.6, criterion="wanda", data=tokens(), criterion_options=options)
+        assert unchanged(other, before)
+    other = llama(2)
+    other.__class__ = type("Other", (type(other),), {})
+    with pytest.raises(ValueError, match="belongs to another run, it differs in class"):
+        sp.prune_(other, 0.6, criterion="wanda", data=tokens(), criterion_options=options)
+    llama(2).save_pretrained(tmp_path / "saved")
+    same = type(llama(2)).from_pretrained(tmp_path / "saved").eval()
+    again = sp.prune_(same, 0.6, criterion="wanda", data=tokens(), criterion_options=options)
+    assert again.masks.mask_hash() == first.masks.mask_hash()
+
+
 def test_a_state_is_kept_of_models_and_batches_with_single_numbers(tmp_path: Any) -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
