@@ -213,9 +213,13 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def real_rows_of(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x: `[B, T, K]` with mask `[B, T]`: the real positions `[M, K]`; any other shape: all rows `[M, K]`."""
+    """x: `[B, T, K]` or, as some models flatten it, `[B * T, K]`, with mask `[B, T]`: the real positions `[M, K]`; any
+    other shape: all rows `[M, K]`.
+    """
     if mask is not None and x.dim() > 2 and x.shape[:-1] == mask.shape:
         return x[mask]
+    if mask is not None and mask.dim() == 2 and x.dim() == 2 and len(x) == mask.numel():
+        return x[mask.reshape(-1)]
     return x.reshape(-1, x.shape[-1])
 
 

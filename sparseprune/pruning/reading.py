@@ -57,7 +57,8 @@ def collect_inputs(
 
     batches: what the model is called with: a dict (keywords, ``labels`` left out), ``(inputs, targets)`` or a tensor; a
     :class:`Batch` is taken as it is; or rows, and text with the ``tokenizer``, as in :mod:`.intake`.
-    Positions with ``attention_mask`` 0 are left out. At most ``rows`` positions are kept, drawn evenly from all
+    Positions with ``attention_mask`` 0 are left out, except where a layer is given a choice of them, as an expert of a
+    mixture is: which ones is not known, and all count. At most ``rows`` positions are kept, drawn evenly from all
     batches, the same of every layer that has as many. ValueError on a Linear that the batches never reach.
     """
     return _collect(model, names, batches, rows, seed, outputs=False, tokenizer=tokenizer)

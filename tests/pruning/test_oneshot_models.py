@@ -24,6 +24,7 @@ from sparseprune.pruning.oneshot import ADMM, SparseGPT, admm, choosing, criteri
 from sparseprune.pruning.oneshot.calibration import calibration_batches
 from sparseprune.pruning.oneshot.repeated import calibrating, capture, find_stacks, run_block
 from sparseprune.pruning.oneshot.store import ChunkStore
+from sparseprune.pruning.reading import collect_inputs
 
 CRITERIA = ("wanda", "sparsegpt", "admm")
 VOCABULARY = 97
@@ -152,6 +153,31 @@ def test_encoder_pads_do_not_count() -> None:
     assert reports[0].masks.mask_hash() == reports[1].masks.mask_hash()
     assert "classifier" in reports[0].skipped
     assert any("pooler" in row.name for row in reports[0].layers)
+
+
+def test_pads_do_not_count_where_a_model_flattens_rows_and_positions() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32, word_embed_proj_dim=16,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config).eval()
+    name = "model.decoder.layers.0.fc1"
+    shapes: list[int] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: shapes.append(args[0].dim()))
+    ids, mask = tokens(4, 12), torch.ones(4, 12, dtype=torch.long)
+    mask[1:, 5:] = 0
+    padded = {"input_ids": ids, "attention_mask": mask}
+    got = collect_inputs(model, [name], [padded])[name]
+    rows = [{"input_ids": part[m.bool()][None]} for part, m in zip(ids, mask)]
+    torch.testing.assert_close(got, collect_inputs(model, [name], rows)[name])
+    assert shapes[0] == 2 and len(got) == 27
+    handle.remove()
+    masks = [
+        sp.prune_(copy.deepcopy(model), 0.5, criterion="wanda", data=data).masks for data in ([padded], rows)
+    ]
+    assert masks[0].mask_hash() == masks[1].mask_hash()
 
 
 def test_sequential_and_a_model_without_blocks() -> None:
