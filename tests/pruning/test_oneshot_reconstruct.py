@@ -18,6 +18,7 @@ from sparseprune.pruning.oneshot.reconstruct import fast_bfloat16, reconstruct
 from sparseprune.pruning.oneshot.repeated import Capture
 from sparseprune.pruning.oneshot.store import ChunkStore, Shelf, Shelved
 from sparseprune.pruning.oneshot.task import BlockTask
+from sparseprune.pruning.positions import Positions
 
 
 class Block(nn.Module):
@@ -44,7 +45,7 @@ def task_of(
     captured = Capture(store([]), store([]))
     call = {"table": [{"key": None, "args": (), "kwargs": {}}], "index": [0]}
     for value, real in zip(inputs, positions or [None] * len(inputs)):
-        captured.add(value, call, real)
+        captured.add(value, call, Positions(real))
     masks = {}
     for name, linear in linears.items():
         masks[name] = sp.ops.topk_mask(linear.weight.detach().float().abs(), linear.weight.numel() // 2)

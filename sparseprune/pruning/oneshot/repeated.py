@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...nn.modes import evaluating
 from ..batches import Batch
+from ..positions import Positions, decoder_of
 from .store import ChunkStore, release
 
 __all__ = ["Capture", "Stack", "Stopped", "calibrating", "capture", "find_stacks", "run_block"]
@@ -85,17 +86,17 @@ def calibrating(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Capture:
-    """hidden: what enters the first block, a tensor `[B, S, D]` a chunk; positions: of each chunk, as in `Batch`;
+    """hidden: what enters the first block, a tensor `[B, S, D]` a chunk; positions: the real ones of each chunk;
     `call`: the other arguments of a chunk, for each block.
     """
 
     hidden: ChunkStore
     calls: ChunkStore
-    positions: list[Tensor | None] = field(default_factory=list)
+    positions: list[Positions] = field(default_factory=list)
     _entry: list[int] = field(default_factory=list)
     _held: tuple[int, Any] | None = None
 
-    def add(self, hidden: Tensor, call: dict[str, Any], positions: Tensor | None) -> None:
+    def add(self, hidden: Tensor, call: dict[str, Any], positions: Positions) -> None:
         """One more chunk; arguments equal to those of the chunk before (positions, causal masks) are kept once."""
         if not self._entry or not _same(self.call(len(self._entry) - 1), call, _equal):
             self.calls.append(call)
@@ -284,6 +285,7 @@ def capture(
     block is skipped or called twice): such a stack has to be treated as one piece. For the rest the blocks are passed
     over. An error leaves nothing in the folder spill.
     """
+    decoder = decoder_of(model)
     result = Capture(ChunkStore(spill), ChunkStore(spill))
     passing: Callable[[Any], Any] | None = None
     with ExitStack() as undo:
@@ -298,13 +300,14 @@ def capture(
                     passing = _identity if kind == "tensor" else _tupled(kind) if isinstance(kind, int) else None
             table: list[dict[str, Any]] = []
             index: list[int] = []
-            for _, call in record.inputs:
-                known = next((t for t, other in enumerate(table) if _same(other, call, _one)), None)
+            for _, given in record.inputs:
+                known = next((t for t, other in enumerate(table) if _same(other, given, _one)), None)
                 if known is None:
                     known = len(table)
-                    table.append(call)
+                    table.append(given)
                 index.append(known)
-            result.add(record.inputs[0][0].detach(), {"table": table, "index": index}, batch.positions)
+            call = {"table": table, "index": index}
+            result.add(record.inputs[0][0].detach(), call, Positions.of(batch, decoder))
             del record, table
             release()
         undo.pop_all()
