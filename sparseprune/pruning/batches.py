@@ -17,7 +17,9 @@ __all__ = [
     "Batch",
     "LabelledBatch",
     "as_tensors",
+    "check_no_mask",
     "device_of",
+    "inputs_of",
     "logits_of",
     "moved",
     "real_rows_of",
@@ -128,15 +130,46 @@ def split_batch(batch: Any, device: torch.device) -> LabelledBatch:
     raise TypeError(f"a batch expected (inputs, targets) or a dict with 'labels', got {type(batch).__name__}")
 
 
-def unlabelled(batch: Any) -> Batch:
-    """A batch of a dict (keywords, targets left out), a tuple or list (its first entry) or a tensor."""
-    if isinstance(batch, tuple | list) and batch:
-        batch = batch[0]
-    batch = as_tensors(batch)
+def unlabelled(batch: Any, who: str) -> Batch:
+    """A batch of a dict (keywords, targets left out), ``(inputs, targets)`` or a tensor."""
+    batch = inputs_of(batch, who)
     if isinstance(batch, Mapping):
         batch = {key: value for key, value in batch.items() if key not in TARGETS}
     _check_no_text(batch)
     return Batch(batch)
+
+
+def inputs_of(batch: Any, who: str) -> Any:
+    """``inputs`` of a batch ``(inputs, targets)`` or ``(inputs,)``, any other as it is; arrays as tensors. ValueError
+    on more entries, and on a mask in the place of the targets: neither would reach the model.
+    """
+    batch = as_tensors(batch)
+    if not isinstance(batch, tuple | list) or not batch:
+        return batch
+    if len(batch) > 2 and isinstance(batch[0], Tensor | Mapping):
+        raise ValueError(
+            f"{who}: a batch expected a tensor, a dict of tensors or (inputs, targets), got {len(batch)} entries; "
+            f"{_AS_DICT}"
+        )
+    check_no_mask(batch, who)
+    return batch[0]
+
+
+_AS_DICT = 'of token ids and their mask pass dicts, {"input_ids": ids, "attention_mask": mask}'
+
+
+def check_no_mask(parts: tuple[Any, ...] | list[Any], who: str) -> None:
+    """ValueError where a part after the first, of token ids, can only be their mask: as large, of zeros and ones."""
+    ids, *rest = parts
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
+        return
+    for part in rest:
+        whole = isinstance(part, Tensor) and not part.is_floating_point() and not part.is_complex()
+        if whole and part.shape == ids.shape and part.numel() and bool(((part == 0) | (part == 1)).all()):
+            raise ValueError(
+                f"{who}: beside token ids expected targets, got zeros and ones {list(part.shape)}, as an attention "
+                f"mask has, which would not reach the model; {_AS_DICT}"
+            )
 
 
 def _labels(value: Any, own: Any) -> Tensor:
@@ -180,9 +213,13 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def real_rows_of(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x: `[B, T, K]` with mask `[B, T]`: the real positions `[M, K]`; any other shape: all rows `[M, K]`."""
+    """x: `[B, T, K]` or, as some models flatten it, `[B * T, K]`, with mask `[B, T]`: the real positions `[M, K]`; any
+    other shape: all rows `[M, K]`.
+    """
     if mask is not None and x.dim() > 2 and x.shape[:-1] == mask.shape:
         return x[mask]
+    if mask is not None and mask.dim() == 2 and x.dim() == 2 and len(x) == mask.numel():
+        return x[mask.reshape(-1)]
     return x.reshape(-1, x.shape[-1])
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import LABELS, TARGETS, as_tensors, moved, token_embedding
+from .batches import LABELS, TARGETS, as_tensors, check_no_mask, moved, token_embedding
 from .columns import (
     FORMS,
     POSITIONAL,
@@ -52,17 +52,28 @@ _SAMPLE = 64  # rows that processes compare
 
 def calibration_data(data: Any, model: nn.Module, tokenizer: Any = None, who: str = "data") -> Any:
     """Tensors and batches as they are, rows in batches of 8, in their order and without labels. ValueError on what is
-    neither, and on text without a tokenizer.
+    neither, on text without a tokenizer, and on (ids, mask) in the place of (inputs, labels).
     """
     check_data(data, tokenizer, who)
     data = data if isinstance(data, Mapping | list | tuple) else as_tensors(data)
     if isinstance(data, Tensor) or data is None or is_batch(data):
         return data
+    if isinstance(data, tuple) and data:
+        check_no_mask(data, who)
     kept = list(data) if isinstance(data, Iterator) else data  # looked at, which an iterator does not stand
     columns = columns_of(kept, who)
     if columns is None:
         return kept if tokenizer is None else [*_Tokenised(kept, _Form(model, tokenizer, who, labels=False))]
+    if POSITIONAL in columns:
+        _check_no_mask_of_rows(columns, who)
     return list(_Form(model, tokenizer, who, labels=False).batches(columns, _CALIBRATION_ROWS))
+
+
+def _check_no_mask_of_rows(columns: dict[str, list[Any]], who: str) -> None:
+    """:func:`check_no_mask` of (ids, labels) that are rows."""
+    parts = [as_tensors(columns[name]) for name in (POSITIONAL, *LABELS) if name in columns]
+    if all(isinstance(value, Tensor) and value.dim() == 1 for part in parts for value in part):
+        check_no_mask([torch.cat([*part]) for part in parts], who)
 
 
 def training_data(

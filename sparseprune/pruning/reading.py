@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.modes import evaluating
-from .batches import Batch, real_rows_of, unlabelled
+from .batches import Batch, unlabelled
 from .intake import calibration_data
+from .positions import Positions, decoder_of
 
 __all__ = ["collect_inputs", "collect_outputs", "evaluating", "input_norms", "reading", "train_with_dropout"]
 
@@ -55,10 +56,12 @@ def collect_inputs(
 ) -> dict[str, Tensor]:
     """fqn -> `[T, K]`, T <= rows: what each named Linear reads while the model runs over the batches in eval mode.
 
-    batches: what the model is called with: a dict (keywords, ``labels`` left out), a tuple (its first entry) or a
-    tensor; a :class:`Batch` is taken as it is; or rows, and text with the ``tokenizer``, as in :mod:`.intake`.
-    Positions with ``attention_mask`` 0 are left out. At most ``rows`` positions are kept, drawn evenly from all
-    batches, the same of every layer that has as many. ValueError on a Linear that the batches never reach.
+    batches: what the model is called with: a dict (keywords, ``labels`` left out), ``(inputs, targets)`` or a tensor; a
+    :class:`Batch` is taken as it is; or rows, and text with the ``tokenizer``, as in :mod:`.intake`.
+    Positions with ``attention_mask`` 0 (in the decoder beside an encoder, ``decoder_attention_mask``) are left out,
+    except where a layer is given a choice of them, as an expert of a mixture is: which ones is not known, and all
+    count. At most ``rows`` positions are kept, drawn evenly from all batches, the same of every layer that has as many.
+    ValueError on a Linear that the batches never reach.
     """
     return _collect(model, names, batches, rows, seed, outputs=False, tokenizer=tokenizer)
 
@@ -78,18 +81,19 @@ def _collect(
     modules = dict(model.named_modules())
     taken = calibration_data(batches, model, tokenizer, name)
     listed = [
-        batch if isinstance(batch, Batch) else unlabelled(batch)
+        batch if isinstance(batch, Batch) else unlabelled(batch, name)
         for batch in ([taken] if isinstance(taken, Tensor | Mapping) else taken)
     ]
     if not listed:
         raise ValueError(f"{name}: expected at least one batch, got none")
     share = max(1, math.ceil(rows / len(listed)))
     found: dict[str, list[Tensor]] = {fqn: [] for fqn in names}
-    mask: Tensor | None = None
+    decoder = decoder_of(model)
+    positions = Positions(None)
     number = 0
 
     def see(fqn: str, x: Tensor) -> None:
-        flat = real_rows_of(x.detach(), mask)
+        flat = positions.rows(fqn, x.detach())
         if len(flat) > share:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             flat = flat[torch.randperm(len(flat), generator=generator)[:share].to(flat.device)]
@@ -97,7 +101,7 @@ def _collect(
 
     with evaluating(model), reading({fqn: modules[fqn] for fqn in found}, see, outputs):
         for number, batch in enumerate(listed):  # noqa: B007 (read by the hooks)
-            mask = batch.mask
+            positions = Positions.of(batch, decoder)
             batch.call(model)
     missing = [fqn for fqn, parts in found.items() if not parts]
     if missing:
@@ -114,13 +118,14 @@ def input_norms(model: nn.Module, linears: Mapping[str, nn.Linear], batches: Ite
         name: torch.zeros(layer.in_features, dtype=torch.float32, device=layer.weight.device)
         for name, layer in linears.items()
     }
-    mask: Tensor | None = None
+    decoder = decoder_of(model)
+    positions = Positions(None)
 
     def see(name: str, x: Tensor) -> None:
-        sums[name] += real_rows_of(x.detach(), mask).float().square().sum(0)
+        sums[name] += positions.rows(name, x.detach()).float().square().sum(0)
 
     with evaluating(model), reading(linears, see):
         for batch in batches:
-            mask = batch.mask
+            positions = Positions.of(batch, decoder)
             batch.call(model)
     return {name: total.sqrt() for name, total in sums.items()}

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from sparseprune.pruning import prune_
+from sparseprune.pruning.reading import collect_inputs
 from sparseprune.runner.text_encoder import TextEncoder
 
 
@@ -81,3 +83,37 @@ def test_rows_of_a_dataset_are_put_into_batches():
     prune_(rows, 0.5, "wanda", data=[{"input_ids": torch.tensor([1, 2, 3])}] * 32)
     prune_(whole, 0.5, "wanda", data=[{"input_ids": torch.tensor([[1, 2, 3]] * 8)}] * 4)
     assert all(torch.equal(p, q) for p, q in zip(rows.parameters(), whole.parameters()))
+
+
+IDS = torch.randint(2, 30, (16, 8), generator=torch.Generator().manual_seed(0))
+MASK = (torch.arange(8) < torch.arange(16)[:, None] % 7 + 2).long()
+LABELS = torch.arange(16) % 2
+ZEROS_AND_ONES = r"expected targets, got zeros and ones \[.*\], as an attention mask has.*pass dicts, \{.input_ids"
+ENTRIES = r"a batch expected .*\(inputs, targets\), got 3 entries; .*pass dicts, \{.input_ids"
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (DataLoader(TensorDataset(IDS, MASK, LABELS), batch_size=8), ENTRIES),
+        ([(IDS, MASK, LABELS)], ENTRIES),
+        ([(IDS.numpy(), MASK.numpy(), LABELS.numpy())], ENTRIES),
+        (DataLoader(TensorDataset(IDS, MASK), batch_size=8), ZEROS_AND_ONES),
+        ([(IDS, MASK.bool())], ZEROS_AND_ONES),
+        (TensorDataset(IDS, MASK), ZEROS_AND_ONES),
+        ((IDS, MASK), ZEROS_AND_ONES),
+        ((IDS, MASK, LABELS), ZEROS_AND_ONES),
+    ],
+)
+def test_a_mask_beside_the_ids_is_refused_where_it_would_be_lost(data, match):
+    refused(encoder(), data, match)
+    with pytest.raises(ValueError, match=match):
+        collect_inputs(encoder(), ["layers.0.query"], data)
+
+
+@pytest.mark.parametrize("labels", [LABELS, IDS, MASK.float(), MASK[:, :4]])
+def test_labels_beside_the_ids_are_left_out(labels):
+    model, other = encoder(), encoder()
+    prune_(model, 0.5, "wanda", data=[(IDS, labels)])
+    prune_(other, 0.5, "wanda", data=[IDS])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))

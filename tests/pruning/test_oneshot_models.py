@@ -24,6 +24,7 @@ from sparseprune.pruning.oneshot import ADMM, SparseGPT, admm, choosing, criteri
 from sparseprune.pruning.oneshot.calibration import calibration_batches
 from sparseprune.pruning.oneshot.repeated import calibrating, capture, find_stacks, run_block
 from sparseprune.pruning.oneshot.store import ChunkStore
+from sparseprune.pruning.reading import collect_inputs
 
 CRITERIA = ("wanda", "sparsegpt", "admm")
 VOCABULARY = 97
@@ -152,6 +153,31 @@ def test_encoder_pads_do_not_count() -> None:
     assert reports[0].masks.mask_hash() == reports[1].masks.mask_hash()
     assert "classifier" in reports[0].skipped
     assert any("pooler" in row.name for row in reports[0].layers)
+
+
+def test_pads_do_not_count_where_a_model_flattens_rows_and_positions() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32, word_embed_proj_dim=16,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config).eval()
+    name = "model.decoder.layers.0.fc1"
+    shapes: list[int] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: shapes.append(args[0].dim()))
+    ids, mask = tokens(4, 12), torch.ones(4, 12, dtype=torch.long)
+    mask[1:, 5:] = 0
+    padded = {"input_ids": ids, "attention_mask": mask}
+    got = collect_inputs(model, [name], [padded])[name]
+    rows = [{"input_ids": part[m.bool()][None]} for part, m in zip(ids, mask)]
+    torch.testing.assert_close(got, collect_inputs(model, [name], rows)[name])
+    assert shapes[0] == 2 and len(got) == 27
+    handle.remove()
+    masks = [
+        sp.prune_(copy.deepcopy(model), 0.5, criterion="wanda", data=data).masks for data in ([padded], rows)
+    ]
+    assert masks[0].mask_hash() == masks[1].mask_hash()
 
 
 def test_sequential_and_a_model_without_blocks() -> None:
@@ -325,6 +351,25 @@ def test_another_model_of_the_same_linears_is_another_run(tmp_path: Any) -> None
     assert unchanged(other, before)
 
 
+def test_another_config_or_class_of_the_same_weights_is_another_run(tmp_path: Any) -> None:
+    options = {"state": tmp_path}
+    first = sp.prune_(llama(2), 0.6, criterion="wanda", data=tokens(), criterion_options=options)
+    before = snapshot(llama(2))
+    for more in ({"rms_norm_eps": 0.5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}):
+        other = llama(2, **more)
+        with pytest.raises(ValueError, match="belongs to another run, it differs in config"):
+            sp.prune_(other, 0.6, criterion="wanda", data=tokens(), criterion_options=options)
+        assert unchanged(other, before)
+    other = llama(2)
+    other.__class__ = type("Other", (type(other),), {})
+    with pytest.raises(ValueError, match="belongs to another run, it differs in class"):
+        sp.prune_(other, 0.6, criterion="wanda", data=tokens(), criterion_options=options)
+    llama(2).save_pretrained(tmp_path / "saved")
+    same = type(llama(2)).from_pretrained(tmp_path / "saved").eval()
+    again = sp.prune_(same, 0.6, criterion="wanda", data=tokens(), criterion_options=options)
+    assert again.masks.mask_hash() == first.masks.mask_hash()
+
+
 def test_a_state_is_kept_of_models_and_batches_with_single_numbers(tmp_path: Any) -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
@@ -425,6 +470,41 @@ def test_hidden_states_are_spilled(tmp_path: Any, dtype: torch.dtype) -> None:
     for each in (store, other):
         each.close()
     assert [p.name for p in tmp_path.iterdir()] == ["new"] and not list((tmp_path / "new").iterdir())
+
+
+def test_an_error_while_hidden_states_are_collected_leaves_none(tmp_path: Any) -> None:
+    model = llama(2)
+    calls: list[int] = []
+
+    def interrupt(*_: Any) -> None:
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    handle = model.get_input_embeddings().register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sp.prune_(model, 0.5, criterion="wanda", data=tokens().split(2), criterion_options={"spill": tmp_path})
+    handle.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_while_the_teachers_states_are_copied_leaves_none(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = ChunkStore.append
+    stores: list[ChunkStore] = []
+
+    def append(self: ChunkStore, value: Any) -> None:
+        if self not in stores:
+            stores.append(self)
+        if len(stores) == 3 and len(self) == 1:  # after those of the hidden states and of the calls
+            raise OSError("disk full")
+        full(self, value)
+
+    monkeypatch.setattr(ChunkStore, "append", append)
+    with pytest.raises(OSError, match="disk full"):
+        sp.prune_(llama(2), 0.5, criterion="admm", data=tokens().split(2), criterion_options={"spill": tmp_path})
+    assert not list(tmp_path.iterdir())
 
 
 class Live(TorchDispatchMode):

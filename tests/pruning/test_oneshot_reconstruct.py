@@ -18,6 +18,7 @@ from sparseprune.pruning.oneshot.reconstruct import fast_bfloat16, reconstruct
 from sparseprune.pruning.oneshot.repeated import Capture
 from sparseprune.pruning.oneshot.store import ChunkStore, Shelf, Shelved
 from sparseprune.pruning.oneshot.task import BlockTask
+from sparseprune.pruning.positions import Positions
 
 
 class Block(nn.Module):
@@ -44,7 +45,7 @@ def task_of(
     captured = Capture(store([]), store([]))
     call = {"table": [{"key": None, "args": (), "kwargs": {}}], "index": [0]}
     for value, real in zip(inputs, positions or [None] * len(inputs)):
-        captured.add(value, call, real)
+        captured.add(value, call, Positions(real))
     masks = {}
     for name, linear in linears.items():
         masks[name] = sp.ops.topk_mask(linear.weight.detach().float().abs(), linear.weight.numel() // 2)
@@ -198,6 +199,32 @@ def test_pads_do_not_count_and_bfloat16_weights_learn() -> None:
         assert block.up.weight.dtype == torch.bfloat16 and not torch.equal(block.up.weight, before)
         results.append(block.up.weight)
     assert torch.equal(*results)
+
+
+class Routed(Block):
+    """Of two experts the sign of the first number takes one for the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if float(x[0, 0, 0]) > 0 else x + self.other(x)
+
+
+def test_a_chunk_that_reaches_none_of_the_layers_trains_none() -> None:
+    torch.manual_seed(0)
+    block = Routed()
+    inputs = [torch.randn(2, 9, 12) for _ in range(6)]
+    for i, x in enumerate(inputs):
+        x[0, 0, 0] = 1.0 if i % 2 else -1.0
+    with torch.no_grad():
+        targets = [block(x) for x in inputs]
+    task, masks = task_of(block, inputs, targets)
+    before = block.other.weight.clone()
+    reconstruct(task, {"other": masks["other"]}, epochs=1, rate=0.02)
+    assert not torch.equal(block.other.weight, before)
+    assert torch.equal(block.other.weight != 0, masks["other"])
 
 
 def test_admm_trains_its_blocks_unless_told_not_to() -> None:

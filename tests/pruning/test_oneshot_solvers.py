@@ -149,6 +149,31 @@ def test_dead_inputs_and_rank_deficient_hessians() -> None:
     torch.testing.assert_close(upper.T @ upper @ damped(hessian, 0.01), torch.eye(8), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0])
+@pytest.mark.parametrize("solve", [sparsegpt, admm])
+@pytest.mark.parametrize("scope", ["row", "layer"])
+@pytest.mark.parametrize(
+    ("pattern", "keep"), [(Element(), 64), (Element(), 100), (Block(2, 2), 16), (NM(2, 4), 0)], ids=str
+)
+def test_weights_of_dead_inputs_go_first_and_those_that_stay_keep_their_values(
+    pattern: InWeight, keep: int, scope: str, solve: Any, scale: float
+) -> None:
+    """Half of the inputs are always zero, the others have any scale. 100 of 128 weights: all that live, and some of the
+    rest; of a whole layer admm compares them all at once.
+    """
+    weight, hessian = problem(8, 16)
+    dead = torch.arange(16) % 4 < 2
+    hessian[dead] = hessian[:, dead] = 0
+    hessian *= scale / hessian.diagonal().mean()
+    ((pruned, mask),) = solve([weight], hessian, [keep], pattern, scope=scope)
+    assert int(mask.sum()) == (64 if isinstance(pattern, NM) else keep * math.prod(pattern.blocksize))
+    assert bool(mask[:, ~dead].all())
+    torch.testing.assert_close(pruned, weight * mask, rtol=1e-3, atol=2e-4)
+    if solve is admm and scope == "layer" and keep == 100:
+        kept, rest = mask[:, dead], weight[:, dead].abs()
+        assert rest[kept].min() > rest[~kept].max()
+
+
 @pytest.mark.parametrize("chunk", [2**18, 20])
 def test_conjugate_gradients_reach_least_squares_on_the_mask(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admm_module, "POLISHED", chunk)  # two rows at a time: their number does not divide five

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import TARGETS, Batch, as_tensors, token_embedding
+from ..batches import TARGETS, Batch, inputs_of, token_embedding
 from ..intake import calibration_data
 
 __all__ = ["calibration_batches"]
@@ -27,9 +27,7 @@ def _rows(data: Tensor, chunk_tokens: int) -> Iterator[Tensor]:
 
 
 def _batch(item: Any, names: set[str]) -> Batch:
-    if isinstance(item, (tuple, list)) and len(item) >= 1:
-        item = item[0]
-    item = as_tensors(item)
+    item = inputs_of(item, "calibration")
     if isinstance(item, Mapping):
         kwargs = {k: v for k, v in item.items() if k not in TARGETS}
         ids = _ids(kwargs)
@@ -108,7 +106,7 @@ def calibration_batches(data: Any, model: nn.Module, needed: int, chunk_tokens: 
     positions, an iterable keeps its batches.
 
     needed: the least number of positions the criterion can work with. Raises ValueError on data that are missing,
-    empty, too short, not finite, or hold ids outside the model's embedding.
+    empty, too short, not finite, hold ids outside the model's embedding, or a mask where it would be lost.
     """
     if data is None:
         raise ValueError("calibration: this criterion needs data=: token ids [N, S] or an iterable of batches")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..._files import replacing
 from ..batches import Batch
+from ..positions import Positions, decoder_of
 from .calibration import calibration_batches
 from .choosing import select
 from .repeated import calibrating, find_stacks
@@ -42,7 +43,8 @@ def _dense_squares(model: nn.Module, linears: Mapping[str, nn.Linear], data: Any
     made = isinstance(data, list) and bool(data) and isinstance(data[0], Batch)
     batches = data if made else calibration_batches(data, model, 1)
     with calibrating(model), torch.no_grad():
-        runs = ((partial(b.call, model), b.positions) for b in batches)
+        decoder = decoder_of(model)
+        runs = ((partial(b.call, model), Positions.of(b, decoder)) for b in batches)
         groups = collect(runs, linears, hessian=False)
     return {fqn: group.squares for group in groups for fqn in group.names}
 

@@ -140,6 +140,28 @@ class _State:
             torch.save({"tensors": cpu, "masks": {k: v.cpu() for k, v in masks.items()}}, temporary)
 
 
+# Of a transformers config: what does not change what the model computes, or is in its weights.
+_BESIDE = {
+    "_commit_hash", "_name_or_path", "architectures", "dtype", "id2label", "label2id", "torch_dtype",
+    "transformers_version", "use_cache",
+}  # fmt: skip
+
+
+def _computing(config: Any) -> Any:
+    if isinstance(config, Mapping):
+        return {str(key): _computing(value) for key, value in config.items() if key not in _BESIDE}
+    return [_computing(value) for value in config] if isinstance(config, list | tuple) else config
+
+
+def _facts_of(model: nn.Module) -> dict[str, Any]:
+    """What a model's outputs hang on, for the folder of a run: its class, its weights and, where it has one, its config
+    (the base of a rotary embedding is in no weight).
+    """
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    config = json.loads(json.dumps(_computing(to_dict()), default=str)) if callable(to_dict) else None
+    return {"class": type(model).__qualname__, "config": config, "model": digest(model.state_dict())}
+
+
 @dataclass
 class _Part:
     """Part of the model: a stack, or the Linears that are in none."""
@@ -191,7 +213,7 @@ def prune_blocks_(
     if state is not None:
         seen = digest({i: [batch.args, dict(sorted(batch.kwargs.items()))] for i, batch in enumerate(batches)})
         facts = {**(identity or {}), "keep": dict(keep), "scope": scope, "data": seen}
-        record = _State(state, {**facts, "model": digest(model.state_dict())})
+        record = _State(state, {**facts, **_facts_of(model)})
     named = None if isinstance(spill, bool) else Path(spill)
     scratch = named or (Path(tempfile.gettempdir()) if record is None else record.scratch())
     hidden = None if spill is False else scratch

@@ -152,9 +152,12 @@ def reconstruct(task: BlockTask, masks: Mapping[str, Tensor], *, epochs: int, ra
                         device.type, dtype=torch.bfloat16, enabled=fast_bfloat16(device), cache_enabled=False
                     ):
                         output = task.run(task.student[chunk], chunk)
-                    error = _error(output, task.target[chunk], task.capture.positions[chunk])
-                    del output
-                    error.backward()
+                    target = task.target[chunk]
+                    real = task.capture.positions[chunk].of_module(task.name, target)
+                    error = _error(output, target, real)
+                    del output, target
+                    if error.requires_grad:  # not where the chunk reaches none of them, as of experts
+                        error.backward()
                 if shelf is not None:
                     shelf.clear()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...nn.modes import evaluating
 from ..batches import Batch
+from ..positions import Positions, decoder_of
 from .store import ChunkStore, release
 
 __all__ = ["Capture", "Stack", "Stopped", "calibrating", "capture", "find_stacks", "run_block"]
@@ -85,17 +86,17 @@ def calibrating(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Capture:
-    """hidden: what enters the first block, a tensor `[B, S, D]` a chunk; positions: of each chunk, as in `Batch`;
+    """hidden: what enters the first block, a tensor `[B, S, D]` a chunk; positions: the real ones of each chunk;
     `call`: the other arguments of a chunk, for each block.
     """
 
     hidden: ChunkStore
     calls: ChunkStore
-    positions: list[Tensor | None] = field(default_factory=list)
+    positions: list[Positions] = field(default_factory=list)
     _entry: list[int] = field(default_factory=list)
     _held: tuple[int, Any] | None = None
 
-    def add(self, hidden: Tensor, call: dict[str, Any], positions: Tensor | None) -> None:
+    def add(self, hidden: Tensor, call: dict[str, Any], positions: Positions) -> None:
         """One more chunk; arguments equal to those of the chunk before (positions, causal masks) are kept once."""
         if not self._entry or not _same(self.call(len(self._entry) - 1), call, _equal):
             self.calls.append(call)
@@ -282,35 +283,34 @@ def capture(
 
     The first batch runs for real, to see that each block's output is the next one's input; None when it is not (or a
     block is skipped or called twice): such a stack has to be treated as one piece. For the rest the blocks are passed
-    over.
+    over. An error leaves nothing in the folder spill.
     """
-    result: Capture | None = None
+    decoder = decoder_of(model)
+    result = Capture(ChunkStore(spill), ChunkStore(spill))
     passing: Callable[[Any], Any] | None = None
-    for i, batch in enumerate(batches):
-        record = _record(model, stack, batch, passing)
-        if record is None:
-            if result is not None:
-                result.close()
-            return None
-        if i == 0:
-            if not record.feeding:
+    with ExitStack() as undo:
+        undo.callback(result.close)  # whatever comes in between, the user's interrupt included
+        for i, batch in enumerate(batches):
+            record = _record(model, stack, batch, passing)
+            if record is None or (i == 0 and not record.feeding):
                 return None
-            kind = record.kinds[0]
-            if all(k == kind for k in record.kinds):
-                passing = _identity if kind == "tensor" else _tupled(kind) if isinstance(kind, int) else None
-            result = Capture(ChunkStore(spill), ChunkStore(spill))
-        assert result is not None
-        table: list[dict[str, Any]] = []
-        index: list[int] = []
-        for _, call in record.inputs:
-            known = next((t for t, other in enumerate(table) if _same(other, call, _one)), None)
-            if known is None:
-                known = len(table)
-                table.append(call)
-            index.append(known)
-        result.add(record.inputs[0][0].detach(), {"table": table, "index": index}, batch.positions)
-        del record, table
-        release()
+            if i == 0:
+                kind = record.kinds[0]
+                if all(k == kind for k in record.kinds):
+                    passing = _identity if kind == "tensor" else _tupled(kind) if isinstance(kind, int) else None
+            table: list[dict[str, Any]] = []
+            index: list[int] = []
+            for _, given in record.inputs:
+                known = next((t for t, other in enumerate(table) if _same(other, given, _one)), None)
+                if known is None:
+                    known = len(table)
+                    table.append(given)
+                index.append(known)
+            call = {"table": table, "index": index}
+            result.add(record.inputs[0][0].detach(), call, Positions.of(batch, decoder))
+            del record, table
+            release()
+        undo.pop_all()
     return result
 
 

@@ -13,6 +13,9 @@ from .choosing import choose
 
 __all__ = ["damp_", "factor_", "in_float32", "inverse_factor", "sparsegpt_", "sweep_"]
 
+# The diagonal of inputs that are always zero, as a share of its mean: far below any damping, within float32.
+DEAD = 1e-12
+
 
 @contextmanager
 def in_float32(weight: Tensor) -> Iterator[Tensor]:
@@ -27,14 +30,18 @@ def in_float32(weight: Tensor) -> Iterator[Tensor]:
 
 
 def damp_(hessian: Tensor, damping: float) -> Tensor:
-    """hessian `[K, K]` plus damping * mean(diagonal) on the diagonal, in place; inputs that are always zero get a
-    diagonal of 1.
+    """hessian `[K, K]` plus damping * mean(diagonal) on the diagonal, in place; inputs that are always zero get DEAD *
+    mean(diagonal).
+
+    Their weights then go before those of all other inputs, the smallest first. The authors set them to zero, which is
+    the same until no others are left to go; those that stay keep their values here.
     """
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
     mean = diagonal.mean()
-    diagonal += damping * torch.where(mean > 0, mean, torch.ones_like(mean))
-    diagonal[dead] = torch.ones_like(mean)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    diagonal += damping * mean
+    diagonal[dead] = DEAD * mean
     return hessian
 
 

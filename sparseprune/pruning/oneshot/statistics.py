@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import real_rows_of
+from ..positions import Positions
 from ..reading import reading
 from .repeated import Stopped
 from .store import SpilledMatrix
@@ -39,12 +39,12 @@ class _Collector:
         self.spill = spill
         self.groups: dict[str, InputStatistics] = {}
         self.leader: dict[str, str] = {}
-        self.positions: Tensor | None = None
+        self.positions = Positions(None)
         self._last: tuple[str, Tensor] | None = None
         self._order: list[str] = []
         self._final: str | None = None
 
-    def start(self, positions: Tensor | None) -> None:
+    def start(self, positions: Positions) -> None:
         self.positions = positions
         self._last = None
         self._order = []
@@ -74,7 +74,7 @@ class _Collector:
 
     def add(self, name: str, x: Tensor) -> None:
         k = x.shape[-1]
-        x = real_rows_of(x.detach(), self.positions).float()
+        x = self.positions.rows(name, x.detach()).float()
         group = self.groups.get(name)
         if group is None:
             hessian = SpilledMatrix.of(torch.zeros(k, k, device=x.device), self.spill) if self.hessian else None
@@ -87,7 +87,7 @@ class _Collector:
 
 
 def collect(
-    runs: Iterable[tuple[Callable[[], Any], Tensor | None]],
+    runs: Iterable[tuple[Callable[[], Any], Positions]],
     linears: Mapping[str, nn.Linear],
     *,
     hessian: bool,

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -239,8 +239,11 @@ class ChunkStore:
     def copy(self, spill: str | os.PathLike[str] | None = None) -> ChunkStore:
         """The same entries in a new store; tensors in memory are shared, since nothing writes into them."""
         other = ChunkStore(spill)
-        for i in range(len(self)):
-            other.append(self[i])
+        with ExitStack() as undo:
+            undo.callback(other.close)  # a full disk
+            for i in range(len(self)):
+                other.append(self[i])
+            undo.pop_all()
         return other
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..granularity import InWeight
+from ..positions import Positions, decoder_of
 from .repeated import Capture, run_block
 from .statistics import InputStatistics, collect
 from .store import ChunkStore, release
@@ -33,7 +34,7 @@ class Task:
     scope: str
     spill: Path | None = field(default=None, kw_only=True)
 
-    def runs(self) -> Iterator[tuple[Callable[[], Any], Tensor | None]]:
+    def runs(self) -> Iterator[tuple[Callable[[], Any], Positions]]:
         raise NotImplementedError
 
     def statistics(self, *, hessian: bool) -> list[InputStatistics]:
@@ -55,7 +56,7 @@ class BlockTask(Task):
     def run(self, hidden: Tensor, chunk: int) -> Tensor:
         return run_block(self.module, hidden, self.capture.call(chunk), self.index)
 
-    def runs(self) -> Iterator[tuple[Callable[[], Any], Tensor | None]]:
+    def runs(self) -> Iterator[tuple[Callable[[], Any], Positions]]:
         for i in range(len(self.student)):
             yield partial(self.run, self.student[i], i), self.capture.positions[i]
 
@@ -75,6 +76,7 @@ class LooseTask(Task):
 
     batches: list[Any]
 
-    def runs(self) -> Iterator[tuple[Callable[[], Any], Tensor | None]]:
+    def runs(self) -> Iterator[tuple[Callable[[], Any], Positions]]:
+        decoder = decoder_of(self.module)
         for batch in self.batches:
-            yield partial(batch.call, self.module), batch.positions
+            yield partial(batch.call, self.module), Positions.of(batch, decoder)
