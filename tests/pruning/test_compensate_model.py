@@ -80,3 +80,28 @@ def test_a_model_that_is_a_linear_is_compensated_without_a_low_rank_term():
     sp.prune_(model, sparsity=0.8)
     report = sp.compensate_(model, dense, [torch.randn(512, 64)])
     assert report.layers[""].rank == 0 and type(model) is nn.Linear
+
+
+class Twice(nn.Module):
+    """A layer that it calls under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = self.b = low_rank_model()[0]
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+
+def test_a_layer_of_two_names_stays_one():
+    dense = Twice().eval()
+    model = copy.deepcopy(dense)
+    sp.prune_(model, sparsity=0.8)
+    seen = []
+    model.a.register_forward_hook(lambda *_: seen.append(1))
+    x = torch.randn(512, 64)
+    before = (model(x) - dense(x)).square().mean()
+    report = sp.compensate_(model, dense, [x])
+    assert list(report.layers) == ["a"] and model.a is model.b and model.a.low_rank_a is not None
+    seen.clear()
+    assert (model(x) - dense(x)).square().mean() < before and len(seen) == 2

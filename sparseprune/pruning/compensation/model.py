@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...nn.linear import SparseLinear
+from ...nn.replace import replace_
 from ..reading import collect_inputs
 from .layer import Compensation, compensate
 
@@ -75,7 +76,8 @@ def compensate_(
         linear.weight.copy_(found.weight)
         if found.bias_shift is not None:
             linear.bias.add_(found.bias_shift)
-        if found.low_rank_a is not None:
-            layer = SparseLinear.from_linear(linear, low_rank_a=found.low_rank_a, low_rank_b=found.low_rank_b)
-            model.set_submodule(name, layer)
+    replace_(model, {
+        id(pruned[name]): SparseLinear.from_linear(pruned[name], low_rank_a=c.low_rank_a, low_rank_b=c.low_rank_b)
+        for name, c in results.items() if c.low_rank_a is not None
+    })  # fmt: skip
     return CompensationReport(results)
