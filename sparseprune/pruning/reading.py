@@ -51,16 +51,18 @@ def reading(
 
 
 def collect_inputs(
-    model: nn.Module, names: Iterable[str], batches: Any, rows: int = 4096, seed: int = 0, *, tokenizer: Any = None
-) -> dict[str, Tensor]:
+    model: nn.Module, names: Iterable[str], batches: Any, rows: int = 4096, seed: int = 0, *, tokenizer: Any = None,
+    unreached: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
     """fqn -> `[T, K]`, T <= rows: what each named Linear reads while the model runs over the batches in eval mode.
 
     batches: what the model is called with: a dict (keywords, ``labels`` left out), a tuple (its first entry) or a
     tensor; a :class:`Batch` is taken as it is; or rows, and text with the ``tokenizer``, as in :mod:`.intake`.
     Positions with ``attention_mask`` 0 are left out. At most ``rows`` positions are kept, drawn evenly from all
-    batches, the same of every layer that has as many. ValueError on a Linear that the batches never reach.
+    batches, the same of every layer that has as many. ValueError on a Linear that the batches never reach, which is
+    left out instead where ``unreached`` says so.
     """
-    return _collect(model, names, batches, rows, seed, outputs=False, tokenizer=tokenizer)
+    return _collect(model, names, batches, rows, seed, outputs=False, tokenizer=tokenizer, unreached=unreached)
 
 
 def collect_outputs(
@@ -72,8 +74,9 @@ def collect_outputs(
 
 @torch.no_grad()
 def _collect(
-    model: nn.Module, names: Iterable[str], batches: Any, rows: int, seed: int, outputs: bool, tokenizer: Any
-) -> dict[str, Tensor]:
+    model: nn.Module, names: Iterable[str], batches: Any, rows: int, seed: int, outputs: bool, tokenizer: Any,
+    unreached: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
     name = "collect_outputs" if outputs else "collect_inputs"
     modules = dict(model.named_modules())
     taken = calibration_data(batches, model, tokenizer, name)
@@ -100,9 +103,9 @@ def _collect(
             mask = batch.mask
             batch.call(model)
     missing = [fqn for fqn, parts in found.items() if not parts]
-    if missing:
+    if missing and not unreached:
         raise ValueError(f"{name}: the batches never reach {', '.join(missing[:10])}; leave them out")
-    return {fqn: torch.cat(parts)[:rows] for fqn, parts in found.items()}
+    return {fqn: torch.cat(parts)[:rows] for fqn, parts in found.items() if parts}
 
 
 @torch.no_grad()
