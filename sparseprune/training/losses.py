@@ -28,10 +28,17 @@ LossLike = type[nn.Module] | Callable[[Tensor, Tensor], Tensor]
 
 
 def make_loss(loss: LossLike) -> Callable[[Tensor, Tensor], Tensor]:
-    """A loss given as a class is instantiated, anything else callable is taken as it is; TypeError on the rest."""
+    """A loss given as a class is instantiated, anything else callable is taken as it is; TypeError on the rest, and
+    ValueError on one whose ``reduction`` is "sum" or "none": all figures here are means.
+    """
     made: Any = loss() if isinstance(loss, type) else loss
     if not callable(made):
         raise TypeError(f"loss expected a loss class or a callable, got {type(loss).__name__}")
+    if getattr(made, "reduction", "mean") in ("sum", "none"):
+        raise ValueError(
+            f"loss: expected the mean over examples, got {type(made).__name__} with reduction={made.reduction!r}; make "
+            'it with reduction="mean"'
+        )
     return made
 
 
