@@ -26,7 +26,7 @@ def evaluate(
     :mod:`~sparseprune.pruning.intake`, in batches of ``batch_size``. Labels of a causal language model of transformers
     are its ``input_ids``, as there: they are shifted here.
     """
-    compute = make_loss(loss)
+    compute = make_loss(loss, model)
     loader = training_data(loader, model, tokenizer, "evaluate", batch_size=batch_size)
     device = device_of(model)
     total = examples = 0.0

@@ -144,7 +144,7 @@ class DistillPruner:
         valid_loader = training_data(valid_loader, self.model, tokenizer, f"{self._who}.fit", batch_size, again=True)
         if self.adversary is not None:
             self.adversary.meet(self._processes)
-        task = make_loss(loss)
+        task = make_loss(loss, self.model)
         student_loss = StudentLoss(
             self.model, self.teacher, config, self.reader, smoothed(task, config.label_smoothing), self.adversary,
             self.device, self._generator,
