@@ -157,6 +157,29 @@ def test_label_names_from_a_file_are_counted_from_zero(tmp_path):
             read_names(write(tmp_path / "labels.txt", *lines))
 
 
+def test_names_that_are_numbers_are_all_names_or_all_places(tmp_path):
+    stars = ["1", "2", "3", "4", "5"]
+
+    def read(*labels):
+        path = write(tmp_path / "a.tsv", *(f"text {label}\t{label}" for label in labels))
+        found = load_files(path, path, path, label_names=stars).train.labels
+        assert read_examples(path, stars).labels == found
+        return found
+
+    assert read(0, 1, 2, 3, 4) == [0, 1, 2, 3, 4]
+    assert read(1, 2, 3, 4, 5) == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match=r"got 1, 2, 3, which can be both.*'class 1'"):
+        read(1, 2, 3)
+    with pytest.raises(ValueError, match="label '0' is not among the 5 known labels"):
+        read(5, 0)
+    all_five = write(tmp_path / "b.tsv", *(f"text {label}\t{label}" for label in stars))
+    few = write(tmp_path / "c.tsv", "x\t2")  # all files together say what it is
+    assert load_files(all_five, few, few, label_names=stars).test.labels == [1]
+    zero = write(tmp_path / "d.tsv", "x\t0")
+    assert load_files(few, few, zero, label_names=stars).train.labels == [2]
+    assert load_files(few, few, few, label_names=["0", "1", "2"]).train.labels == [2]  # both say the same
+
+
 def test_a_header_in_all_files_is_refused_whatever_it_says(tmp_path):
     train = write(tmp_path / "train.tsv", "was gesagt wurde\tAbsicht", "a\tx", "b\ty")
     other = write(tmp_path / "valid.tsv", "was gesagt wurde\tAbsicht", "c\tx")

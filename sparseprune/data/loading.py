@@ -102,9 +102,10 @@ def load_files(
     """Reads three files, each TSV or JSONL, or all three CoNLL (.conll, .bio, .iob: a word a line, its label in the
     last column, an empty line between sentences).
 
-    label_names: labels in the files are these names, or their places from 0 (CoNLL: names only). None: the distinct
-    labels of the training file, numbers in their order and names in code-point order (of a data set that names its
-    labels those, in its order); a label that only another file has is an error.
+    label_names: labels in the files are these names, or their places from 0 (CoNLL: names only); where a name is the
+    number of another place, all labels are names or all are places. None: the distinct labels of the training file,
+    numbers in their order and names in code-point order (of a data set that names its labels those, in its order); a
+    label that only another file has is an error.
 
     Raises FileNotFoundError on a missing file, ValueError with file and line on anything else that is wrong in one.
     """
@@ -125,7 +126,7 @@ def load_files(
                     f"{where}: expected {texts} text(s) as in the training file, got {len(found[0].texts)}"
                 )
     names = list(label_names) if label_names is not None else read["train"][1] or _distinct(rows["train"])
-    index = _index(names, label_names is not None and not tokens)
+    index = _index(names, [row for found in rows.values() for row in found], label_names is not None and not tokens)
     splits = {split: _examples(found, index, names, str(paths[split]), tokens) for split, found in rows.items()}
     return TextData(name or paths["train"].stem, splits["train"], splits["valid"], splits["test"], names)
 
@@ -140,12 +141,14 @@ def load_folder(folder: str | Path, label_names: Sequence[str] | None = None) ->
 
 
 def read_examples(path: str | Path, label_names: Sequence[str]) -> Examples:
-    """Reads one file whose labels are among ``label_names``, by name or place from 0 (CoNLL: by name)."""
+    """Reads one file whose labels are among ``label_names``, by name or place from 0 (CoNLL: by name), as
+    :func:`load_files` has it.
+    """
     path, names = Path(path), list(label_names)
     tokens = is_conll(path)
     rows = read_sentences(path) if tokens else read_rows(path)[0]
     check_no_header({path: rows})
-    return _examples(rows, _index(names, not tokens), names, str(path), tokens)
+    return _examples(rows, _index(names, rows, not tokens), names, str(path), tokens)
 
 
 def _distinct(rows: list[Row]) -> list[str]:
@@ -155,9 +158,23 @@ def _distinct(rows: list[Row]) -> list[str]:
     return sorted(written)
 
 
-def _index(names: list[str], places: bool) -> dict[str, int]:
-    """Number by label as written; ``places``: the number itself counts too, unless it is the name of another."""
-    return {**({str(i): i for i in range(len(names))} if places else {}), **{name: i for i, name in enumerate(names)}}
+def _index(names: list[str], rows: list[Row], places: bool) -> dict[str, int]:
+    """Number by label as written; ``places``: the number itself counts too. Where names are the numbers of other places
+    ("1" to "5"), ``rows`` say which of the two all labels are; ValueError where they can be either.
+    """
+    by_name = {name: i for i, name in enumerate(names)}
+    by_place = {str(i): i for i in range(len(names))} if places else {}
+    if all(by_place.get(name, i) == i for name, i in by_name.items()):
+        return {**by_place, **by_name}
+    written = {label for row in rows for label in row.labels}
+    named, placed = written <= by_name.keys(), written <= by_place.keys()
+    if named and placed and any(by_name[label] != by_place[label] for label in written):
+        shown = ", ".join(sorted(written)[:8]) + (", ..." if len(written) > 8 else "")
+        raise ValueError(
+            f"label_names: expected labels that are either names or places from 0, got {shown}, which can be both, of "
+            f"other classes; give names that are no numbers (such as 'class {names[0]}'), or write those into the files"
+        )
+    return by_place if placed and not named else by_name
 
 
 def _examples(rows: list[Row], index: dict[str, int], names: list[str], source: str, tokens: bool) -> Examples:

@@ -61,7 +61,7 @@ def _accuracy(
     verdicts: list[float] = []
     with seeded(seed, device):
         for step in range(steps + max(1, steps // 4)):
-            batch = split_batch(next(batches), device)
+            batch = split_batch(next(batches), device, twin)
             with torch.no_grad():
                 real, entry = pruner.reader(pruner.teacher, batch)[1:]
                 fake, _ = pruner.reader(twin, batch)[1:]

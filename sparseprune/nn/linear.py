@@ -26,6 +26,10 @@ _NO_WRITE = (
     "SparseLinear.weight expected to be read, got a write: it is a dense copy of what the layer holds, and the write "
     "would be lost. Write to .values, take a .clone(), or call densify_(model) first (before adapters are merged, say)"
 )
+_NO_OTHER = (
+    "SparseLinear.weight expected to be read, got another in its place: the layer holds no dense weight. Call "
+    "densify_(model) first, or give the layer other weights by load_state_dict({'weight': ...}, strict=False)"
+)
 
 
 class SparseLinear(nn.Module):
@@ -187,6 +191,11 @@ class SparseLinear(nn.Module):
         be lost.
         """
         return read_only(self.dense(), _NO_WRITE)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":  # where setting a Parameter ends, past the property
+            raise AttributeError(_NO_OTHER)
+        super().register_parameter(name, param)
 
     def held(self) -> Tensor:
         """:meth:`dense` without the low-rank term, whatever the layer still has of it."""

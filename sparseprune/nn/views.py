@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .expose import expose_linears_
 from .matrices import shared_linears, unpack_
 
-__all__ = ["LinearViews", "settle_", "trainable_twin"]
+__all__ = ["LinearViews", "open_", "settle_", "trainable_twin"]
 
 
 class LinearViews:
@@ -122,18 +122,23 @@ def trainable_twin(model: nn.Module, who: str, pruned: bool = False) -> nn.Modul
     return twin
 
 
-def settle_(model: nn.Module, twin: nn.Module, names: Collection[str]) -> nn.Module:
-    """The model, with the twin's modules of these names (Linears that have become something else there); what hides
-    them gets Linears of its own first.
-    """
-    if twin is model:
-        return model
+def open_(model: nn.Module, twin: nn.Module, names: Collection[str]) -> None:
+    """Gives the model Linears of its own wherever the twin shows one of these names and the model hides it."""
     held = dict(model.named_modules())
     hidden = [fqn for fqn, module in twin.named_modules() if fqn in held and type(module) is not type(held[fqn])]
     opened = [fqn for fqn in hidden if any(name == fqn or name.startswith(f"{fqn}.") for name in names)]
     if opened:
         expose_linears_(model, opened)
         unpack_(model, opened, convolutions=False)
+
+
+def settle_(model: nn.Module, twin: nn.Module, names: Collection[str]) -> nn.Module:
+    """The model, with the twin's modules of these names (Linears that have become something else there); what hides
+    them gets Linears of its own first.
+    """
+    if twin is model:
+        return model
+    open_(model, twin, names)
     for name in names:
         model.set_submodule(name, twin.get_submodule(name))
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +32,10 @@ __all__ = [
 TARGETS = ("labels", "label", "label_ids", "start_positions", "end_positions")
 #: Those of them that hold the label of a row or of its tokens.
 LABELS = ("labels", "label", "label_ids")
+#: Keys of which a decoder reads one, beside what its encoder reads.
+_OF_DECODER = ("decoder_input_ids", "decoder_inputs_embeds")
+#: Models that write a text for another, by the names of their class or bases.
+_GENERATES = ("ForConditionalGeneration", "ForTextToText", "ForSpeechToText")
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,14 @@ class LabelledBatch(Batch):
 
     targets: Tensor
 
+    @property
+    def output_mask(self) -> Tensor | None:
+        """:attr:`mask` of the places of the outputs: those of the decoder, where one reads inputs of its own."""
+        if not isinstance(self.inputs, Mapping) or not any(name in self.inputs for name in _OF_DECODER):
+            return self.mask
+        found = self.inputs.get("decoder_attention_mask")
+        return None if found is None else found.bool()
+
 
 def as_tensors(value: Any) -> Any:
     """The value with a tensor for each array of numbers in its lists and mappings: float32 for float64, which is what
@@ -106,10 +118,17 @@ def as_tensors(value: Any) -> Any:
     return value
 
 
-def split_batch(batch: Any, device: torch.device) -> LabelledBatch:
-    """The batch in memory of its own, arrays as tensors. TypeError on anything but ``(inputs, targets)`` or a mapping
-    with ``labels`` (or ``label``), and on text.
+def split_batch(batch: Any, device: torch.device, model: nn.Module | None = None) -> LabelledBatch:
+    """The batch in memory of its own, arrays as tensors; for a ``model`` of transformers with encoder and decoder with
+    what its decoder is to read before each label. TypeError on anything but ``(inputs, targets)`` or a mapping with
+    ``labels`` (or ``label``), and on text; ValueError where the decoder's inputs are not in it and the model does not
+    make them.
     """
+    found = _split(batch, device)
+    return found if model is None else _with_decoder_inputs(found, model)
+
+
+def _split(batch: Any, device: torch.device) -> LabelledBatch:
 
     def own(value: Tensor) -> Tensor:
         # A copy: a BLAS may round by where a tensor begins, which must not hang on what the loader cut it from, and
@@ -128,6 +147,25 @@ def split_batch(batch: Any, device: torch.device) -> LabelledBatch:
         _check_no_text(batch[0])
         return LabelledBatch(moved(batch[0], own), _labels(batch[1], own))
     raise TypeError(f"a batch expected (inputs, targets) or a dict with 'labels', got {type(batch).__name__}")
+
+
+def _with_decoder_inputs(batch: LabelledBatch, model: nn.Module) -> LabelledBatch:
+    """Labels never reach the model, which would make its decoder's inputs of them."""
+    model = model._modules.get("_orig_mod") or model
+    make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    generates = make is not None or any(kind.__name__.endswith(_GENERATES) for kind in type(model).__mro__)
+    if not generates or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return batch
+    named = isinstance(batch.inputs, Mapping)
+    if named and any(batch.inputs.get(name) is not None for name in _OF_DECODER):
+        return batch
+    if make is None or not named or batch.targets.is_floating_point():
+        got = ", ".join(batch.inputs) if named else type(batch.inputs).__name__
+        raise ValueError(
+            f"a batch for {type(model).__name__} expected a dict with decoder_input_ids, the labels moved on by one "
+            f"place, got {got}; its forward makes them of labels alone, which never reach it here"
+        )
+    return replace(batch, inputs={**batch.inputs, "decoder_input_ids": make(labels=batch.targets)})
 
 
 def unlabelled(batch: Any, who: str) -> Batch:

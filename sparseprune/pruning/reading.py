@@ -52,8 +52,9 @@ def reading(
 
 
 def collect_inputs(
-    model: nn.Module, names: Iterable[str], batches: Any, rows: int = 4096, seed: int = 0, *, tokenizer: Any = None
-) -> dict[str, Tensor]:
+    model: nn.Module, names: Iterable[str], batches: Any, rows: int = 4096, seed: int = 0, *, tokenizer: Any = None,
+    unreached: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
     """fqn -> `[T, K]`, T <= rows: what each named Linear reads while the model runs over the batches in eval mode.
 
     batches: what the model is called with: a dict (keywords, ``labels`` left out), ``(inputs, targets)`` or a tensor; a
@@ -61,9 +62,9 @@ def collect_inputs(
     Positions with ``attention_mask`` 0 (in the decoder beside an encoder, ``decoder_attention_mask``) are left out,
     except where a layer is given a choice of them, as an expert of a mixture is: which ones is not known, and all
     count. At most ``rows`` positions are kept, drawn evenly from all batches, the same of every layer that has as many.
-    ValueError on a Linear that the batches never reach.
+    ValueError on a Linear that the batches never reach, which is left out instead where ``unreached`` says so.
     """
-    return _collect(model, names, batches, rows, seed, outputs=False, tokenizer=tokenizer)
+    return _collect(model, names, batches, rows, seed, outputs=False, tokenizer=tokenizer, unreached=unreached)
 
 
 def collect_outputs(
@@ -75,8 +76,9 @@ def collect_outputs(
 
 @torch.no_grad()
 def _collect(
-    model: nn.Module, names: Iterable[str], batches: Any, rows: int, seed: int, outputs: bool, tokenizer: Any
-) -> dict[str, Tensor]:
+    model: nn.Module, names: Iterable[str], batches: Any, rows: int, seed: int, outputs: bool, tokenizer: Any,
+    unreached: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
     name = "collect_outputs" if outputs else "collect_inputs"
     modules = dict(model.named_modules())
     taken = calibration_data(batches, model, tokenizer, name)
@@ -104,9 +106,9 @@ def _collect(
             positions = Positions.of(batch, decoder)
             batch.call(model)
     missing = [fqn for fqn, parts in found.items() if not parts]
-    if missing:
+    if missing and not unreached:
         raise ValueError(f"{name}: the batches never reach {', '.join(missing[:10])}; leave them out")
-    return {fqn: torch.cat(parts)[:rows] for fqn, parts in found.items()}
+    return {fqn: torch.cat(parts)[:rows] for fqn, parts in found.items() if parts}
 
 
 @torch.no_grad()

@@ -26,14 +26,14 @@ def evaluate(
     :mod:`~sparseprune.pruning.intake`, in batches of ``batch_size``. Labels of a causal language model of transformers
     are its ``input_ids``, as there: they are shifted here.
     """
-    compute = make_loss(loss)
+    compute = make_loss(loss, model)
     loader = training_data(loader, model, tokenizer, "evaluate", batch_size=batch_size)
     device = device_of(model)
     total = examples = 0.0
     right = counted = 0
     with evaluating(model):
         for raw in loader:
-            batch = with_next_tokens(model, split_batch(raw, device))
+            batch = with_next_tokens(model, split_batch(raw, device, model))
             logits = batch.run(model)
             hits, seen = accuracy_counts(logits, batch.targets, compute)
             right, counted = right + hits, counted + seen
@@ -57,11 +57,11 @@ def predictions(model: nn.Module, loader: Any, *, tokenizer: Any = None) -> tupl
     logits, targets = [], []
     with evaluating(model):
         for raw in loader:
-            batch = with_next_tokens(model, split_batch(raw, device))
+            batch = with_next_tokens(model, split_batch(raw, device, model))
             out = batch.run(model)
-            logits.append(real_rows(out, batch.targets, batch.mask).float().cpu())
+            logits.append(real_rows(out, batch.targets, batch.output_mask).float().cpu())
             token_targets = batch.targets.unsqueeze(-1) if batch.targets.dim() == 2 else batch.targets.reshape(-1, 1)
-            targets.append(real_rows(token_targets, batch.targets, batch.mask).reshape(-1).cpu())
+            targets.append(real_rows(token_targets, batch.targets, batch.output_mask).reshape(-1).cpu())
     return torch.cat(logits), torch.cat(targets)
 
 

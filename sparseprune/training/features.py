@@ -56,7 +56,7 @@ class FeatureReader:
         watch = Taps(model, taps, entry)
         with watch.recording():
             logits = batch.run(model)
-        features = watch.collect() or [real_rows(logits, batch.targets, batch.mask)]
+        features = watch.collect() or [real_rows(logits, batch.targets, batch.output_mask)]
         return logits, features, batch.first_float if entry is None else watch.entry
 
 

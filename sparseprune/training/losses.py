@@ -27,11 +27,29 @@ __all__ = [
 LossLike = type[nn.Module] | Callable[[Tensor, Tensor], Tensor]
 
 
-def make_loss(loss: LossLike) -> Callable[[Tensor, Tensor], Tensor]:
-    """A loss given as a class is instantiated, anything else callable is taken as it is; TypeError on the rest."""
+#: What transformers trains on for a ``problem_type`` that is no choice of one class.
+_OF_PROBLEM = {"multi_label_classification": "nn.BCEWithLogitsLoss", "regression": "nn.MSELoss"}
+
+
+def make_loss(loss: LossLike, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss given as a class is instantiated, anything else callable is taken as it is; TypeError on the rest.
+    ValueError on one whose ``reduction`` is "sum" or "none", for all figures here are means, and on the default,
+    cross-entropy, where the configuration of ``model`` says that its problem is another.
+    """
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if loss is nn.CrossEntropyLoss and problem in _OF_PROBLEM:
+        raise ValueError(
+            f"loss: expected {_OF_PROBLEM[problem]} of a model whose problem_type is {problem!r}, got "
+            f"nn.CrossEntropyLoss, the default; pass loss={_OF_PROBLEM[problem]}, or nn.CrossEntropyLoss() to insist"
+        )
     made: Any = loss() if isinstance(loss, type) else loss
     if not callable(made):
         raise TypeError(f"loss expected a loss class or a callable, got {type(loss).__name__}")
+    if getattr(made, "reduction", "mean") in ("sum", "none"):
+        raise ValueError(
+            f"loss: expected the mean over examples, got {type(made).__name__} with reduction={made.reduction!r}; make "
+            'it with reduction="mean"'
+        )
     return made
 
 

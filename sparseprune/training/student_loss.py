@@ -89,7 +89,7 @@ class StudentLoss:
         event = None
         if distil:
             mask = batch.mask
-            mine, theirs = (real_rows(given, batch.targets, mask) for given in (logits, teacher_logits))
+            mine, theirs = (real_rows(given, batch.targets, batch.output_mask) for given in (logits, teacher_logits))
             if self.reader.reads_logits:  # the very rows that are distilled, so that the pull on them is known
                 features, teacher_features = [mine], [theirs]
             kd = distillation(mine, theirs, config.temperature, classes)

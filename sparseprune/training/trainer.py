@@ -144,7 +144,7 @@ class DistillPruner:
         valid_loader = training_data(valid_loader, self.model, tokenizer, f"{self._who}.fit", batch_size, again=True)
         if self.adversary is not None:
             self.adversary.meet(self._processes)
-        task = make_loss(loss)
+        task = make_loss(loss, self.model)
         student_loss = StudentLoss(
             self.model, self.teacher, config, self.reader, smoothed(task, config.label_smoothing), self.adversary,
             self.device, self._generator,
@@ -169,7 +169,7 @@ class DistillPruner:
             clock.read(self._processes, self.device)
             group = list(islice(batches, config.accumulate))
             if config.compensation != "none" and not self.gates.frozen:
-                self._recent.extend(split_batch(batch, self.device).inputs for batch in group)
+                self._recent.extend(split_batch(batch, self.device, self.model).inputs for batch in group)
             if not self.gates.frozen and clock.progress >= config.freeze_at:
                 self._freeze(valid_loader)
             record = self._train_step(group, student_loss)
@@ -238,7 +238,7 @@ class DistillPruner:
             batches, loader = first_batches(loader, _CALIBRATION)
             model = self.teacher if self._alike else self.model
             linears = self._teacher_linears() if self._alike else self.gates.linears
-            norms = input_norms(model, linears, (split_batch(batch, self.device) for batch in batches))
+            norms = input_norms(model, linears, (split_batch(batch, self.device, self.model) for batch in batches))
         squares = {name: norm.square() for name, norm in norms.items()}
         self._processes.mean_(squares.values())
         if self._processes.size > 1:
@@ -299,7 +299,7 @@ class DistillPruner:
             return []
         rng = torch.get_rng_state()
         rewind(loader)
-        found = [split_batch(batch, self.device).inputs for batch in islice(iter(loader), _CALIBRATION)]
+        found = [split_batch(batch, self.device, self.model).inputs for batch in islice(iter(loader), _CALIBRATION)]
         torch.set_rng_state(rng)
         return found
 
@@ -318,7 +318,7 @@ class DistillPruner:
         sums: dict[str, float] = {}
         event = None
         for raw in group:
-            found = student_loss(split_batch(raw, self.device), clock)
+            found = student_loss(split_batch(raw, self.device, self.model), clock)
             event = event or found.event
             (found.total / len(group)).backward()
             for key, value in found.parts.items():

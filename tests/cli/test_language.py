@@ -133,6 +133,18 @@ def test_export_for_transformers(model, capsys):
     ).stat().st_size
 
 
+def test_export_takes_all_files_of_the_tokenizer(model, capsys):
+    tokenizer = transformers.AutoTokenizer.from_pretrained("lm")
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool": "none"}
+    tokenizer.save_pretrained("lm")
+    (model / "lm" / "source.spm").write_bytes(b"\0words")
+    assert main(["export", "lm", "there"]) == 0
+    assert (model / "there" / "source.spm").read_bytes() == b"\0words"
+    again = transformers.AutoTokenizer.from_pretrained("there")
+    assert again.chat_template == tokenizer.chat_template
+    capsys.readouterr()
+
+
 def test_export_to_onnx(model, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

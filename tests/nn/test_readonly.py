@@ -82,3 +82,13 @@ def test_a_compiled_call_may_look_at_it():
     call = torch.compile(lambda x: F.linear(x, sparse.weight, sparse.bias), backend="eager", fullgraph=True)
     x = torch.randn(3, 8)
     assert torch.equal(call(x), linear(x))
+
+
+def test_another_weight_in_its_place_is_refused():
+    linear, sparse = layer()
+    other = torch.randn(6, 8) * (torch.rand(6, 8) < 0.4)
+    with pytest.raises(AttributeError, match=r"got another in its place.*densify_\(model\) first.*load_state_dict"):
+        sparse.weight = nn.Parameter(other)
+    assert torch.equal(sparse.weight, linear.weight)
+    sparse.load_state_dict({"weight": other}, strict=False)
+    assert torch.equal(sparse.weight, other)

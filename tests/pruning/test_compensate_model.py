@@ -80,3 +80,97 @@ def test_a_model_that_is_a_linear_is_compensated_without_a_low_rank_term():
     sp.prune_(model, sparsity=0.8)
     report = sp.compensate_(model, dense, [torch.randn(512, 64)])
     assert report.layers[""].rank == 0 and type(model) is nn.Linear
+
+
+class Twice(nn.Module):
+    """A layer that it calls under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = self.b = low_rank_model()[0]
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+
+def test_a_layer_of_two_names_stays_one():
+    dense = Twice().eval()
+    model = copy.deepcopy(dense)
+    sp.prune_(model, sparsity=0.8)
+    seen = []
+    model.a.register_forward_hook(lambda *_: seen.append(1))
+    x = torch.randn(512, 64)
+    before = (model(x) - dense(x)).square().mean()
+    report = sp.compensate_(model, dense, [x])
+    assert list(report.layers) == ["a"] and model.a is model.b and model.a.low_rank_a is not None
+    seen.clear()
+    assert (model(x) - dense(x)).square().mean() < before and len(seen) == 2
+
+
+def hidden_case(kind, transformers):
+    """A model whose Linears hide, and how many of them pruning finds."""
+    size = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(vocab_size=64, n_positions=64, n_embd=16, n_layer=2, n_head=2)
+        return transformers.GPT2LMHeadModel(config), 8
+    if kind == "mixtral":
+        config = transformers.MixtralConfig(
+            **size, num_key_value_heads=2, intermediate_size=16, num_local_experts=3, num_experts_per_tok=2,
+        )  # fmt: skip
+        return transformers.MixtralForCausalLM(config), 2 * (4 + 3 * 2)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    return nn.Sequential(nn.Embedding(64, 16), nn.TransformerEncoder(layer, 2)), 12
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral", "packed attention"])
+@pytest.mark.parametrize("ranks", [(), (1,)])
+def test_linears_that_hide_are_compensated_as_they_are_pruned(kind, ranks):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    dense, count = hidden_case(kind, transformers)
+    for parameter in dense.parameters():
+        nn.init.normal_(parameter, std=0.3)
+        if ranks and parameter.dim() >= 2 and len(parameter) != 64:  # no embedding; what a low-rank term is good at
+            *more, n, k = parameter.shape
+            parameter.data.mul_(0.3).add_(0.3 * torch.randn(*more, n, 1) @ torch.randn(*more, 1, k))
+    dense.eval()
+    model = copy.deepcopy(dense)
+    pruned = sp.prune_(model, 0.5)
+    ids = torch.randint(0, 64, (32, 16))
+
+    def gap():
+        with torch.no_grad():
+            mine, full = model(ids), dense(ids)
+        return float(((mine - full) if isinstance(mine, torch.Tensor) else (mine.logits - full.logits)).square().mean())
+
+    before, names = gap(), list(model.state_dict())
+    report = sp.compensate_(model, dense, [ids], ranks=ranks)
+    assert set(report.layers) == {row.name for row in pruned.layers} and len(report.layers) == count
+    assert gap() < before
+    ranked = {name for name, found in report.layers.items() if found.rank}
+    sparse = {name for name, module in model.named_modules() if isinstance(module, sp.SparseLinear)}
+    assert sparse == ranked and bool(ranked) == bool(ranks) and (ranked or list(model.state_dict()) == names)
+
+
+class Rarely(nn.Module):
+    """A second layer that reads one row of what the first gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.first(x).sum() + self.second(x[:1]).sum()
+
+
+def test_what_few_inputs_reach_stays_and_is_named():
+    torch.manual_seed(0)
+    dense = Rarely()
+    model = copy.deepcopy(dense)
+    sp.prune_(model, sparsity=0.5)
+    before = model.second.weight.clone()
+    with pytest.warns(UserWarning, match="fewer of second, which stay as they are; give more batches"):
+        report = sp.compensate_(model, dense, [torch.randn(64, 8)])
+    assert list(report.layers) == ["first"] and torch.equal(model.second.weight, before)
+    with pytest.raises(ValueError, match="fewer of first, second; give more batches"):
+        sp.compensate_(model, dense, [torch.randn(4, 8)])

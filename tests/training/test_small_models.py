@@ -211,3 +211,14 @@ def test_a_loss_that_is_nan_is_worse_than_any_other():
     for step, (loss, accuracy) in enumerate([(math.nan, 0.9), (1.0, 0.0), (0.5, 0.0), (math.nan, 0.0)]):
         best.offer({"loss": loss, "accuracy": accuracy}, step, model)
     assert (best.step, best.waited) == (2, 1)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_loss_that_is_no_mean_is_refused(reduction):
+    model, data = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), [(torch.randn(8, 4), torch.arange(8) % 3)]
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    said = f"expected the mean over examples, got CrossEntropyLoss with reduction='{reduction}'"
+    with pytest.raises(ValueError, match=said):
+        evaluate(model, data, loss)
+    with pytest.raises(ValueError, match=said):
+        DistillPruner(model, DistillConfig(steps=2)).fit(data, loss=loss)

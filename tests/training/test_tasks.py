@@ -148,6 +148,25 @@ def test_a_batch_without_a_label_is_no_fault():
     assert distillation(empty, empty.detach(), 2.0, True) == 0
 
 
+@pytest.mark.parametrize(
+    ("problem", "named"), [("multi_label_classification", "BCEWithLogitsLoss"), ("regression", "MSELoss")]
+)
+def test_a_problem_that_is_no_choice_of_one_class_wants_its_own_loss(problem, named):
+    torch.manual_seed(0)
+    settings = transformers.BertConfig(vocab_size=40, problem_type=problem, **SIZES)
+    model = transformers.BertForSequenceClassification(settings).eval()
+    ids, labels = torch.randint(1, 40, (8, 5)), torch.randint(0, 2, (8, 3)).float()
+    batches = [{"input_ids": ids, "labels": labels}]
+    with pytest.raises(ValueError, match=rf"problem_type is '{problem}'.*pass loss=nn\.{named}"):
+        evaluate(model, batches)
+    with pytest.raises(ValueError, match=rf"problem_type is '{problem}'.*pass loss=nn\.{named}"):
+        DistillPruner(model, DistillConfig(steps=2)).fit(batches)
+    found = evaluate(model, batches, getattr(nn, named))
+    with torch.no_grad():
+        assert found["loss"] == pytest.approx(float(model(input_ids=ids, labels=labels).loss), rel=1e-5)
+    assert evaluate(model, batches, nn.CrossEntropyLoss())["loss"] > 0
+
+
 def write(path, *lines):
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

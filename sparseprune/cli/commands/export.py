@@ -12,6 +12,8 @@ from .. import shared
 ABOUT = "Write a model for transformers, or densified for ONNX Runtime."
 EXAMPLE = "sparseprune export runs/language model.onnx"
 PLACE = 4
+#: What the files of a tokenizer end in: its words, its settings, and the templates of chats.
+_OF_TOKENIZER = (".json", ".txt", ".model", ".spm", ".jinja")
 
 
 def options(command: argparse.ArgumentParser) -> None:
@@ -42,10 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
         model.save_pretrained(arguments.target)
     else:
         save_pretrained(model, arguments.target, arguments.value_dtype)
-    for name in sorted(source.iterdir()):
-        target = arguments.target / name.name
-        of_tokenizer = name.suffix in (".json", ".txt", ".model") and not name.name.endswith(".index.json")
+    for name in sorted([*source.iterdir(), *source.glob("additional_chat_templates/*")]):
+        target = arguments.target / name.relative_to(source)
+        of_tokenizer = name.suffix in _OF_TOKENIZER and not name.name.endswith(".index.json")
         if of_tokenizer and not target.exists():
+            target.parent.mkdir(exist_ok=True)
             target.write_bytes(name.read_bytes())
     sparse = sum(isinstance(m, SparseLinear) for m in model.modules())
     print(f"{arguments.target}: a folder for transformers, {sparse} layers run sparse")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ...nn.linear import SparseLinear
+from ...nn.matrices import shared_linears
+from ...nn.replace import replace_
+from ...nn.views import open_, trainable_twin
 from ..reading import collect_inputs
 from .layer import Compensation, compensate
 
 __all__ = ["CompensationReport", "compensate_"]
+
+_LEAST = 8  # inputs, below which compensate fits nothing
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,17 @@ def compensate_(
     low-rank term paid for with kept weights; then it becomes a :class:`SparseLinear` with ``low_rank_a`` and
     ``low_rank_b``. ``ranks``: those tried; ``()`` for none. ``rows``: input positions kept a layer.
 
-    Raises ValueError where nothing is pruned or the two models differ in shape.
+    Conv1D (GPT-2), the packed ``nn.MultiheadAttention`` and a mixture's experts in one tensor are Linears here as in
+    :func:`prune_`; those that get a low-rank term are given Linears for good, as by ``expose_linears_``.
+
+    Raises ValueError where nothing is pruned, where fewer than eight positions reach any of it, or the two models
+    differ in shape. Warns, naming them, of layers that fewer reach, which stay as they are.
     """
-    twins = dict(dense.named_modules())
+    own = trainable_twin(model, "compensate_")
+    twins = dict(shared_linears(dense).named_modules())
     pruned = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in own.named_modules()
         if isinstance(module, nn.Linear) and not bool((module.weight != 0).all())
     }
     if not pruned:
@@ -64,18 +75,30 @@ def compensate_(
         twin = twins.get(name)
         if not isinstance(twin, nn.Linear) or twin.weight.shape != linear.weight.shape:
             raise ValueError(f"compensate_: the dense model expected a Linear {list(linear.weight.shape)} at {name!r}")
-    inputs = collect_inputs(model, pruned, batches, rows, tokenizer=tokenizer)
+    read = collect_inputs(own, pruned, batches, rows, tokenizer=tokenizer, unreached=True)
+    inputs = {name: x for name, x in read.items() if len(x) >= _LEAST}
+    if few := [name or "(the model)" for name in pruned if name not in inputs]:
+        more = f" and {len(few) - 10} more" if len(few) > 10 else ""
+        said = f"compensate_: expected {_LEAST} inputs or more of each pruned layer, got fewer of {', '.join(few[:10])}"
+        if not inputs:
+            raise ValueError(f"{said}{more}; give more batches")
+        warnings.warn(f"{said}{more}, which stay as they are; give more batches", stacklevel=3)
     results: dict[str, Compensation] = {}
-    for name, linear in pruned.items():
+    for name, x in inputs.items():
+        linear = pruned[name]
         weight, mask = twins[name].get_parameter("weight").detach(), linear.weight != 0
-        own = ranks if name else ()  # a model that is itself a Linear cannot be replaced in place
-        results[name] = compensate(weight, inputs[name], mask=mask, bias_shift=linear.bias is not None, ranks=own)
+        tried = ranks if name else ()  # a model that is itself a Linear cannot be replaced in place
+        results[name] = compensate(weight, x, mask=mask, bias_shift=linear.bias is not None, ranks=tried)
     for name, found in results.items():  # only now, so that an error leaves the model as it was
         linear = pruned[name]
         linear.weight.copy_(found.weight)
         if found.bias_shift is not None:
             linear.bias.add_(found.bias_shift)
-        if found.low_rank_a is not None:
-            layer = SparseLinear.from_linear(linear, low_rank_a=found.low_rank_a, low_rank_b=found.low_rank_b)
-            model.set_submodule(name, layer)
+    low_rank = {name: found for name, found in results.items() if found.low_rank_a is not None}
+    open_(model, own, low_rank)
+    linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in low_rank}
+    replace_(model, {
+        id(linears[name]): SparseLinear.from_linear(linears[name], low_rank_a=c.low_rank_a, low_rank_b=c.low_rank_b)
+        for name, c in low_rank.items()
+    })  # fmt: skip
     return CompensationReport(results)
