@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .configure import configure
+from .configure import configure, own_configurations
 from .cut import alive_units, kept_units, put_weight, set_heads, weight_of
 from .find import attention_blocks, feed_forwards
 from .prove import Cut, cut_proven
@@ -55,7 +55,8 @@ def shrink_(model: nn.Module) -> ShrinkReport:
 
     A transformers model's configuration is brought in line where it can describe the sizes (all layers alike, and a
     width of a head that does not follow from the number of heads), so that ``save_pretrained`` and ``from_pretrained``
-    work; elsewhere the folder notes the sizes, and is read where sparseprune is installed.
+    work; elsewhere the folder notes the sizes, and is read where sparseprune is installed. The model gets a copy of its
+    configuration first, which another model may share.
     """
     report = ShrinkReport(parameters_before=sum(p.numel() for p in model.parameters()))
     attentions, reasons = attention_blocks(model)
@@ -70,6 +71,7 @@ def shrink_(model: nn.Module) -> ShrinkReport:
     cuts += [[(f, kept_units(alive_units(model, f.shares[-1], f.neurons)))] for f in forwards]
     wanted = [cut for cut in cuts if any(len(keep) < units_of(block) for block, keep in cut)]
     if wanted:
+        own_configurations(model)
         report.left.update(cut_proven(model, wanted))
     done: list[tuple[AttentionBlock, int]] = []
     for block, keep in (part for cut in cuts for part in cut if part[0].name not in report.left):
@@ -143,6 +145,8 @@ def restore_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> lis
                 f"restore_shapes: {fqn} expected {list(made.get(fqn, own))}, got {list(wanted)}, and it belongs to no "
                 "block that can be shrunk so; load into the architecture it was saved from"
             )
+    if made:
+        own_configurations(model)
     for fqn, shape in made.items():
         put_weight(model.get_submodule(fqn), weight_of(model, fqn).new_zeros(shape))
     for block, units in heads:

@@ -247,3 +247,39 @@ def test_the_whole_of_a_plain_model_is_run_and_all_its_blocks_are_cut(name):
     report = shrink_(model)
     assert not report.left and len(report.heads) == len(attentions) and len(report.neurons) == len(forwards)
     assert all(b < a for a, b in (*report.heads.values(), *report.neurons.values()))
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Phi3ForCausalLM"])
+@pytest.mark.parametrize("way", ["cut", "loaded"])
+def test_a_model_built_from_the_same_configuration_keeps_its_own(name, way, tmp_path, close):
+    student = of(name, **PLAIN, num_key_value_heads=2, tie_word_embeddings=False)
+    teacher = type(student)(student.config).eval()
+    outer = {"shrunken": student, "of it": student.model, "layer": student.model.layers[0].self_attn}
+    assert all(module.config is teacher.config for module in outer.values())
+    before, said = outputs(teacher), copy.deepcopy(teacher.config.to_dict())
+    prune_(student, 0.5, granularity={"*attn*": Heads(), "*mlp*": Neurons()}, scope="layer")
+    if way == "cut":
+        shrink_(student)
+    else:
+        other = copy.deepcopy(student)
+        shrink_(other)
+        sp.save(other, tmp_path / "m.safetensors")
+        sp.load(student, tmp_path / "m.safetensors")
+    assert teacher.config.to_dict() == said
+    assert student.config.num_attention_heads == 2 and student.config.intermediate_size == 24
+    assert all(module.config is student.config for module in outer.values())
+    close(outputs(teacher), before)
+    teacher.save_pretrained(tmp_path / "teacher")
+    close(outputs(type(teacher).from_pretrained(tmp_path / "teacher").eval()), before)
+
+
+@torch.no_grad()
+def test_a_part_of_a_configuration_stays_its_part():
+    text, vision = {**PLAIN, **FEW}, {**IMAGES}
+    model = of("CLIPModel", text_config=text, vision_config=vision, projection_dim=16)
+    shared = model.config
+    prune_(model, 0.5, granularity=Neurons(), scope="layer")
+    report = shrink_(model)
+    assert len(report.neurons) == 4 and model.config is not shared and shared.text_config.intermediate_size == 48
+    assert model.text_model.config is model.config.text_config
+    assert model.vision_model.config is model.config.vision_config
