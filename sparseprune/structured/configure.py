@@ -12,7 +12,7 @@ from torch import nn
 from ..nn.expose import refuse_save_pretrained_
 from .units import HEAD_COUNTS, HEAD_SIZES, WIDTHS, AttentionBlock
 
-__all__ = ["configure"]
+__all__ = ["configure", "own_configurations"]
 
 # Where a transformers configuration keeps these sizes.
 _CONFIG_HEADS = (*HEAD_COUNTS, "encoder_attention_heads", "decoder_attention_heads", "num_decoder_heads")
@@ -70,6 +70,17 @@ def configure(
             return ""
         why = f"{type(config).__name__} cannot describe these sizes: with {changes | extra} a model differs"
     return _refuse(model, why)
+
+
+def own_configurations(model: nn.Module) -> None:
+    """Gives the model a copy of every configuration its modules hold, one for all that hold the same: another model,
+    built from it, keeps its own sizes.
+    """
+    copies: dict[int, Any] = {}  # deepcopy's own: a part of a configuration that a module holds stays that part
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if hasattr(value, "model_type") or (name == "config" and hasattr(value, "__dict__")):
+                setattr(module, name, copy.deepcopy(value, copies))
 
 
 def _sizes(model: nn.Module) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 from ..nn.masked import MaskedLinear
 from .units import HEAD_COUNTS, WIDTHS, AttentionBlock, FeedForward, Share
 
-__all__ = ["alive_units", "cut_lines", "cut_neurons", "cut_units", "kept_units", "put_weight", "set_heads", "weight_of"]
+__all__ = [
+    "Uncut", "alive_units", "cut_lines", "cut_neurons", "cut_units", "kept_units", "put_weight", "set_heads",
+    "weight_of",
+]  # fmt: skip
 
 
 def _matrix(model: nn.Module, fqn: str) -> nn.Linear | nn.Embedding:
@@ -86,3 +90,25 @@ def set_heads(module: nn.Module, block: AttentionBlock, units: int) -> None:
     if block.from_config:
         config: Any = module.config
         config.num_attention_heads, config.num_key_value_heads, config.head_dim = left, units, block.head_dim
+
+
+class Uncut:
+    """What blocks are before a cut, to bring them back: the very parameters, the sizes and the numbers of heads."""
+
+    def __init__(self, model: nn.Module, blocks: Iterable[AttentionBlock | FeedForward]) -> None:
+        held: dict[int, Any] = {}
+        for block in blocks:
+            bias = block.bias if isinstance(block, AttentionBlock) else None
+            for name in (block.name, *block.layers, *([bias.layer] if bias else [])):
+                module = model.get_submodule(name)
+                for one in (module, getattr(module, "config", None)):
+                    if hasattr(one, "__dict__"):
+                        held[id(one)] = one
+        dicts = [vars(one) for one in held.values()]
+        dicts += [own[part] for own in dicts for part in ("_parameters", "_buffers") if part in own]
+        self._held = [(own, dict(own)) for own in dicts]
+
+    def restore(self) -> None:
+        for own, before in self._held:
+            own.clear()
+            own.update(before)

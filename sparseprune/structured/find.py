@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..nn.expose import is_conv1d
-from .cut import cut_neurons, cut_units, weight_of
+from .alone import holds
+from .cut import weight_of
 from .units import HEAD_COUNTS, HEAD_SIZES, AttentionBlock, FeedForward, Share
 
 __all__ = ["attention_blocks", "feed_forwards", "position_biases"]
@@ -130,70 +128,9 @@ def _packed(model: nn.Module, fqn: str, module: nn.Module, name: str) -> Attenti
         found = _block(model, fqn, module, (share,), rows // (3 * head_dim), 1, head_dim)
         if isinstance(found, str):
             why = found
-        elif _holds(model, found) is not False:
+        elif holds(model, found) is not False:
             return found
     return why
-
-
-@torch.no_grad()
-def _holds(model: nn.Module, block: AttentionBlock | FeedForward, reached: Iterable[str] = ()) -> bool | None:
-    """Whether the block alone computes the same with its first unit cut out as with it silenced; None where it cannot
-    be called with random hidden states and nothing else, has one unit, or does not call all parts ``reached``. True on
-    the meta device: there nothing can be computed, and only sizes that a file holds are asked for.
-    """
-    module = model.get_submodule(block.name)
-    prefix = f"{block.name}." if block.name else ""
-    units = block.units if isinstance(block, AttentionBlock) else block.neurons
-    if units < 2:
-        return None
-    shares = tuple(replace(s, layer=s.layer[len(prefix) :]) for s in block.shares if s.layer.startswith(prefix))
-    read = block.shares[-1].lines(units)  # what the output reads of each unit
-    weight = weight_of(module, shares[0].layer)
-    if weight.is_meta:
-        return True
-    x = torch.randn(2, 3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
-    try:
-        silenced = copy.deepcopy(module).float().eval()
-        missed = set(reached)
-        for name in reached:
-            silenced.get_submodule(name).register_forward_hook(lambda *_, name=name: missed.discard(name))
-        if len(shares) == len(block.shares):
-            weight_of(silenced, shares[-1].layer)[:, read[0]] = 0
-            expected = _called(silenced, x, block)
-        else:  # the output lies outside, as in BERT
-            expected = _called(silenced, x, block)[..., read[1:].flatten().sort().values.to(x.device)]
-    except Exception:
-        return None
-    if missed:
-        return None
-    keep = torch.arange(1, units)
-    if isinstance(block, AttentionBlock):
-        cut_units(silenced, replace(block, name="", shares=shares, bias=None), keep)
-    else:
-        cut_neurons(silenced, replace(block, name="", shares=shares), keep)
-    try:
-        return bool(torch.allclose(_called(silenced, x, block), expected, rtol=1e-3, atol=1e-5))
-    except Exception:
-        return False
-
-
-def _called(module: nn.Module, x: Tensor, block: AttentionBlock | FeedForward) -> Tensor:
-    """What the block gives for hidden states, a rotation by nothing where it wants one, and no mask."""
-    given: dict[str, Any] = {}
-    for name, parameter in list(inspect.signature(module.forward).parameters.items())[1:]:
-        if name == "position_embeddings" and isinstance(block, AttentionBlock):
-            cos = x.new_ones(1, x.shape[1], block.head_dim)
-            given[name] = (cos, torch.zeros_like(cos))
-        elif parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-            given[name] = None
-    return _first(module(x, **given))
-
-
-def _first(out: Any) -> Tensor:
-    found = out[0] if isinstance(out, tuple | list) else out
-    if not isinstance(found, Tensor):
-        raise TypeError(f"expected a tensor, got {type(found).__name__}")
-    return found
 
 
 def _block(
@@ -246,10 +183,10 @@ def _unfit(model: nn.Module, block: AttentionBlock, known: set[str]) -> str:
                 why = f"{whose} {shape} may run over all {block.heads} heads of {block.head_dim} features"
                 doubts.setdefault(name, why)
     # That is the width of hidden states as well: whether it is theirs, or the heads', a run says.
-    if doubts and not _holds(model, block, doubts):
+    if doubts and not holds(model, block, doubts):
         return next(iter(doubts.values()))
     loose = [name for name, parameter in module.named_parameters(recurse=False) if parameter.numel() > 1]
-    if loose and _holds(model, block) is False:
+    if loose and holds(model, block) is False:
         return f"its forward does not follow when a head is cut out; its own {', '.join(loose)} may mix heads"
     return ""
 
@@ -328,7 +265,7 @@ def feed_forwards(model: nn.Module) -> tuple[list[FeedForward], dict[str, str]]:
             block = FeedForward(fqn, (*rows, Share(_join(fqn, down), 1, (1,))), last.in_features)
             over = _over_neurons(module, block)
             # A size that is the hidden states' as well says little, unless a run does.
-            held = _holds(model, block) if over else True
+            held = holds(model, block) if over else True
             if held is False or (held is None and last.in_features != last.out_features):
                 reasons[fqn] = over
             else:

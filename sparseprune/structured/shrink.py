@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .configure import configure
-from .cut import alive_units, cut_neurons, cut_units, kept_units, put_weight, set_heads, weight_of
+from .configure import configure, own_configurations
+from .cut import alive_units, kept_units, put_weight, set_heads, weight_of
 from .find import attention_blocks, feed_forwards
-from .units import AttentionBlock, FeedForward, Share, head_groups
+from .prove import Cut, cut_proven
+from .units import AttentionBlock, FeedForward, Share, head_groups, units_of
 
 __all__ = ["ShrinkReport", "restore_shapes", "shrink_"]
 
@@ -44,6 +45,9 @@ def shrink_(model: nn.Module) -> ShrinkReport:
     """Cuts out, in place, the heads and neurons whose output columns are all zero; the model computes the same as
     before.
 
+    Every cut is tried: on a copy of the block with weights drawn anew, and in the whole model where inputs are found
+    that it runs with. A block that does not compute the same, or cannot be tried, is as before, and ``left`` says why.
+
     Modules and parameter names stay, sizes change, and the number of heads is set where an attention keeps it. One unit
     of every block stays, zeroed or not, for reshapes need one. Attentions that read one position bias keep the same
     heads, and the bias loses the columns of the others. The parameters are new tensors: make the optimiser afterwards.
@@ -51,37 +55,50 @@ def shrink_(model: nn.Module) -> ShrinkReport:
 
     A transformers model's configuration is brought in line where it can describe the sizes (all layers alike, and a
     width of a head that does not follow from the number of heads), so that ``save_pretrained`` and ``from_pretrained``
-    work; elsewhere the folder notes the sizes, and is read where sparseprune is installed.
+    work; elsewhere the folder notes the sizes, and is read where sparseprune is installed. The model gets a copy of its
+    configuration first, which another model may share.
     """
     report = ShrinkReport(parameters_before=sum(p.numel() for p in model.parameters()))
     attentions, reasons = attention_blocks(model)
     report.left.update(reasons)
-    plan: list[tuple[AttentionBlock, Tensor]] = []
+    cuts: list[Cut] = []
     for group in head_groups(attentions):
         alive = torch.stack([alive_units(model, block.shares[-1], block.units) for block in group]).any(0)
-        plan += [(block, kept_units(alive)) for block in group]
-    counts = {len(keep) for block, keep in plan if block.from_config}
-    for block, keep in plan:
-        if block.from_config and len(counts) > 1:
-            report.left[block.name] = (
-                f"the configuration holds one number of heads for all layers, expected as many in each, got "
-                f"{', '.join(map(str, sorted(counts)))}; prune with scope='layer'"
-            )
-            continue
-        report.heads[block.name] = (block.heads, len(keep) * block.queries)
-        if len(keep) < block.units:
-            cut_units(model, block, keep)
+        cuts.append([(block, kept_units(alive)) for block in group])
+    cuts = _as_configured(cuts, report)
     forwards, reasons = feed_forwards(model)
     report.left.update(reasons)
-    for forward in forwards:
-        keep = kept_units(alive_units(model, forward.shares[-1], forward.neurons))
-        report.neurons[forward.name] = (forward.neurons, len(keep))
-        if len(keep) < forward.neurons:
-            cut_neurons(model, forward, keep)
+    cuts += [[(f, kept_units(alive_units(model, f.shares[-1], f.neurons)))] for f in forwards]
+    wanted = [cut for cut in cuts if any(len(keep) < units_of(block) for block, keep in cut)]
+    if wanted:
+        own_configurations(model)
+        report.left.update(cut_proven(model, wanted))
+    done: list[tuple[AttentionBlock, int]] = []
+    for block, keep in (part for cut in cuts for part in cut if part[0].name not in report.left):
+        if isinstance(block, AttentionBlock):
+            report.heads[block.name] = (block.heads, len(keep) * block.queries)
+            done.append((block, len(keep)))
+        else:
+            report.neurons[block.name] = (block.neurons, len(keep))
     report.parameters_after = sum(p.numel() for p in model.parameters())
-    cut = [(block, len(keep)) for block, keep in plan if block.name in report.heads]
-    report.unconfigured = configure(model, cut, report.neurons)
+    report.unconfigured = configure(model, done, report.neurons)
     return report
+
+
+def _as_configured(cuts: list[Cut], report: ShrinkReport) -> list[Cut]:
+    """Attentions that read how many heads they have from the configuration go in one cut, if they keep as many."""
+    parts = [part for cut in cuts for part in cut]
+    read = [(block, keep) for block, keep in parts if isinstance(block, AttentionBlock) and block.from_config]
+    counts = sorted({len(keep) for _, keep in read})
+    if len(counts) > 1:
+        why = (
+            "the configuration holds one number of heads for all layers, expected as many in each, got "
+            f"{', '.join(map(str, counts))}; prune with scope='layer'"
+        )
+        report.left.update({block.name: why for block, _ in read})
+    names = {block.name for block, _ in read}
+    others = [cut for cut in cuts if cut[0][0].name not in names]
+    return [*([read] if len(counts) == 1 else []), *others]
 
 
 @torch.no_grad()
@@ -128,6 +145,8 @@ def restore_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> lis
                 f"restore_shapes: {fqn} expected {list(made.get(fqn, own))}, got {list(wanted)}, and it belongs to no "
                 "block that can be shrunk so; load into the architecture it was saved from"
             )
+    if made:
+        own_configurations(model)
     for fqn, shape in made.items():
         put_weight(model.get_submodule(fqn), weight_of(model, fqn).new_zeros(shape))
     for block, units in heads:

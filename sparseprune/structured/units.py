@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["HEAD_COUNTS", "HEAD_SIZES", "WIDTHS", "AttentionBlock", "FeedForward", "Share", "head_groups"]
+__all__ = ["HEAD_COUNTS", "HEAD_SIZES", "WIDTHS", "AttentionBlock", "FeedForward", "Share", "head_groups", "units_of"]
 
 # Names under which attentions keep how many heads they have, how wide one is, and how wide all are.
 HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads")
@@ -95,3 +95,8 @@ def head_groups(blocks: Iterable[AttentionBlock]) -> list[list[AttentionBlock]]:
     for block in blocks:
         groups.setdefault(block.tied or f" {block.name}", []).append(block)
     return list(groups.values())
+
+
+def units_of(block: AttentionBlock | FeedForward) -> int:
+    """How many units a block has: groups of heads, or neurons."""
+    return block.units if isinstance(block, AttentionBlock) else block.neurons
