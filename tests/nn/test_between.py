@@ -402,6 +402,23 @@ def test_a_forward_that_a_class_is_given_later_runs(monkeypatch):
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@needs_core
+def test_an_attention_that_is_registered_later_runs(monkeypatch):
+    model, plain = llama()
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ids, before = torch.randint(3, 50, (1, 6)), ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def doubled(*args, **kwargs):
+        out, weights = before(*args, **kwargs)
+        return 2 * out, weights
+
+    with torch.no_grad():
+        model(ids)
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", doubled)
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_forward_mode_is_refused_and_not_zero():
     from torch.autograd import forward_ad
 

@@ -54,6 +54,7 @@ class Modules:
         self._attributes = [{**d, "training": False} for d in self._dicts]
         configs = {id(c): c for d in self._dicts if (c := d.get("config")) is not None}
         self._configs = [c for c in configs.values() if hasattr(c, "_attn_implementation")]
+        self._attention = list(map(_attention_of, self._configs))
 
     def learns(self) -> bool:
         """Whether a parameter wants a gradient."""
@@ -88,6 +89,7 @@ class Modules:
             and _all_is(self._now(self._buffers), self._buffer)
             and all(map(is_, map(type, self._modules), self._classes))
             and all(_forward(kind) is forward for kind, forward in self._forwards.items())
+            and all(map(is_, map(_attention_of, self._configs), self._attention))
             and self._same_attributes()
         )
 
@@ -116,6 +118,13 @@ class Modules:
             if config._attn_implementation not in _ATTENTION:
                 return f"attention runs as {config._attn_implementation!r}"
         return None
+
+
+def _attention_of(config: Any) -> Any:
+    """What transformers has registered as the attention that this configuration names."""
+    module = sys.modules.get("transformers.modeling_utils")
+    functions = getattr(module, "ALL_ATTENTION_FUNCTIONS", None)
+    return None if functions is None else functions.get(config._attn_implementation)
 
 
 def _all_is(now: Iterator[Any], then: list[Any]) -> bool:
