@@ -443,3 +443,36 @@ def test_a_state_that_is_assigned_stays_the_callers():
     layer.load_state_dict({**state, "mask": layer.mask}, assign=True)
     assert all(torch.equal(state[name], value) for name, value in kept.items())
     assert torch.equal(layer.weight, state["weight"] * layer.mask)
+
+
+def bert(**settings):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.BertConfig(vocab_size=50, **sizes, **settings)
+    torch.manual_seed(0)
+    model = transformers.BertModel(config).eval().requires_grad_(False)
+    sp.prune_(model, 0.5, filter_fn=lambda module, name: "layer" in name)
+    plain = copy.deepcopy(model)
+    sp.sparsify_(model, layout="csr", engine="program", filter_fn=lambda module, name: "layer" in name)
+    return model, plain
+
+
+@needs_core
+def test_eager_attention_adds_a_bool_mask_as_its_layers_do():
+    model, plain = bert(attn_implementation="eager")
+    hidden, mask = torch.randn(2, 7, 32), torch.ones(2, 1, 7, 7, dtype=torch.bool)
+    mask[1, :, :, 5:] = False
+    with torch.no_grad():
+        found, expected = (each.encoder(hidden, attention_mask=mask)[0] for each in (model, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_core
+def test_a_mask_that_wants_a_gradient_gets_it():
+    model, plain = bert()
+    hidden, found = torch.randn(2, 7, 32), []
+    for each in (model, plain):
+        mask = torch.zeros(2, 1, 7, 7, requires_grad=True)
+        each.encoder(hidden, attention_mask=mask)[0].square().sum().backward()
+        found.append(mask.grad)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
