@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Read", "Unread", "holds_unread", "unread"]
+__all__ = ["Read", "Unread", "check_read", "unread"]
 
 _ASKED = frozenset(
     getattr(Tensor, name).__get__
@@ -42,10 +42,17 @@ def unread(tensor: Tensor) -> Unread:
     return tensor.as_subclass(Unread)
 
 
-def holds_unread(value: Any) -> bool:
+def check_read(result: Any, view: nn.Module, owner: nn.Module) -> None:
+    """Raises :class:`Read` where a forward on ``view``, which began as ``owner``, gave a stand-in or noted one there."""
+    noted = [value for name, value in vars(view).items() if vars(owner).get(name) is not value]
+    if _holds(result) or _holds(noted):
+        raise Read("return")
+
+
+def _holds(value: Any) -> bool:
     """Whether there is a stand-in in a value, its items or its entries."""
     if isinstance(value, (list, tuple)):
-        return any(map(holds_unread, value))
+        return any(map(_holds, value))
     if isinstance(value, dict):
-        return any(map(holds_unread, value.values()))
+        return any(map(_holds, value.values()))
     return type(value) is Unread

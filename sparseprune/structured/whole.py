@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.modes import evaluating
+
 __all__ = ["WholeModel"]
 
 _TOKENS, _MORE_TOKENS, _IMAGES = 8, 64, (32, 64, 224)
@@ -52,7 +54,7 @@ class WholeModel:
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
         given: dict[str, list[Tensor]] = {name: [] for name in self._outputs}
         with ExitStack() as stack:
-            stack.enter_context(_evaluating(self._model))
+            stack.enter_context(_reproducibly(self._model))
             for module in self._model.modules():
                 if type(module).forward is nn.Embedding.forward:
                     stack.callback(module.register_forward_pre_hook(_in_range).remove)
@@ -71,19 +73,12 @@ def _in_range(module: Any, args: tuple[Any, ...]) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _reproducibly(model: nn.Module) -> Iterator[None]:
     """No dropout, and the random numbers of whoever calls are untouched; those drawn inside are always the same."""
-    modes = [(module, module.training) for module in model.modules()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    try:
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(0)
-            for module, _ in modes:
-                module.training = False
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        yield
 
 
 def _tensors(out: Any) -> Iterator[Tensor]:

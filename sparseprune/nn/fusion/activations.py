@@ -13,7 +13,7 @@ from torch.nn.modules import module as nn_module
 from ..direct import is_tracing, is_transformed
 from ..linear import SparseLinear
 from ..packed_only import PLAIN
-from ..unread import Read, holds_unread, unread
+from ..unread import Read, check_read, unread
 from .hooks import hooked
 from .patterns import epilogue_of
 
@@ -73,8 +73,7 @@ class FusedActivations:
         vars(view).pop("forward", None)
         vars(view)["_modules"] = children
         result = type(owner).forward(view, *args, **kwargs)
-        if holds_unread(result) or holds_unread([v for k, v in vars(view).items() if vars(owner).get(k) is not v]):
-            raise Read("return")
+        check_read(result, view, owner)
         keep_attributes_(view, owner, "_modules")
         return result
 

@@ -215,16 +215,14 @@ class _Call(StackCall):
             raise Unsupported(_too_many(batch, tokens, bound.most))
         parts = bound.parts[0]
         space = space_in(cache, bound.places, batch, tokens, parts.kv_heads, parts.depth)
-        eager = self._eager()
+        eager = bound.modules.eager()
         masks: list[int] = []
         tables: list[int] = []
         held: list[Any] = []  # what is made here lives until the call is over
         for group, known in enumerate(self._groups):
             assert known is not None
             turned = bound.parts[bound.groups.index(group)].turned
-            why = why_not_direct(*_tensors(known))
-            if why is not None:
-                raise Unsupported(why)
+            self._check_direct(*known)
             seen = _mask(known[0], batch, tokens, space, eager)
             for numbers, made in (seen, _table(known[1], batch, tokens, turned)):
                 (masks if len(numbers) == 4 else tables).extend(numbers)
@@ -235,10 +233,6 @@ class _Call(StackCall):
         self._space = space
         space.commit(tokens)
         return result
-
-
-    def _eager(self) -> bool:
-        return any(config._attn_implementation == "eager" for config in self.bound.modules._configs)
 
     def _prompt(self, hidden: Tensor, cache: Any) -> Tensor:
         bound, (batch, tokens, _) = self.bound, hidden.shape
@@ -251,16 +245,14 @@ class _Call(StackCall):
         masks, tables = [], []
         for group, known in enumerate(self._groups):
             assert known is not None
-            why = why_not_direct(*_tensors(known))
-            if why is not None:
-                raise Unsupported(why)
+            self._check_direct(*known)
             masks.append(known[0])
             tables += positions_of(known[1], batch, tokens, bound.parts[bound.groups.index(group)].turned)
         configs = bound.modules._configs
         if any(getattr(config, "is_causal", True) is False for config in configs):
             raise Unsupported("config.is_causal is False")
         whole = type(cache).__name__ == "StaticCache"
-        real = real_tokens_of(masks, batch, tokens, self._eager(), whole)
+        real = real_tokens_of(masks, batch, tokens, bound.modules.eager(), whole)
         program = bound.prompts.program(tokens > 1 and any(mask is None for mask in masks))
         if self.dry:
             raise _Supported(program.built)
@@ -272,12 +264,6 @@ class _Call(StackCall):
         self._space = prompted
         prompted.commit()
         return result
-
-
-def _tensors(known: tuple[Any, Any]) -> list[Tensor]:
-    """Those among a mask and rotary tables."""
-    mask, places = known
-    return [t for t in (mask, *(places if isinstance(places, tuple) else ())) if isinstance(t, Tensor)]
 
 
 def _too_many(batch: int, tokens: int, most: int) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ...native.encoder import BoundEncoder
 from ..direct import why_not_direct, why_not_native
 from ..fusion import keep_attributes_
-from ..unread import Read, holds_unread
+from ..unread import Read, check_read
 from .build import StackProgram, build
 from .masks import Unsupported, real_tokens
 from .proof import prove
@@ -155,8 +155,7 @@ class StackForward:
         vars(view)[self.name] = [_Slot(call, i, layer) for i, layer in enumerate(call.bound.layers)]
         try:
             result = type(owner).forward(view, *args, **kwargs)
-            if holds_unread(result) or holds_unread([v for k, v in vars(view).items() if vars(owner).get(k) is not v]):
-                raise Read("return")
+            check_read(result, view, owner)
         except (Unsupported, Read) as error:
             reason = str(error)
             if isinstance(error, Read):
@@ -260,10 +259,8 @@ class _Call(StackCall):
         for i, (parts, call) in enumerate(zip(bound.parts, self._calls)):
             assert call is not None
             mask, positions = _mask_and_positions(parts, bound.names[1:], *call)
-            why = why_not_direct(*(t for t in (mask, *_several(positions)) if isinstance(t, Tensor)))
-            if why is not None:
-                raise Unsupported(why)
-            if isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype is torch.bool and self._eager():
+            self._check_direct(mask, positions)
+            if isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype is torch.bool and bound.modules.eager():
                 raise Unsupported("the attention is eager, which adds a bool mask to the scores")
             found = real_tokens(mask, x.shape[0], x.shape[1], parts.window, parts.mask != "src_key_padding_mask")
             if i == 0:
@@ -278,9 +275,6 @@ class _Call(StackCall):
             raise _Supported(bound.built)
         y = bound.program(x, real, tables)
         return y.transpose(0, 1).contiguous() if first else y
-
-    def _eager(self) -> bool:
-        return any(config._attn_implementation == "eager" for config in self.bound.modules._configs)
 
     def _look_behind(self, real: Tensor) -> None:
         """:class:`Unsupported` where what stands at padding, zero behind the program, is known to be read: heads read
@@ -297,10 +291,6 @@ def _same(left: Any, right: Any) -> bool:
         return True
     pair = isinstance(left, tuple) and isinstance(right, tuple) and len(left) == len(right)
     return pair and all(map(is_, left, right))
-
-
-def _several(positions: Any) -> tuple[Any, ...]:
-    return positions if isinstance(positions, tuple) else (positions,)
 
 
 def _agree(left: Tensor | None, right: Tensor | None) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from ...tensor_state import TensorStates
+from ..direct import why_not_direct
 from ..fusion import FusedActivations
 from ..linear import SparseLinear
 from ..unread import unread
@@ -98,6 +99,10 @@ class Modules:
             return self._dicts == self._attributes  # in C, by identity first
         except (RuntimeError, ValueError):  # a tensor that is compared with another one has no truth
             return False
+
+    def eager(self) -> bool:
+        """Whether an attention adds its mask to the scores, whatever its dtype."""
+        return any(config._attn_implementation == "eager" for config in self._configs)
 
     def trains(self) -> bool:
         """Whether one of these modules is in training mode, and each still where it was."""
@@ -252,6 +257,13 @@ class StackCall:
             result = self._finish(self._given)
             self.done = True
         return (result,) if bound.in_tuples else result
+
+    def _check_direct(self, mask: Any, places: Any) -> None:
+        """:class:`Unsupported` where a gradient or a mode wants a layer's mask or the tensors of its places."""
+        places = places if isinstance(places, tuple) else (places,)
+        why = why_not_direct(*(t for t in (mask, *places) if isinstance(t, Tensor)))
+        if why is not None:
+            raise Unsupported(why)
 
     def undo(self) -> None:
         """Takes back what the program changed beside its result."""
