@@ -43,7 +43,7 @@ def unread(tensor: Tensor) -> Unread:
 
 
 def check_read(result: Any, view: nn.Module, owner: nn.Module) -> None:
-    """Raises :class:`Read` where a forward on ``view``, which began as ``owner``, gave a stand-in or noted one there."""
+    """Raises :class:`Read` where a forward on ``view``, at first what ``owner`` is, gave a stand-in or noted one."""
     noted = [value for name, value in vars(view).items() if vars(owner).get(name) is not value]
     if _holds(result) or _holds(noted):
         raise Read("return")
