@@ -169,6 +169,14 @@ SIZES = {
 }
 
 
+def setting_of(size: str, autocast: str | None = None, epochs: float | None = None) -> Setting:
+    """A size's setting, computed in what ``autocast`` names and pruned for so many epochs where these are given."""
+    found = SIZES[size]
+    if autocast is not None:
+        found = replace(found, changes=(*(c for c in found.changes if c[0] != "autocast"), ("autocast", autocast)))
+    return found if epochs is None else replace(found, epochs=epochs)
+
+
 def arm_config(
     arm: str, sparsity: float, seed: int, setting: Setting, stretch: float = 1.0, granularity: str = "element"
 ) -> DistillConfig:
@@ -391,7 +399,7 @@ def cell_of(record: dict[str, Any]) -> tuple[str, float, str, int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: every combination, in the size's setting. tuning: the validation split alone is recorded."""
+    """What to run: every combination, in this setting. size: its name. tuning: the validation split alone is recorded."""
 
     arms: list[str]
     seeds: list[int]
@@ -400,6 +408,7 @@ class Plan:
     granularities: list[str]
     texts: list[int]
     size: str
+    setting: Setting
     tuning: bool = False
     data_dir: Path | None = None
     cache: Path | None = None
@@ -409,7 +418,7 @@ def experiment(plan: Plan, path: Path) -> None:
     """Runs what is missing, seed by seed and in the order of ``ARMS``, so that a stop leaves whole pairs behind. Every
     arm's configuration is made before the first run: what is wrong with one is said at once.
     """
-    setting = SIZES[plan.size]
+    setting = plan.setting
     done = {identity(r): r for r in read(path)}
     arms = sorted(plan.arms, key=ARMS.index)
     for arm, sparsity, granularity in itertools.product(arms, plan.sparsities, plan.granularities):
@@ -566,6 +575,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", nargs="+", default=list(SETS), help="built-in sets, or folders under --data-dir")
     parser.add_argument("--data-dir", type=Path, help="where data sets lie that do not ship with the package")
     parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--autocast", choices=("bfloat16", "none"), help="instead of the size's own: a CPU without "
+                        "bfloat16 is quicker without it")  # fmt: skip
+    parser.add_argument("--epochs", type=float, help="of pruning, instead of the size's own")
     parser.add_argument("--results", type=Path, help="default: results/ablation.jsonl, with --tuning its own file")
     parser.add_argument("--cache", type=Path, help="folder for the dense pretrained models, to train each once")
     parser.add_argument("--tuning", action="store_true", help="record and show the validation split, not the test")
@@ -574,13 +586,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="also draw the differences to this file")
     options = parser.parse_args(arguments)
     path = options.results or (TUNING if options.tuning else RESULTS)
+    setting = setting_of(options.size, options.autocast, options.epochs)
     if not options.table:
         plan = Plan(
             options.arms, options.seeds, options.sparsity, options.data, options.granularity, options.texts,
-            options.size, options.tuning, options.data_dir, options.cache,
+            options.size, setting, options.tuning, options.data_dir, options.cache,
         )  # fmt: skip
         experiment(plan, path)
-    records = [r for r in read(path) if r["setting"] == SIZES[options.size].key()]
+    records = [r for r in read(path) if r["setting"] == setting.key()]
     print(table(records, "valid" if options.tuning else "test", options.by_cell))
     if options.plot and records:
         plot(records, options.plot)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparseprune as sp
-from benchmarks.ablation import SIZES, Cell, Setting, append, arm_config, read
+from benchmarks.ablation import SIZES, Cell, append, arm_config, read, setting_of
 from sparseprune._files import replacing
 from sparseprune.bench import describe
 from sparseprune.bench.tables import text_table
@@ -68,12 +68,6 @@ def share_kept(right: Tensor, dense: Tensor, draws: int = 4000) -> list[float]:
     shares = (right.float()[chosen].mean(1) / dense.float()[chosen].mean(1)).sort().values
     found = [right.float().mean() / dense.float().mean(), shares[int(0.025 * draws)], shares[int(0.975 * draws)]]
     return [float(value) for value in found]
-
-
-def setting_of(size: str, autocast: str) -> Setting:
-    """A size's setting, computed in what ``autocast`` names."""
-    found = SIZES[size]
-    return replace(found, changes=(*((k, v) for k, v in found.changes if k != "autocast"), ("autocast", autocast)))
 
 
 def run(cell: Cell, size: str, sparsity: float, seed: int, simulate: bool, work: Path) -> dict[str, Any]:
@@ -167,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.table:
         done = {tuple(r[k] for k in ("size", "data", "sparsity", "seed", "simulate")) for r in read(arguments.output)}
         cells: dict[int, Cell] = {}
-        setting = setting_of(arguments.size, arguments.autocast) if arguments.autocast else SIZES[arguments.size]
+        setting = setting_of(arguments.size, arguments.autocast)
         for seed, sparsity, heal in itertools.product(arguments.seeds, arguments.sparsity, arguments.heal):
             simulate = heal == "rounded"
             if (arguments.size, arguments.data, sparsity, seed, simulate) in done:
