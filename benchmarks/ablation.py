@@ -169,11 +169,12 @@ SIZES = {
 }
 
 
-def setting_of(size: str, autocast: str | None = None, epochs: float | None = None) -> Setting:
-    """A size's setting, computed in what ``autocast`` names and pruned for so many epochs where these are given."""
+def setting_of(size: str, epochs: float | None = None, **changes: Any) -> Setting:
+    """A size's setting with so many epochs of pruning and these settings of the trainer, those that are not None."""
     found = SIZES[size]
-    if autocast is not None:
-        found = replace(found, changes=(*(c for c in found.changes if c[0] != "autocast"), ("autocast", autocast)))
+    given = {name: value for name, value in changes.items() if value is not None}
+    if given:
+        found = replace(found, changes=(*(c for c in found.changes if c[0] not in given), *given.items()))
     return found if epochs is None else replace(found, epochs=epochs)
 
 
@@ -399,7 +400,7 @@ def cell_of(record: dict[str, Any]) -> tuple[str, float, str, int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: every combination, in this setting. size: its name. tuning: the validation split alone is recorded."""
+    """What to run: every combination. size: the setting's name. tuning: the validation split alone is recorded."""
 
     arms: list[str]
     seeds: list[int]
@@ -577,6 +578,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--autocast", choices=("bfloat16", "none"), help="instead of the size's own: a CPU without "
                         "bfloat16 is quicker without it")  # fmt: skip
+    parser.add_argument("--scope", choices=("global", "layer"), help="instead of the size's own")
     parser.add_argument("--epochs", type=float, help="of pruning, instead of the size's own")
     parser.add_argument("--results", type=Path, help="default: results/ablation.jsonl, with --tuning its own file")
     parser.add_argument("--cache", type=Path, help="folder for the dense pretrained models, to train each once")
@@ -586,7 +588,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="also draw the differences to this file")
     options = parser.parse_args(arguments)
     path = options.results or (TUNING if options.tuning else RESULTS)
-    setting = setting_of(options.size, options.autocast, options.epochs)
+    setting = setting_of(options.size, options.epochs, autocast=options.autocast, scope=options.scope)
     if not options.table:
         plan = Plan(
             options.arms, options.seeds, options.sparsity, options.data, options.granularity, options.texts,

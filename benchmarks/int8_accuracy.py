@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparseprune as sp
-from benchmarks.ablation import SIZES, Cell, append, arm_config, read, setting_of
+from benchmarks.ablation import Cell, append, arm_config, read, setting_of
 from sparseprune._files import replacing
 from sparseprune.bench import describe
 from sparseprune.bench.tables import text_table
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.table:
         done = {tuple(r[k] for k in ("size", "data", "sparsity", "seed", "simulate")) for r in read(arguments.output)}
         cells: dict[int, Cell] = {}
-        setting = setting_of(arguments.size, arguments.autocast)
+        setting = setting_of(arguments.size, autocast=arguments.autocast)
         for seed, sparsity, heal in itertools.product(arguments.seeds, arguments.sparsity, arguments.heal):
             simulate = heal == "rounded"
             if (arguments.size, arguments.data, sparsity, seed, simulate) in done:

@@ -50,6 +50,16 @@ def test_a_setting_is_named_by_what_differs_from_the_default(ablation):
     assert len({setting.key() for setting in ablation.SIZES.values()}) == len(ablation.SIZES)
 
 
+def test_what_is_given_stands_instead_of_the_sizes_own(ablation):
+    own = ablation.SIZES["minilm"]
+    assert ablation.setting_of("minilm") == ablation.setting_of("minilm", None, autocast=None) == own
+    given = ablation.setting_of("minilm", 10.0, autocast="none", scope="global")
+    config = ablation.arm_config("scores_kd", 0.9, 0, given)
+    assert (config.epochs, config.autocast, config.scope) == (10.0, "none", "global")
+    assert config.lr == dict(own.changes)["lr"]
+    assert given.key() != own.key() and given.dense_key() == own.dense_key()
+
+
 def test_differences_are_paired_by_cell_and_seed(ablation):
     records = [record("gan", d, s, 0.8 + 0.01 * s) for d in "ab" for s in range(3)]
     records += [record("scores_kd", d, s, 0.78 + 0.01 * s) for d in "ab" for s in range(2)]
