@@ -11,6 +11,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from .rows import IGNORED
+
 __all__ = [
     "LABELS",
     "TARGETS",
@@ -188,7 +190,8 @@ def _uncompiled(model: nn.Module) -> nn.Module:
 
 def unlabelled(batch: Any, who: str, model: nn.Module) -> Any:
     """What the model is called with for a batch of a dict (keywords, targets left out), ``(inputs, targets)`` or a
-    tensor; where its forward would make its decoder's inputs of the labels, with those.
+    tensor; where its forward would make its decoder's inputs of the labels, with those, and a mask of the padding that
+    ends rows of labels.
     """
     pair = isinstance(batch, tuple | list) and len(batch) == 2
     targets = as_tensors(batch[1]) if pair else None
@@ -196,7 +199,12 @@ def unlabelled(batch: Any, who: str, model: nn.Module) -> Any:
     if isinstance(batch, Mapping):
         targets = next((batch[key] for key in LABELS if key in batch), targets)
         batch = {key: value for key, value in batch.items() if key not in TARGETS}
-    return _with_decoder_inputs(batch, targets, model)
+    made = _with_decoder_inputs(batch, targets, model)
+    if made is batch or targets is None or made.get("decoder_attention_mask") is not None:
+        return made
+    real: Tensor = targets.ne(IGNORED)
+    ends = real.dim() == 2 and not bool(real.all()) and bool((real[:, 1:] <= real[:, :-1]).all())
+    return {**made, "decoder_attention_mask": real.long()} if ends else made  # what is real reads nothing behind it
 
 
 def inputs_of(batch: Any, who: str) -> Any:

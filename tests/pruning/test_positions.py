@@ -119,6 +119,30 @@ def test_the_decoder_reads_what_its_model_makes_of_the_labels(kind: str, form: s
     assert len(seen) > 1 and all(torch.equal(found, expected) for found in seen)
 
 
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_padding_of_the_labels_does_not_count_in_the_decoder(kind: str) -> None:
+    """Wanda's masks are those of the rows one by one, without padding; labels left out in the middle count."""
+    model = model_of(kind)
+    labels = torch.randint(3, 50, (3, 6), generator=torch.Generator().manual_seed(2))
+    read = ids(6, [6, 6, 6], 0)[0]
+    short = labels.clone()
+    short[0, 2:], short[2, 5:] = -100, -100
+    inside = labels.clone()
+    inside[0, 2] = -100
+    layer = f"{decoder_of(model)}.{'block.0.layer.2.DenseReluDense.wi' if kind == 't5' else 'layers.0.fc1'}"
+    for given, rows in ((labels, 18), (short, 13), (inside, 18)):
+        assert len(collect_inputs(model, [layer], [{"input_ids": read, "labels": given}])[layer]) == rows
+    apart = [{"input_ids": read[i : i + 1], "labels": short[i : i + 1, :n]} for i, n in enumerate((2, 6, 5))]
+    masks = [
+        sp.prune_(
+            copy.deepcopy(model), 0.5, criterion="wanda", data=data, criterion_options={"min_tokens": 1}
+        ).masks
+        for data in ([{"input_ids": read, "labels": short}], apart)
+    ]  # fmt: skip
+    agree = sum(int((masks[0][name] == masks[1][name]).sum()) for name in masks[0])
+    assert agree >= 0.99 * sum(mask.numel() for mask in masks[0].values())
+
+
 def test_labels_that_a_model_makes_nothing_of_are_not_dropped() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BlenderbotConfig(
