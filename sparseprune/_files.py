@@ -1,19 +1,23 @@
-"""Floor 0: files are written beside their place and renamed, so that a file is either whole or not there."""
+"""Floor 0: files are written beside their place and renamed, so that a file is either whole or not there; a folder is
+held by one run at a time.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-__all__ = ["kind_of", "remove_unfinished", "replacing", "save_checkpoint", "write_bytes", "write_text"]
+__all__ = ["holding", "kind_of", "remove_unfinished", "replacing", "save_checkpoint", "write_bytes", "write_text"]
 
+_LOCK = "run.lock"
 _LONGEST = 255  # bytes of a file's name
 
 
@@ -48,6 +52,46 @@ def remove_unfinished(path: str | os.PathLike[str]) -> None:
     for found in target.parent.iterdir() if target.parent.is_dir() else ():
         if made.fullmatch(found.name):
             found.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def holding(folder: str | os.PathLike[str], remedy: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Makes the folder and holds it for one run; BlockingIOError, with the remedy, where another one does, in this
+    process or elsewhere. Where the folder's file system has no locks, ``say`` is told so.
+
+    The system lets the lock of a dead process go, so whatever lock file it left is taken over.
+    """
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    path = place / _LOCK
+    file = _locked(path, remedy, say)
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # before it is let go: whoever opened it meanwhile sees that it is another file
+        file.close()
+
+
+def _locked(path: Path, remedy: str, say: Callable[[str], None]) -> IO[str]:
+    while True:
+        file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115  # it stays open while it is held
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                say(f"{path.parent}: no locks here ({error.strerror}); take care that no second run uses this folder")
+                return file
+            with file:
+                file.seek(0)
+                holder = file.read(200).strip() or "another process"
+            raise BlockingIOError(f"{path.parent}: in use by {holder}; {remedy}") from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()  # its holder had finished and removed it between our opening and our locking
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

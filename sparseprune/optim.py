@@ -16,6 +16,37 @@ from .device_memory import capturing
 __all__ = ["AdamW"]
 
 _STATE = ("mask", "exp_avg", "exp_avg_sq")
+# Options of torch's AdamW by which a step would be another one, and what to do instead. `foreach` and `fused` are free:
+# they choose among torch's ways to one result.
+_OTHERS = {
+    "amsgrad": "train without it, or with torch.optim.AdamW and an sp.Pruner, which holds the zeros",
+    "maximize": "minimise the negative of the objective",
+    "capturable": "record the forward and backward pass alone in a CUDA graph, and step after each replay",
+    "differentiable": "use torch.optim.AdamW where gradients go through the step",
+}
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    """ValueError on a group's numbers that are out of range, and as :func:`_check_options`."""
+    for name in ("lr", "eps", "weight_decay"):
+        if not float(group[name]) >= 0:
+            raise ValueError(f"AdamW: {name} expected to be at least 0, got {group[name]}")
+    for i, beta in enumerate(group["betas"]):
+        if not 0 <= beta < 1:
+            raise ValueError(f"AdamW: betas[{i}] expected in [0, 1), got {beta}")
+    _check_options(group)
+
+
+def _check_options(group: Mapping[str, Any]) -> None:
+    """ValueError on a group's options that ask for another step."""
+    for name, remedy in _OTHERS.items():
+        if group.get(name):
+            raise ValueError(f"AdamW: {name} expected False or left out, got {group[name]!r}; {remedy}")
+    if not group.get("decoupled_weight_decay", True) and group["weight_decay"]:
+        raise ValueError(
+            "AdamW: decoupled_weight_decay expected True or left out, got False, as in Adam; set weight_decay=0, or "
+            "take the group from an AdamW"
+        )
 
 
 class AdamW(Optimizer):
@@ -25,7 +56,8 @@ class AdamW(Optimizer):
     gives.
 
     params: parameters, groups (dicts) or ``model.named_parameters()``; lr, betas, eps, weight_decay: as in
-    ``torch.optim.AdamW``, a group may set its own.
+    ``torch.optim.AdamW``, a group may set its own. ``amsgrad``, ``maximize``, ``capturable`` and ``differentiable`` are
+    refused in a group or a loaded state; ``foreach`` and ``fused`` change nothing.
 
     masks: which entries are kept, bool of the parameter's shape, True = kept.
 
@@ -39,8 +71,8 @@ class AdamW(Optimizer):
     where it is False. :meth:`set_masks` changes masks later. Masks and moments are part of ``state_dict()``, and
     loading restores them. Moments are float32 also for bfloat16 and float16 parameters.
 
-    ValueError on lr, eps or weight_decay below 0, on betas outside [0, 1), and as :meth:`set_masks` on masks;
-    :meth:`step` raises RuntimeError on a sparse gradient.
+    ValueError on lr, eps or weight_decay below 0, on betas outside [0, 1), on such an option, and as :meth:`set_masks`
+    on masks; :meth:`step` raises RuntimeError on a sparse gradient.
     """
 
     def __init__(
@@ -52,19 +84,18 @@ class AdamW(Optimizer):
         weight_decay: float = 1e-2,
         masks: Mapping[Any, Tensor] | Sequence[Tensor | None] | None = None,
     ) -> None:
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not float(value) >= 0:
-                raise ValueError(f"AdamW: {name} expected to be at least 0, got {value}")
-        for i, beta in enumerate(betas):
-            if not 0 <= beta < 1:
-                raise ValueError(f"AdamW: betas[{i}] expected in [0, 1), got {beta}")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        _check_group(defaults)
         self._find_zeros = masks is None
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, defaults)
         if masks is not None:
             self.set_masks(masks)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; where ``masks`` was None the zeros of the new parameters are found too."""
+        """As in torch; where ``masks`` was None the zeros of the new parameters are found too. ValueError as for the
+        constructor.
+        """
+        _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if self._find_zeros:
             for p in self.param_groups[-1]["params"]:
@@ -97,8 +128,10 @@ class AdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step on every parameter that has a gradient; returns the closure's loss. RuntimeError on a sparse
-        gradient, and while a CUDA graph is recorded.
+        gradient, and while a CUDA graph is recorded; ValueError where a group was given an option that is refused.
         """
+        for group in self.param_groups:
+            _check_options(group)
         if any(map(capturing, {p.device for p in self._parameters()})):
             raise RuntimeError(
                 "AdamW: step() expected outside of a CUDA graph, which would repeat this step's number and learning "
@@ -144,8 +177,11 @@ class AdamW(Optimizer):
         """As in torch, masks and float32 moments kept as they were saved (torch alone casts them to the weights'
         dtype).
 
-        A parameter for which nothing was saved as mask keeps the one it has.
+        A parameter for which nothing was saved as mask keeps the one it has. ValueError, before anything is loaded, on
+        a group whose options ask for another step, as amsgrad does.
         """
+        for group in state_dict["param_groups"]:
+            _check_group({**self.defaults, **group})
         held = self.masks()
         super().load_state_dict(state_dict)
         for p, mask in held.items():

@@ -185,8 +185,27 @@ def test_a_header_in_all_files_is_refused_whatever_it_says(tmp_path):
     other = write(tmp_path / "valid.tsv", "was gesagt wurde\tAbsicht", "c\tx")
     with pytest.raises(ValueError, match=r"train.tsv:1: .*names of the columns .*Absicht.*remove that line"):
         load_files(train, other, other)
+    write(other, "was gesagt wurde\tAbsicht", "a\tx", "c\tx")  # an example of the training file too
+    write(train, "was gesagt wurde\tAbsicht", "a\tx", "b\ty", "d\tx", "e\ty")
+    with pytest.raises(ValueError, match=r"train.tsv:1: .*where it is an example, move it further down"):
+        load_files(train, other, other)
     fair = write(tmp_path / "fair.tsv", "text\tlabel", "a\tlabel", "b\ty")  # a class that happens to be called so
     assert load_files(fair, fair, fair).label_names == ["label", "y"]
+
+
+def test_a_first_example_that_two_files_share_is_no_header(tmp_path):
+    """One example a file, or one a label in files that share others too: the first line is like the rest of them."""
+    one, same = (write(tmp_path / f"{name}.tsv", "good\tup") for name in ("one", "same"))
+    assert load_files(one, same, same).train.labels == [0]
+    lines = ["good\tup", "bad\tdown", "so so\teven"]
+    train, valid, test = (write(tmp_path / f"{name}.tsv", *lines) for name in ("train", "valid", "test"))
+    found = load_files(train, valid, test)
+    assert found.label_names == ["down", "even", "up"] and len(found.test) == 3
+    assert len(load_files(train, one, same).train) == 3
+    for path in (one, same):  # the names in use for columns are a header all the same
+        write(path, "text\tlabel")
+    with pytest.raises(ValueError, match=r"one.tsv:1: .*names of the columns"):
+        load_files(train, one, same)
 
 
 def test_words_by_tabs_or_spaces_with_as_many_columns_in_a_sentence(tmp_path):

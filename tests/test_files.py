@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import stat
 import subprocess
@@ -9,7 +11,7 @@ import sys
 
 import pytest
 
-from sparseprune._files import remove_unfinished, replacing, write_text
+from sparseprune._files import holding, remove_unfinished, replacing, write_text
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
@@ -128,3 +130,25 @@ def test_writers_at_once_leave_one_whole_file(tmp_path):
     writers = [subprocess.Popen([sys.executable, "-P", "-c", code, str(path), letter]) for letter in "ab"]
     assert [writer.wait() for writer in writers] == [0, 0]
     assert path.read_text() in ("a" * 100_000, "b" * 100_000) and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path):
+    folder = tmp_path / "made" / "here"
+    with holding(folder, "wait", pytest.fail):
+        said = rf"here: in use by process {os.getpid()} on .*; wait"
+        with pytest.raises(BlockingIOError, match=said), holding(folder, "wait", pytest.fail):
+            pass
+    with pytest.raises(RuntimeError, match="half-way"), holding(folder, "wait", pytest.fail):
+        raise RuntimeError("half-way")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_without_locks_is_used_and_it_is_said(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    said = []
+    with holding(tmp_path, "wait", said.append):
+        pass
+    assert len(said) == 1 and said[0].startswith(f"{tmp_path}: no locks here (No locks available); take care that")

@@ -112,6 +112,51 @@ def test_bad_arguments():
         sp.AdamW(sparse.parameters()).step()
 
 
+@pytest.mark.parametrize("option", ["amsgrad", "maximize", "capturable", "differentiable"])
+def test_options_that_ask_for_another_step_are_refused(option):
+    """In a group, in one that is added, in a state of torch's AdamW, and in a group that is changed later."""
+    model = pruned_model()
+    message = f"AdamW: {option} expected False or left out, got True; "
+    with pytest.raises(ValueError, match=message):
+        sp.AdamW([{"params": list(model.parameters()), option: True}])
+    optimizer = sp.AdamW(model[0].parameters())
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": list(model[2].parameters()), option: True})
+    assert len(optimizer.param_groups) == 1
+    theirs = torch.optim.AdamW(model[0].parameters()).state_dict()
+    theirs["param_groups"][0].update({option: True, "lr": 0.5})
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(theirs)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    optimizer.param_groups[0][option] = True
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+
+
+def test_a_state_of_torch_is_taken_over():
+    """Its options at their defaults, and those by which torch only chooses among its ways to one result."""
+    ours, theirs = pruned_model(), pruned_model()
+    b = torch.optim.AdamW(theirs.parameters(), lr=1e-2, foreach=True)
+    run(theirs, [b], 3)
+    ours.load_state_dict(theirs.state_dict())
+    a = sp.AdamW(ours.parameters(), masks=[None] * 4)
+    a.load_state_dict(b.state_dict())
+    run(ours, [a], 3)
+    run(theirs, [b], 3)
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_the_decay_of_adam_is_refused_and_groups_have_their_numbers_checked():
+    model = pruned_model()
+    adam = torch.optim.Adam(model.parameters(), weight_decay=0.1)
+    with pytest.raises(ValueError, match="decoupled_weight_decay expected True"):
+        sp.AdamW(model.parameters()).load_state_dict(adam.state_dict())
+    sp.AdamW(model.parameters()).load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
+    with pytest.raises(ValueError, match="lr expected to be at least 0, got -1"):
+        sp.AdamW([{"params": list(model.parameters()), "lr": -1}])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_resumed_run_is_bit_identical(dtype):
     straight = pruned_model(dtype)

@@ -7,6 +7,7 @@ UTF-8, with or without a byte order mark at the start. TSV knows no quoting: quo
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,23 +124,33 @@ def read_names(path: Path) -> list[str]:
 
 
 def check_no_header(files: dict[Path, list[Row]]) -> None:
-    """ValueError where the first line of a TSV file names its columns: by the names that are in use for them, or
-    because it heads two files or more while its label, no number, occurs nowhere else.
+    """ValueError where the first line of a TSV file names its columns: by the names that are in use for them, or as
+    :func:`_heads` tells, while its label, no number, occurs nowhere else.
     """
     named = (*_JSON_LINES, *_CONLL)
     tabular = {p: rows for p, rows in files.items() if not is_table(p) and p.suffix.lower() not in named}
     later = {label for rows in tabular.values() for row in rows[1:] for label in row.labels}
-    firsts = [(rows[0].texts, rows[0].labels) for rows in tabular.values()]
     for path, rows in tabular.items():
         texts, labels = rows[0].texts, rows[0].labels
         if labels[0] in later or labels[0].isdecimal():
             continue
         known = labels[0].lower() in _LABEL_COLUMNS and all(text.strip().lower() in _TEXT_COLUMNS for text in texts)
-        if known or firsts.count((texts, labels)) > 1:
+        if known or any(_heads(rows, other) for name, other in tabular.items() if name != path):
             raise ValueError(
                 f"{path}:{rows[0].numbers[0]}: expected an example, got what looks like the names of the columns "
-                f"({', '.join((*texts, *labels))}); remove that line"
+                f"({', '.join((*texts, *labels))}); remove that line, or where it is an example, move it further down"
             )
+
+
+def _heads(rows: list[Row], other: list[Row]) -> bool:
+    """Whether the first line is that of the other file too and unlike the examples below it: no more lines are in both
+    files, or each other label stands in several lines. A file of one line has an example there, if any.
+    """
+    (first, *mine), (heading, *theirs) = ([(row.texts, row.labels) for row in each] for each in (rows, other))
+    if first != heading or not mine or not theirs:
+        return False
+    counts = Counter(labels for _, labels in mine)
+    return set(mine).isdisjoint(theirs) or min(counts.values()) > 1
 
 
 def _lines_of(path: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..nn.copies import copy_of
 from ..pruning.batches import split_batch
 from ..pruning.intake import training_data
 from ..training import DistillPruner
@@ -33,7 +33,7 @@ def null_test(
     """
     if cue not in (None, "dropout", "pad"):
         raise ValueError(f'null_test: cue expected None, "dropout" or "pad", got {cue!r}')
-    twin = copy.deepcopy(pruner.teacher)
+    twin = copy_of(pruner.teacher, "null_test")
     twin.train(cue == "dropout")
     return _accuracy(pruner, twin, loader, steps, cue == "pad", discriminator, tokenizer)
 

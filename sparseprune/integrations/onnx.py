@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from .._files import replacing
 from ..nn import densify_
+from ..nn.copies import copy_of
 
 __all__ = ["NO_GAIN", "export_onnx"]
 
@@ -51,7 +51,7 @@ def export_onnx(
         import onnxscript  # noqa: F401  # what torch exports with
     except ImportError as error:
         raise ImportError(f"ONNX needs a package ({error}); pip install 'sparseprune[export]'") from None
-    dense = copy.deepcopy(model).eval()
+    dense = copy_of(model, "export_onnx").eval()
     densify_(dense)
     config: Any = getattr(dense, "config", None)
     if config is not None:

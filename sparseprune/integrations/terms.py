@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from ..nn.matrices import shared_linears
 from ..pruning.batches import real_rows_of
 from ..pruning.processes import Processes
 from ..pruning.reading import train_with_dropout
+from ..training.checks import teacher_of
 from ..training.features import Taps, choose_taps, normalise
 from ..training.losses import distillation, is_classification, real_rows
 
@@ -68,7 +68,7 @@ class TeacherTerms:
         if teacher is model:
             raise ValueError("Distillation: the teacher is the model itself; pass a copy, or None to have one made")
         self.model, self.config = model, config
-        self.teacher = (copy.deepcopy(model).requires_grad_(False) if teacher is None else teacher).eval()
+        self.teacher = teacher_of("Distillation", model, teacher)
         held = dict(model.named_modules())
         pruned = prunable_linears(shared_linears(model), filter_fn)
         self.entry, self.taps = choose_taps(model, [name for name in pruned if name in held], config.features)

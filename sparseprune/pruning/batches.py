@@ -11,6 +11,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from .rows import IGNORED
+
 __all__ = [
     "LABELS",
     "TARGETS",
@@ -18,9 +20,11 @@ __all__ = [
     "LabelledBatch",
     "as_tensors",
     "check_no_mask",
+    "check_no_text",
     "device_of",
     "inputs_of",
     "logits_of",
+    "makes_inputs_of_labels",
     "moved",
     "real_rows_of",
     "split_batch",
@@ -125,7 +129,9 @@ def split_batch(batch: Any, device: torch.device, model: nn.Module | None = None
     make them.
     """
     found = _split(batch, device)
-    return found if model is None else _with_decoder_inputs(found, model)
+    if model is None:
+        return found
+    return replace(found, inputs=_with_decoder_inputs(found.inputs, found.targets, model))
 
 
 def _split(batch: Any, device: torch.device) -> LabelledBatch:
@@ -141,40 +147,64 @@ def _split(batch: Any, device: torch.device) -> LabelledBatch:
         if len(key) != 1:
             raise TypeError(f"a batch that is a dict expected one key 'labels' or 'label', got {sorted(batch)}")
         inputs = {name: moved(value, own) for name, value in batch.items() if name != key[0]}
-        _check_no_text(inputs)
+        check_no_text(inputs)
         return LabelledBatch(inputs, _labels(batch[key[0]], own))
     if isinstance(batch, tuple | list) and len(batch) == 2:
-        _check_no_text(batch[0])
+        check_no_text(batch[0])
         return LabelledBatch(moved(batch[0], own), _labels(batch[1], own))
     raise TypeError(f"a batch expected (inputs, targets) or a dict with 'labels', got {type(batch).__name__}")
 
 
-def _with_decoder_inputs(batch: LabelledBatch, model: nn.Module) -> LabelledBatch:
-    """Labels never reach the model, which would make its decoder's inputs of them."""
-    model = model._modules.get("_orig_mod") or model
-    make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    generates = make is not None or any(kind.__name__.endswith(_GENERATES) for kind in type(model).__mro__)
-    if not generates or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return batch
-    named = isinstance(batch.inputs, Mapping)
-    if named and any(batch.inputs.get(name) is not None for name in _OF_DECODER):
-        return batch
-    if make is None or not named or batch.targets.is_floating_point():
-        got = ", ".join(batch.inputs) if named else type(batch.inputs).__name__
+def makes_inputs_of_labels(model: nn.Module) -> bool:
+    """Whether this is a model of transformers whose forward makes its decoder's inputs of labels."""
+    model = _uncompiled(model)
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    generates = any(kind.__name__.endswith(_GENERATES) for kind in type(model).__mro__)
+    return generates or hasattr(model, "prepare_decoder_input_ids_from_labels")
+
+
+def _with_decoder_inputs(inputs: Any, targets: Any, model: nn.Module) -> Any:
+    """``inputs`` with what the decoder is to read before each label. Labels never reach the model, which would make its
+    decoder's inputs of them.
+    """
+    if targets is None or not makes_inputs_of_labels(model):
+        return inputs
+    model = _uncompiled(model)
+    make: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    named = isinstance(inputs, Mapping)
+    if named and any(inputs.get(name) is not None for name in _OF_DECODER):
+        return inputs
+    if make is None or not named or not isinstance(targets, Tensor) or targets.is_floating_point():
+        got = ", ".join(inputs) if named else type(inputs).__name__
         raise ValueError(
             f"a batch for {type(model).__name__} expected a dict with decoder_input_ids, the labels moved on by one "
             f"place, got {got}; its forward makes them of labels alone, which never reach it here"
         )
-    return replace(batch, inputs={**batch.inputs, "decoder_input_ids": make(labels=batch.targets)})
+    return {**inputs, "decoder_input_ids": make(labels=targets)}
 
 
-def unlabelled(batch: Any, who: str) -> Batch:
-    """A batch of a dict (keywords, targets left out), ``(inputs, targets)`` or a tensor."""
+def _uncompiled(model: nn.Module) -> nn.Module:
+    return model._modules.get("_orig_mod") or model
+
+
+def unlabelled(batch: Any, who: str, model: nn.Module) -> Any:
+    """What the model is called with for a batch of a dict (keywords, targets left out), ``(inputs, targets)`` or a
+    tensor; where its forward would make its decoder's inputs of the labels, with those, and a mask of the padding that
+    ends rows of labels.
+    """
+    pair = isinstance(batch, tuple | list) and len(batch) == 2
+    targets = as_tensors(batch[1]) if pair else None
     batch = inputs_of(batch, who)
     if isinstance(batch, Mapping):
+        targets = next((batch[key] for key in LABELS if key in batch), targets)
         batch = {key: value for key, value in batch.items() if key not in TARGETS}
-    _check_no_text(batch)
-    return Batch(batch)
+    made = _with_decoder_inputs(batch, targets, model)
+    if made is batch or targets is None or made.get("decoder_attention_mask") is not None:
+        return made
+    real: Tensor = targets.ne(IGNORED)
+    ends = real.dim() == 2 and not bool(real.all()) and bool((real[:, 1:] <= real[:, :-1]).all())
+    return {**made, "decoder_attention_mask": real.long()} if ends else made  # what is real reads nothing behind it
 
 
 def inputs_of(batch: Any, who: str) -> Any:
@@ -216,7 +246,8 @@ def _labels(value: Any, own: Any) -> Tensor:
     return own(value if value.is_floating_point() or value.is_complex() else value.long())
 
 
-def _check_no_text(inputs: Any) -> None:
+def check_no_text(inputs: Any) -> None:
+    """TypeError where what a model is to be called with is text."""
     parts = inputs.items() if isinstance(inputs, Mapping) else [("the inputs", inputs)]
     for name, value in parts:
         first = value[0] if isinstance(value, tuple | list) and value else value

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import LABELS, TARGETS, as_tensors, check_no_mask, moved, token_embedding
+from .batches import LABELS, TARGETS, as_tensors, check_no_mask, makes_inputs_of_labels, moved, token_embedding
 from .columns import (
     FORMS,
     POSITIONAL,
@@ -51,8 +51,9 @@ _SAMPLE = 64  # rows that processes compare
 
 
 def calibration_data(data: Any, model: nn.Module, tokenizer: Any = None, who: str = "data") -> Any:
-    """Tensors and batches as they are, rows in batches of 8, in their order and without labels. ValueError on what is
-    neither, on text without a tokenizer, and on (ids, mask) in the place of (inputs, labels).
+    """Tensors and batches as they are, rows in batches of 8, in their order and without labels, unless the model makes
+    its decoder's inputs of them. ValueError on what is neither, on text without a tokenizer, and on (ids, mask) in the
+    place of (inputs, labels).
     """
     check_data(data, tokenizer, who)
     data = data if isinstance(data, Mapping | list | tuple) else as_tensors(data)
@@ -166,7 +167,8 @@ class _Form:
         own = [name for name in LABELS if name in columns]
         if len(own) > 1:
             raise ValueError(f"{self.who}: data expected one column of labels, got {' and '.join(own)}; remove one")
-        labels = labels_of(columns[own[0]], self.config, self._kind, self.who) if own and self.labels else None
+        read = self.labels or makes_inputs_of_labels(self.model)
+        labels = labels_of(columns[own[0]], self.config, self._kind, self.who) if own and read else None
         if self.labels and not own:
             raise ValueError(
                 f"{self.who}: data expected labels, in a column 'label' or 'labels' or as (texts, labels), got "

@@ -302,12 +302,34 @@ class Pruner:
         weight = linear.weight.detach()
         return weight + self._behind[fqn] if fqn in self._behind else weight
 
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """args: of the step, the optimiser itself first. Where the step is given a closure the gradients are made
+        inside of it: they are masked at each call, and shown to the criterion at the first, where the step begins.
+        """
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._see(optimizer)
+            return None
+        first = True
+
+        def seen() -> Any:
+            nonlocal first
+            loss = closure()
+            self._see(optimizer, first)
+            first = False
+            return loss
+
+        return ((args[0], seen, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": seen})
+
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _see(self, optimizer: Optimizer, show: bool = True) -> None:
+        """Shows the gradients to the criterion and masks them."""
         layers = self._layers()
         found = {fqn: self._views.gradient(linear) for fqn, linear in layers.items()}
         gradients: dict[str, Tensor] = {fqn: grad for fqn, grad in found.items() if grad is not None}
-        if self.criterion.needs_gradients and not self._frozen and not _skips(optimizer):
+        if show and self.criterion.needs_gradients and not self._frozen and not _skips(optimizer):
             observed = _unscaled(gradients, optimizer)
             self.criterion.observe({fqn: self._dense(fqn, layers[fqn]) for fqn in observed}, observed)
         held = self._held(optimizer)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.modes import evaluating
-from .batches import Batch, unlabelled
+from .batches import Batch, check_no_text, unlabelled
 from .intake import calibration_data
 from .positions import Positions, decoder_of
 
@@ -57,7 +57,8 @@ def collect_inputs(
 ) -> dict[str, Tensor]:  # fmt: skip
     """fqn -> `[T, K]`, T <= rows: what each named Linear reads while the model runs over the batches in eval mode.
 
-    batches: what the model is called with: a dict (keywords, ``labels`` left out), ``(inputs, targets)`` or a tensor; a
+    batches: what the model is called with: a dict (keywords, ``labels`` left out, of which an encoder-decoder's own
+    method first makes what its decoder reads), ``(inputs, targets)`` or a tensor; a
     :class:`Batch` is taken as it is; or rows, and text with the ``tokenizer``, as in :mod:`.intake`.
     Positions with ``attention_mask`` 0 (in the decoder beside an encoder, ``decoder_attention_mask``) are left out,
     except where a layer is given a choice of them, as an expert of a mixture is: which ones is not known, and all
@@ -83,9 +84,11 @@ def _collect(
     modules = dict(model.named_modules())
     taken = calibration_data(batches, model, tokenizer, name)
     listed = [
-        batch if isinstance(batch, Batch) else unlabelled(batch, name)
+        batch if isinstance(batch, Batch) else Batch(unlabelled(batch, name, model))
         for batch in ([taken] if isinstance(taken, Tensor | Mapping) else taken)
     ]
+    for batch in listed:
+        check_no_text(batch.inputs)
     if not listed:
         raise ValueError(f"{name}: expected at least one batch, got none")
     share = max(1, math.ceil(rows / len(listed)))

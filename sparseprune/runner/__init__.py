@@ -7,7 +7,6 @@ and renamed. A run that was interrupted goes on where it stopped; one that is fi
 
 from __future__ import annotations
 
-import copy
 import random
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..nn.copies import copy_of
 from ..nn.filters import matching_filter, prunable_linears
 from ..pruning.masks import MaskSet
 from ..pruning.plan import Plan
@@ -170,7 +170,7 @@ def run(
             display.say("\n".join(quality.lines()))
         fine_tune(model, source, config, folder, display)
         clock.stage("dense training")
-        dense = copy.deepcopy(model)
+        dense = copy_of(model, "run")
         model, masks, history = _prune(model, dense, source, config, folder, display, filter_fn)
         clock.stage("pruning and healing")
         record = measure(config, source, dense, model, masks, folder, display)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import json
-import os
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from .._arguments import check_folder
-from .._files import remove_unfinished, write_text
+from .._files import holding, remove_unfinished, write_text
 from .config import RunConfig, differences
 
 __all__ = ["DENSE", "TRAINING", "check_place", "clear", "enter", "occupied", "write_json"]
@@ -21,7 +17,7 @@ __all__ = ["DENSE", "TRAINING", "check_place", "clear", "enter", "occupied", "wr
 #: Checkpoints of the dense training and of the pruning; both go when the run is finished.
 DENSE, TRAINING = "dense.ckpt", "training.ckpt"
 
-_RECORD, _SETTINGS, _DATA, _LOCK = "run.json", "settings.json", "data.digest", "run.lock"
+_RECORD, _SETTINGS, _DATA = "run.json", "settings.json", "data.digest"
 _WRITTEN = (DENSE, TRAINING, _RECORD, _SETTINGS, _DATA, "history.json", "dense.safetensors", "pruned.safetensors",
             "vocabulary.json", "encoder.json", "curves.png", "layers.png", "tradeoff.png")  # fmt: skip
 
@@ -37,44 +33,9 @@ def check_place(out: str | Path, name: str) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def occupied(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Makes the folder and holds it; BlockingIOError where another process does.
-
-    The system lets the lock of a dead process go, so whatever lock file it left is taken over.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _LOCK
-    file = _locked(path, say)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)  # before it is let go: whoever opened it meanwhile sees that it is another file
-        file.close()
-
-
-def _locked(path: Path, say: Callable[[str], None]) -> IO[str]:
-    while True:
-        file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115  # it stays open while it is held
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            holder = file.read(200).strip() or "another process"
-            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-                say(f"{path.parent}: no locks here ({error.strerror}); take care that no second run uses this folder")
-                return file
-            file.close()
-            raise BlockingIOError(
-                f"{path.parent}: in use by {holder}; wait for it, or give this run another --name"
-            ) from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
-        file.close()  # its holder had finished and removed it between our opening and our locking
+def occupied(folder: Path, say: Callable[[str], None]) -> AbstractContextManager[None]:
+    """Makes the folder and holds it; BlockingIOError where another process does."""
+    return holding(folder, "wait for it, or give this run another --name", say)
 
 
 def enter(folder: Path, config: RunConfig, data: str, say: Callable[[str], None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from ..integrations.folder import save_pretrained
 from ..integrations.transformers import language_model
 from ..language import Speed, perplexity, speed_table, token_windows, tokens_per_second
 from ..nn import sparsify_
+from ..nn.copies import copy_of
 from ..pruning import make_granularity, prune_
 from .devices import describe_device, find_device
 from .folder import check_place, occupied, write_json
@@ -108,7 +108,7 @@ def _run(
     say(f"{settings['model']}: prunes with {calibration.numel():,} tokens, is judged on {judged.numel():,}")
     before = perplexity(dense, judged)
     say(f"dense: {before}")
-    model = copy.deepcopy(dense)
+    model = copy_of(dense, "prune")
     needs_data = settings["criterion"] not in ("magnitude", "random")
     batches = list(calibration.to(settings["device"]).split(4)) if needs_data else None
     granularity: Any = make_granularity(settings["granularity"])

@@ -1,10 +1,12 @@
-"""What a trainer refuses before it begins."""
+"""What a trainer refuses before it begins, and the teacher it begins with."""
 
 from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["check_models"]
+from ..nn.copies import copy_of
+
+__all__ = ["check_models", "teacher_of"]
 
 
 def check_models(who: str, model: nn.Module, teacher: nn.Module | None) -> None:
@@ -23,3 +25,10 @@ def check_models(who: str, model: nn.Module, teacher: nn.Module | None) -> None:
             f"{who}: no trainable weight in the student, expected weights with requires_grad, got a frozen model; call "
             "model.requires_grad_(True) first"
         )
+
+
+def teacher_of(who: str, model: nn.Module, teacher: nn.Module | None) -> nn.Module:
+    """The teacher in eval mode; where there is none a frozen copy of the model. One that is given stays as trainable as
+    it was: it runs under no_grad, and may be trained on elsewhere. ValueError as for :func:`copy_of`.
+    """
+    return (copy_of(model, who).requires_grad_(False) if teacher is None else teacher).eval()

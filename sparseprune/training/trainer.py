@@ -21,7 +21,7 @@ from ..pruning.intake import check_same_rows, first_batches, training_data
 from ..pruning.processes import Processes
 from ..pruning.reading import input_norms, train_with_dropout
 from . import checkpoint as files
-from .checks import check_models
+from .checks import check_models, teacher_of
 from .clock import Clock, steps_of
 from .config import DistillConfig
 from .evaluate import evaluate
@@ -62,8 +62,9 @@ class DistillPruner:
     ``nn.MultiheadAttention`` and a mixture's experts in one tensor are trained and pruned as the Linears they are in
     truth, and stay what they are (``self.model`` shows them so, over the same memory) unless one gets a low-rank term.
     ValueError on a wrapped model, one without parameters or with none that learns, a config of another pruner, a
-    teacher that is the model or whose features do not fit, and a granularity that does not fit the layers; RuntimeError
-    from :meth:`finalize` before any training, and from :meth:`fit` where the loss stays not finite.
+    teacher that is the model or whose features do not fit, a model that cannot be copied where no teacher is given, and
+    a granularity that does not fit the layers; RuntimeError from :meth:`finalize` before any training, and from
+    :meth:`fit` where the loss stays not finite.
     """
 
     config_type: ClassVar[type[DistillConfig]] = DistillConfig
@@ -83,8 +84,7 @@ class DistillPruner:
             raise ValueError(f"{who}: config expected a {kind.__name__}, got a {got.__name__}; give that to {other}")
         self.config, self._lr = with_rate(config, model)
         self._given, self.device = model, next(model.parameters()).device
-        # A teacher that is given stays as trainable as it was: it runs under no_grad, and may be trained on elsewhere.
-        teacher = (copy.deepcopy(model).requires_grad_(False) if teacher is None else teacher).eval()
+        teacher = teacher_of(who, model, teacher)
         self.model = model = trainable_twin(model, who)
         self.teacher = trainable_twin(teacher, who)
         self._distributed, self._group = distributed, group

@@ -200,6 +200,46 @@ def test_damping_holds_on_to_the_weights_in_use_where_the_inputs_say_nothing():
     torch.testing.assert_close(fitted.weight @ away.T, used @ away.T, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["outputs of the weight", "outputs given"])
+def test_inputs_that_hardly_vary_about_a_large_mean(given):
+    """The survivors are those of plain least squares on the centred rows, in float64, and no fit breaks off."""
+    x = 1e3 + 1e-3 * correlated(400, 13, rank=5)
+    w, other = weight(9, 13), weight(9, 13, seed=2)
+    mask = torch.rand(9, 13, generator=torch.Generator().manual_seed(4)) < 0.5
+    outputs = (x.double() @ other.double().T).float() if given else None
+    arguments = {"mask": mask, "outputs": outputs, "damping": 1e-6, "valid_inputs": x, "valid_outputs": outputs}
+    fitted = compensate(w * mask if given else w, x, ranks=(), **arguments)
+    assert fitted.chosen == "survivors and bias"
+    rows, means = x.double() - x.double().mean(0), x.double().mean(0)
+    wanted = outputs.double() if given else x.double() @ w.double().T
+    for row, kept in enumerate(mask):
+        expected = torch.linalg.lstsq(rows[:, kept], (wanted - wanted.mean(0))[:, row]).solution
+        torch.testing.assert_close(fitted.weight[row, kept].double(), expected, rtol=0, atol=2e-3)
+    shift = wanted.mean(0) - fitted.weight.double() @ means
+    torch.testing.assert_close(fitted.bias_shift.double(), shift, rtol=1e-6, atol=0)
+    left = wanted - x.double() @ fitted.weight.double().T - fitted.bias_shift.double()
+    error = float(left.square().sum() / wanted.square().sum())
+    assert fitted.errors[fitted.chosen] == pytest.approx(error, rel=0.05)
+    tried = compensate(w, x, **arguments, survivors=False)
+    assert any(name.startswith("rank") for name in tried.errors)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e3])
+def test_inputs_that_do_not_vary(value):
+    w, x = weight(), torch.full((64, 32), value)
+    fitted = compensate(w, x, 0.3)
+    assert fitted.weight.isfinite().all() and all(error == error for error in fitted.errors.values())
+    if value:
+        assert fitted.bias_shift is not None or fitted.rank
+    assert fitted.errors[fitted.chosen] < 1e-9
+
+
+def test_too_little_damping_for_float32_is_said():
+    w, x = weight(), correlated(400, 32, rank=3, noise=0.0)
+    with pytest.raises(ValueError, match="positive definite with damping 1e-12; raise damping"):
+        compensate(w, x, 0.5, damping=1e-12)
+
+
 def test_outputs_are_collected_where_the_inputs_are():
     torch.manual_seed(0)
     model = TextEncoder(30, 3, hidden=8, ffn=16, layers=1, heads=2)
@@ -237,6 +277,7 @@ def test_inputs_are_collected_without_padding():
         ({"density": None}, "density or mask"),
         ({"mask": torch.ones(24, 32, dtype=torch.bool)}, "density or mask"),
         ({"density": 0.0}, "density expected in"),
+        ({"damping": 0.0}, "damping expected above 0, got 0.0"),
         ({"density": None, "mask": torch.ones(2, 2, dtype=torch.bool)}, "mask expected bool"),
         ({"granularity": NM(2, 4)}, "its count is not free"),
         ({"inputs": torch.ones(50, 31)}, r"inputs \[..., K\]"),

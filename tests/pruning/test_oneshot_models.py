@@ -340,6 +340,27 @@ def test_a_killed_run_resumes_to_the_same_masks(criterion: str, tmp_path: Any) -
         sp.prune_(llama(3), 0.6, criterion=criterion, data=tokens(seed=5), criterion_options={"state": state})
 
 
+def test_a_second_run_at_once_in_a_state_folder_is_refused(tmp_path: Any) -> None:
+    """The first one goes on as if there were none, the second one's model stays as it was."""
+    expected = sp.prune_(llama(), 0.6, criterion="wanda", data=tokens()).masks.mask_hash()
+    refused = []
+
+    def second(_: driver.Progress) -> None:
+        model = llama()
+        before = snapshot(model)
+        said = rf"{tmp_path}: in use by process {os.getpid()} on .*; wait for it, or name another folder as state"
+        with pytest.raises(BlockingIOError, match=said):
+            sp.prune_(model, 0.6, criterion="wanda", data=tokens(), criterion_options={"state": tmp_path})
+        refused.append(unchanged(model, before))
+
+    options = {"state": tmp_path, "progress": second}
+    report = sp.prune_(llama(), 0.6, criterion="wanda", data=tokens(), criterion_options=options)
+    assert refused == [True] * 3 and report.masks.mask_hash() == expected
+    again = sp.prune_(llama(), 0.6, criterion="wanda", data=tokens(), criterion_options={"state": str(tmp_path)})
+    assert again.masks.mask_hash() == expected
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"block_{i:05d}.pt" for i in range(3)), "run.json"]
+
+
 def test_another_model_of_the_same_linears_is_another_run(tmp_path: Any) -> None:
     sp.prune_(llama(), 0.6, criterion="wanda", data=tokens(), criterion_options={"state": tmp_path})
     other = llama()

@@ -130,6 +130,32 @@ def test_sweep_counts_are_exact_and_it_beats_zeroing(pattern: InWeight) -> None:
     assert loss(pruned, weight, hessian) < loss(weight * mask, weight, hessian)
 
 
+@pytest.mark.parametrize("solve", [sparsegpt, admm])
+@pytest.mark.parametrize(
+    ("rows", "columns", "pattern"),
+    [(7, 13, Element()), (7, 40, Element()), (6, 39, Block(2, 3)), (5, 26, Block(1, 2)), (1, 13, Element())], ids=str,
+)
+@pytest.mark.parametrize("share", [0.04, 0.5, 0.9, 1.0])
+def test_rows_keep_the_same_count_over_all_blocks_of_columns(
+    rows: int, columns: int, pattern: InWeight, share: float, solve: Any
+) -> None:
+    """Or one more, the earlier ones, where the count does not go round: not one more in each block of columns."""
+    weight, hessian = problem(rows, columns)
+    r, c = pattern.blocksize
+    keep = round(share * (rows // r) * (columns // c))
+    ((pruned, mask),) = solve([weight], hessian, [keep], pattern, scope="row", blocksize=6)
+    kept = mask.view(rows // r, r, columns // c, c)[:, 0, :, 0].sum(1)
+    assert kept.tolist() == spread(keep, rows // r) and int(mask.sum()) == keep * r * c
+    assert bool((pruned[~mask] == 0).all())
+
+
+def test_few_kept_in_each_row_are_spread_over_the_columns() -> None:
+    """One in each row: not all of them in the last block of columns, which is where the share first comes to one."""
+    weight, hessian = problem(8, 32)
+    ((_, mask),) = sparsegpt([weight], hessian, [8], Element(), scope="row", blocksize=8)
+    assert mask.view(8, 4, 8).sum((0, 2)).tolist() == [2, 2, 2, 2]
+
+
 def test_layers_of_one_input_are_solved_as_if_alone() -> None:
     first, hessian = problem(4, 16)
     second = torch.randn(6, 16)

@@ -91,6 +91,77 @@ def test_masks_do_not_hang_on_the_lengths_agreeing(kind: str, criterion: str) ->
     assert agree >= 0.99 * sum(mask.numel() for mask in found[0].values())
 
 
+def decoder_reads(model: nn.Module) -> list[Tensor]:
+    """What the decoder is called with, from now on."""
+    seen: list[Tensor] = []
+    model.get_submodule(str(decoder_of(model))).register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].clone()), with_kwargs=True
+    )
+    return seen
+
+
+@pytest.mark.parametrize("form", ["batches", "batch", "pairs", "rows"])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_the_decoder_reads_what_its_model_makes_of_the_labels(kind: str, form: str) -> None:
+    """Labels themselves never reach the model; BART's forward, without them, would read the encoder's text twice."""
+    model = model_of(kind)
+    labels = torch.randint(3, 50, (3, 5), generator=torch.Generator().manual_seed(2))
+    labels[1, 3:] = -100
+    read, mask = ids(6, [2, 3, 4], 0)
+    inputs = {"input_ids": read, "attention_mask": mask}
+    batch = {**inputs, "labels": labels}
+    rows = [{name: value[i].tolist() for name, value in batch.items()} for i in range(3)]
+    given = {"batches": [batch], "batch": batch, "pairs": [(inputs, labels)], "rows": rows}[form]
+    expected = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    seen = decoder_reads(model)
+    collect_inputs(model, ["lm_head"], given)
+    sp.prune_(model, 0.5, criterion="wanda", data=given, criterion_options={"min_tokens": 1})
+    assert len(seen) > 1 and all(torch.equal(found, expected) for found in seen)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_padding_of_the_labels_does_not_count_in_the_decoder(kind: str) -> None:
+    """Wanda's masks are those of the rows one by one, without padding; labels left out in the middle count."""
+    model = model_of(kind)
+    labels = torch.randint(3, 50, (3, 6), generator=torch.Generator().manual_seed(2))
+    read = ids(6, [6, 6, 6], 0)[0]
+    short = labels.clone()
+    short[0, 2:], short[2, 5:] = -100, -100
+    inside = labels.clone()
+    inside[0, 2] = -100
+    layer = f"{decoder_of(model)}.{'block.0.layer.2.DenseReluDense.wi' if kind == 't5' else 'layers.0.fc1'}"
+    for given, rows in ((labels, 18), (short, 13), (inside, 18)):
+        assert len(collect_inputs(model, [layer], [{"input_ids": read, "labels": given}])[layer]) == rows
+    apart = [{"input_ids": read[i : i + 1], "labels": short[i : i + 1, :n]} for i, n in enumerate((2, 6, 5))]
+    masks = [
+        sp.prune_(
+            copy.deepcopy(model), 0.5, criterion="wanda", data=data, criterion_options={"min_tokens": 1}
+        ).masks
+        for data in ([{"input_ids": read, "labels": short}], apart)
+    ]  # fmt: skip
+    agree = sum(int((masks[0][name] == masks[1][name]).sum()) for name in masks[0])
+    assert agree >= 0.99 * sum(mask.numel() for mask in masks[0].values())
+
+
+def test_labels_that_a_model_makes_nothing_of_are_not_dropped() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BlenderbotConfig(
+        vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=32,
+    )  # fmt: skip
+    model, read = transformers.BlenderbotForConditionalGeneration(config).eval(), ids(6, [6, 6, 6], 0)[0]
+    said = "a batch for BlenderbotForConditionalGeneration expected a dict with decoder_input_ids"
+    options = {"criterion": "wanda", "criterion_options": {"min_tokens": 1}}
+    batch = {"input_ids": read, "labels": read}
+    with pytest.raises(ValueError, match=f"{said}.*got input_ids"):
+        sp.prune_(model, 0.5, data=[batch], **options)
+    with pytest.raises(ValueError, match=f"{said}.*got input_ids"):
+        collect_inputs(model, ["lm_head"], [batch])
+    with pytest.raises(ValueError, match=r"expected a dict with decoder_input_ids.*got Tensor"):
+        sp.prune_(model_of("bart"), 0.5, data=[(read, read + 1)], **options)
+    assert sp.prune_(model, 0.5, data=[{**batch, "decoder_input_ids": read}], **options).kept
+
+
 def test_a_block_of_the_decoder_gives_positions_of_the_decoder() -> None:
     model = model_of("t5")
     batch, bare = Batch(data(6, True)), Batch(data(6, False))

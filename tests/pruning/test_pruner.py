@@ -158,6 +158,68 @@ def test_movement_is_the_sum_over_the_steps_at_the_values_behind_the_mask():
     torch.testing.assert_close(pruner.criterion.state["0"]["moved"], expected)
 
 
+@pytest.mark.parametrize("given", ["by place", "by name"])
+@pytest.mark.parametrize("optimiser", optimisers())
+def test_gradients_that_a_closure_makes_are_those_of_its_step(optimiser, given):
+    """Not those of the step before, which are in .grad when the step begins."""
+
+    def pruned(closed):
+        model = build()
+        optimizer = optimisers()[optimiser](model.parameters())
+        pruner = Pruner(model, replace(CONFIG, criterion="movement")).prepare(optimizer)
+
+        for step in range(8):
+            x, y = batch(step)
+
+            def closure(x=x, y=y):
+                optimizer.zero_grad()
+                loss = (model(x) - y).square().mean()
+                loss.backward()
+                return loss
+
+            if closed:
+                loss = optimizer.step(closure) if given == "by place" else optimizer.step(closure=closure)
+                assert loss.requires_grad
+            else:
+                closure()
+                optimizer.step()
+            pruner.step()
+        return model, pruner
+
+    (ours, a), (theirs, b) = pruned(True), pruned(False)
+    for fqn in ("0", "2"):
+        assert torch.equal(a.criterion.state[fqn]["moved"], b.criterion.state[fqn]["moved"])
+    assert a.masks.mask_hash() == b.masks.mask_hash()
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        assert torch.equal(p, q)
+
+
+def test_a_closure_that_is_called_often_is_observed_once_a_step_and_its_gradients_are_masked():
+    model = build()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=5)
+    pruner = Pruner(model, PruneConfig(sp.ConstantSchedule(0.5), "movement", end=100, every=1000)).prepare(optimizer)
+    expected, calls = torch.zeros_like(model[0].weight), 0
+    for step in range(3):
+        x, y = batch(step)
+        dense, first = pruner._dense("0", model[0]).clone(), calls
+
+        def closure(x=x, y=y, dense=dense, first=first):
+            nonlocal calls
+            optimizer.zero_grad()
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            if calls == first:
+                expected.sub_(model[0].weight.grad * dense)
+            calls += 1
+            return loss
+
+        optimizer.step(closure)
+        assert not model[0].weight.grad[~pruner.masks["0"]].any()
+        pruner.step()
+    assert calls > 6
+    torch.testing.assert_close(pruner.criterion.state["0"]["moved"], expected)
+
+
 @pytest.mark.parametrize("optimiser", ["fused", "plain", "sp.AdamW"])
 @pytest.mark.parametrize("unscaled", [False, True])
 def test_movement_under_a_grad_scaler_is_that_without(optimiser, unscaled):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from pathlib import Path
 
 from ..._arguments import whole
@@ -37,6 +36,7 @@ def options(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ...language import perplexity, speed_table, tokens_per_second
     from ...nn import prunable_linears, sparsify_
+    from ...nn.copies import copy_of
 
     device = shared.find_device(arguments)
     shared.read_text(arguments.text)
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         pruned.to(device)
         print(f"pruned: {perplexity(pruned, windows)}")
     elif any(bool((linear.weight == 0).any()) for linear in prunable_linears(model).values()):
-        pruned = copy.deepcopy(model)
+        pruned = copy_of(model, "eval")
     if pruned is not None:
         pruned.requires_grad_(False)  # a frozen weight is not compared with what was packed at every call
         rest = arguments.dense_value_dtype

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..granularity import Block, Element, make_granularity
-from .moments import Moments
+from .moments import Moments, root_of
 from .refit import low_rank_factors, refit_survivors
 
 __all__ = ["Compensation", "compensate"]
@@ -76,9 +76,12 @@ def compensate(
     quarter of ``inputs``. ``outputs`` `[..., N]`: what the layer is to give for ``inputs``, its bias taken off, instead
     of what ``weight`` gives; ``weight`` then holds the weights in use, and plain masking leaves them as they are (give
     ``valid_outputs`` with ``valid_inputs``). Rank 0, and no compensation at all, are valid answers. granularity:
-    elements or blocks.
+    elements or blocks. ``damping``, above 0: as a share of the mean diagonal it is added to the diagonal of the inputs'
+    second moments (with a bias shift: of their covariance), so that a fit is defined where inputs hang together; it
+    draws fits to the weights.
 
-    Raises ValueError on shapes that do not fit, on inputs that are not finite, and on fewer than 8 of them.
+    Raises ValueError on shapes that do not fit, on inputs that are not finite, on fewer than 8 of them, and on a
+    damping too small for them in float32.
     """
     kind = make_granularity(granularity)
     if not isinstance(kind, (Element, Block)):
@@ -91,6 +94,8 @@ def compensate(
         )
     if (density is None) == (mask is None):
         raise ValueError("compensate: give density or mask, one of the two")
+    if not damping > 0:
+        raise ValueError(f"compensate: damping expected above 0, got {damping}")
     train, valid = _split(inputs, valid_inputs, outputs, valid_outputs, len(weight))
     dense = weight.detach().float()
     if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool):
@@ -146,12 +151,12 @@ class _Problem:
 
     def fit(self, kept: int, rank: int, shift: bool, refit: bool) -> Compensation:
         h, goal = self._system(shift)
-        weights = self.train.second.diagonal().clamp_min(0).sqrt()
+        weights = self.train.lengths()
         mask = self._select(self.dense, weights, kept)
         sparse = self._sparse(goal, mask, h, refit)
         a = b = None
         if rank:
-            root = torch.linalg.cholesky(h)
+            root = root_of(h, self.damping)
             free = self.mask is None and self.scores is None and self.train.wanted is None
             for _ in range(self.rounds):
                 a, b = low_rank_factors(goal - sparse, root, rank)
@@ -166,8 +171,7 @@ class _Problem:
     def _system(self, shift: bool) -> tuple[Tensor, Tensor]:
         """(H, the goal in its metric), which all fits with, or without, a shift share."""
         if shift not in self._systems:
-            h = self.train.fitted(shift, self.damping)
-            self._systems[shift] = h, self.train.goal(self.dense, h, shift)
+            self._systems[shift] = self.train.system(self.dense, shift, self.damping)
         return self._systems[shift]
 
     def _select(self, target: Tensor, weights: Tensor, kept: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import TARGETS, Batch, inputs_of, token_embedding
+from ..batches import Batch, token_embedding, unlabelled
 from ..intake import calibration_data
 
 __all__ = ["calibration_batches"]
@@ -26,18 +26,16 @@ def _rows(data: Tensor, chunk_tokens: int) -> Iterator[Tensor]:
     yield from data.split(step)
 
 
-def _batch(item: Any, names: set[str]) -> Batch:
-    item = inputs_of(item, "calibration")
+def _batch(item: Any, names: set[str], model: nn.Module) -> Batch:
+    item = unlabelled(item, "calibration", model)
     if isinstance(item, Mapping):
-        kwargs = {k: v for k, v in item.items() if k not in TARGETS}
-        ids = _ids(kwargs)
-        if not isinstance(ids, Tensor):
+        if not isinstance(_ids(item), Tensor):
             got = ", ".join(f"{key}: {type(value).__name__}" for key, value in item.items())
             raise ValueError(
                 f"calibration: a batch dict expected tensors, got {{{got}}}; of a datasets.Dataset take "
                 'DataLoader(dataset.with_format("torch"), batch_size=8), with all rows of one length'
             )
-        return Batch(kwargs)
+        return Batch(item)
     if not isinstance(item, Tensor):
         raise ValueError(
             "calibration: expected batches that are a tensor, a dict of tensors or (inputs, targets), got "
@@ -103,7 +101,8 @@ def _embedding_rows(model: nn.Module) -> int | None:
 def calibration_batches(data: Any, model: nn.Module, needed: int, chunk_tokens: int = 512) -> list[Batch]:
     """data: integer `[N, S]` token ids, float `[N, ..., K]` features, or an iterable of batches (tensor, dict of
     tensors, (inputs, targets)), or rows as in :mod:`..intake`; one tensor is cut into chunks of about chunk_tokens
-    positions, an iterable keeps its batches.
+    positions, an iterable keeps its batches. Labels are left out; a model whose forward makes its decoder's inputs of
+    them is given those.
 
     needed: the least number of positions the criterion can work with. Raises ValueError on data that are missing,
     empty, too short, not finite, hold ids outside the model's embedding, or a mask where it would be lost.
@@ -127,7 +126,7 @@ def calibration_batches(data: Any, model: nn.Module, needed: int, chunk_tokens: 
         )
     else:
         items = data
-    made = [_batch(item, names) for item in items]
+    made = [_batch(item, names, model) for item in items]
     counts = [_real(batch) for batch in made]
     batches = [batch for batch, count in zip(made, counts) if count]
     total = sum(counts)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import ops
 from ..granularity import NM, InWeight
 
-__all__ = ["choose", "choose_sliced", "row_slices", "select", "select_rows", "spread"]
+__all__ = ["choose", "choose_rows", "choose_sliced", "row_slices", "select", "select_rows", "spread"]
 
 
 def spread(keep: int, parts: int) -> list[int]:
@@ -55,9 +55,14 @@ def choose(scores: Tensor, pattern: InWeight, keep: int, scope: str) -> Tensor:
     """
     if isinstance(pattern, NM):
         return ops.nm_mask(scores, pattern.n, pattern.m)
-    units = pattern.sums(scores)
-    chosen = select_rows(units, spread(keep, units.shape[0])) if scope == "row" else select(units, keep)
-    return pattern.spread(chosen)
+    if scope == "row":
+        return choose_rows(scores, pattern, spread(keep, len(scores) // pattern.blocksize[0]))
+    return pattern.spread(select(pattern.sums(scores), keep))
+
+
+def choose_rows(scores: Tensor, pattern: InWeight, counts: Sequence[int]) -> Tensor:
+    """scores `[N, K]` -> bool `[N, K]` with counts[i] units of the pattern kept in its row i of units."""
+    return pattern.spread(select_rows(pattern.sums(scores), counts))
 
 
 SLICE = 2**17  # numbers: half a MiB of float32
@@ -82,6 +87,5 @@ def choose_sliced(
         if isinstance(pattern, NM):
             mask[part] = choose(scores(part), pattern, keep, scope)
         else:
-            kept = counts[part.start // r : part.stop // r]
-            mask[part] = pattern.spread(select_rows(pattern.sums(scores(part)), kept))
+            mask[part] = choose_rows(scores(part), pattern, counts[part.start // r : part.stop // r])
     return mask

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
 
+from ..._files import holding
 from ..batches import Batch
 from ..counts import kept_count, weighted_counts
 from ..criteria import Criterion, PruneContext, register_criterion
@@ -24,6 +27,7 @@ __all__ = ["ADMM", "OneShotCriterion", "SparseGPT", "Wanda"]
 ALLOCATIONS = ("uniform", "owl", "score")
 # Arguments that say how a run goes and not what it gives: a run that is resumed may have others.
 _ASIDE = frozenset({"chunk_tokens", "min_tokens", "spill", "state", "progress", "small_heap"})
+_ANOTHER = "wait for it, or name another folder as state, one for each run and each process"
 
 
 class OneShotCriterion(Criterion):
@@ -40,7 +44,8 @@ class OneShotCriterion(Criterion):
     inputs (an eighth of it for Wanda). spill: a folder for the hidden states and, with weights on the CPU, statistics,
     moments and solvers' copies, which are then not in memory; True: the system's temporary folder, False or None: in
     memory. The replaced weights wait in files in any case. state: a folder in which finished blocks are kept, so that a
-    killed run goes on; what is temporary is then there too, and a run that goes on removes what the killed one left.
+    killed run goes on; what is temporary is then there too, and a run that goes on removes what the killed one left. It
+    holds one run at a time: BlockingIOError for a second one.
     progress: called with a `Progress` after each block. small_heap: while it runs, glibc hands every large block of
     memory back at once, in the whole process: less memory, a little slower, and glibc adjusts those limits itself no
     more.
@@ -168,21 +173,23 @@ class OneShotCriterion(Criterion):
         def take(fqn: str, mask: Tensor) -> None:
             found[fqn] = MaskSet({fqn: mask.to(context.layers[fqn].weight.device)})
 
-        prune_blocks_(
-            context.model,
-            context.layers,
-            batches,
-            self.solver(),
-            keep,
-            patterns,
-            scope="row" if self.per_row else "layer",
-            spill=self.spill,
-            small_heap=self.small_heap,
-            state=self.state,
-            identity={**self.options(), "patterns": {f: repr(p) for f, p in patterns.items()}},
-            progress=self.progress,
-            take=take,
-        )
+        here = nullcontext() if self.state is None else holding(self.state, _ANOTHER, warnings.warn)
+        with here:
+            prune_blocks_(
+                context.model,
+                context.layers,
+                batches,
+                self.solver(),
+                keep,
+                patterns,
+                scope="row" if self.per_row else "layer",
+                spill=self.spill,
+                small_heap=self.small_heap,
+                state=self.state,
+                identity={**self.options(), "patterns": {f: repr(p) for f, p in patterns.items()}},
+                progress=self.progress,
+                take=take,
+            )
         return MaskSet.joined(found[fqn] for fqn in context.layers)
 
 

@@ -203,10 +203,10 @@ def prune_blocks_(
 
     take(fqn, mask bool `[N, K]`) is called once for each. spill: a folder for hidden states and, of weights on the
     CPU, statistics, moments and solvers' copies; True for the system's temporary one, False to keep them in memory.
-    small_heap: as in `no_holes`. state: a folder; finished blocks are kept there and a second call with the same
-    arguments goes on after them, to the same masks; what is temporary lies there too (unless spill names a folder), and
-    what a killed run left of it is removed. Any error, the user's interrupt included, leaves the model as it was and is
-    raised again.
+    small_heap: as in `no_holes`. state: a folder that the caller holds for this run; finished blocks are kept there and
+    a second call with the same arguments goes on after them, to the same masks; what is temporary lies there too
+    (unless spill names a folder), and what a killed run left of it is removed. Any error, the user's interrupt
+    included, leaves the model as it was and is raised again.
     """
     begin = time.perf_counter()
     record = None

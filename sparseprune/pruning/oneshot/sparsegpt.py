@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..granularity import NM, InWeight
-from .choosing import choose
+from .choosing import choose, choose_rows, spread
 
 __all__ = ["damp_", "factor_", "in_float32", "inverse_factor", "sparsegpt_", "sweep_"]
 
@@ -103,9 +103,11 @@ def sweep_(weight: Tensor, upper: Tensor, keep: int, pattern: InWeight, *, scope
     """weight float32 `[N, K]`, pruned in place; upper: `inverse_factor` `[K, K]`; returns the mask bool `[N, K]`.
 
     Within every blocksize columns the mask is chosen by w^2 / U_jj^2, the share of kept units following the layer's
-    density to the unit; the error of each removed column is carried to the columns right of it.
+    density to the unit, or that of each row where scope is "row"; the error of each removed column is carried to the
+    columns right of it.
     """
     columns = weight.shape[1]
+    in_rows = spread(keep, len(weight) // pattern.blocksize[0]) if scope == "row" else []
     mask = torch.ones_like(weight, dtype=torch.bool)
     step = max(pattern.width, blocksize // pattern.width * pattern.width)
     for start in range(0, columns, step):
@@ -114,9 +116,11 @@ def sweep_(weight: Tensor, upper: Tensor, keep: int, pattern: InWeight, *, scope
         factor = upper[start:stop, start:stop]
         diagonal = factor.diagonal()
         kept = mask[:, start:stop]
-        if not isinstance(pattern, NM):
-            share = keep * stop // columns - keep * start // columns
-            kept.copy_(choose((block / diagonal).square_(), pattern, share, scope))
+        if scope == "row" and not isinstance(pattern, NM):
+            counts = [_between(start, stop, columns, n, i, len(in_rows)) for i, n in enumerate(in_rows)]
+            kept.copy_(choose_rows((block / diagonal).square_(), pattern, counts))
+        elif not isinstance(pattern, NM):
+            kept.copy_(choose((block / diagonal).square_(), pattern, _between(start, stop, columns, keep), scope))
         error = torch.zeros_like(block)
         for j in range(stop - start):
             if isinstance(pattern, NM) and j % pattern.m == 0:
@@ -131,3 +135,11 @@ def sweep_(weight: Tensor, upper: Tensor, keep: int, pattern: InWeight, *, scope
         if stop < columns:
             weight[:, stop:].addmm_(error, upper[start:stop, stop:], alpha=-1.0)
     return mask
+
+
+def _between(start: int, stop: int, columns: int, keep: int, row: int = 0, rows: int = 1) -> int:
+    """How many of keep units fall to the columns from start to stop: in all exactly keep. Each row rounds at another
+    column, so that few units of each do not all come to lie in the same ones.
+    """
+    ahead = row * columns // rows
+    return (keep * stop + ahead) // columns - (keep * start + ahead) // columns

@@ -1,0 +1,50 @@
+"""Copies of a user's model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+__all__ = ["copy_of"]
+
+_SHOWN = 5
+
+
+def copy_of(model: nn.Module, who: str) -> nn.Module:
+    """A deep copy of the model. ValueError, which names them with the remedy, where modules hold tensors that autograd
+    has computed, which torch does not copy: weights under ``torch.nn.utils.weight_norm``, ``spectral_norm`` or
+    ``prune``.
+    """
+    found = list(_computed(model))
+    if found:
+        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise ValueError(
+            f"{who}: expected a model that can be copied, got computed tensors in {'; '.join(found[:_SHOWN])}{more}"
+        )
+    return copy.deepcopy(model)
+
+
+def _computed(model: nn.Module) -> Iterator[str]:
+    """What each module holds that cannot be copied, and what to do."""
+    for fqn, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                yield f"{fqn or '(the model)'} ({type(module).__name__}): {name}, {_remedy(module, name)}"
+
+
+def _remedy(module: nn.Module, name: str) -> str:
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:
+            return f"of torch.nn.utils.prune: call torch.nn.utils.prune.remove(module, {name!r})"
+        for kind, way in ((WeightNorm, "weight_norm"), (SpectralNorm, "spectral_norm")):
+            if isinstance(hook, kind) and hook.name == name:
+                return (
+                    f"of torch.nn.utils.{way}: call torch.nn.utils.remove_{way}(module, {name!r}), or use "
+                    f"torch.nn.utils.parametrizations.{way}"
+                )
+    return "which has a history of gradients: detach() it, or set it to None"
