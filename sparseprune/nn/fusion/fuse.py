@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..instance_forward import is_replaced
 from ..linear import SparseLinear
 from ..modes import evaluating
 from .activations import FusedActivations, fused_activations
@@ -65,7 +66,7 @@ def _fuse_activation(name: str, parent: nn.Module, linear: SparseLinear, child: 
     if hooked(linear, activation):
         return Fusion(name, what, "a hook observes the modules")
     own = fused_activations(parent)
-    if "forward" in vars(parent) and own is None:
+    if is_replaced(parent):
         return Fusion(name, what, "the forward of the module that holds them was replaced")
     if own is not None and any(second == child for second, _ in own.fused.values()):
         return None  # it follows another Linear already; twice handed on, either would seem right while the other is

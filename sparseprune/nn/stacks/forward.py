@@ -12,7 +12,6 @@ import inspect
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import update_wrapper
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from ...native.encoder import BoundEncoder
 from ..direct import why_not_direct, why_not_native
 from ..fusion import keep_attributes_
+from ..instance_forward import InstanceForward
 from ..unread import Read, check_read
 from .build import StackProgram, build
 from .masks import Unsupported, real_tokens
@@ -46,7 +46,7 @@ class _Ready(Ready):
     parts: tuple[LayerParts, ...]
 
 
-class StackForward:
+class StackForward(InstanceForward):
     """``forward`` of the instance ``owner``, which loops over its ModuleList ``name``. reader: what behind it reads
     across tokens, padding included.
 
@@ -60,14 +60,11 @@ class StackForward:
     refused: tuple[str, ...] = _REFUSED  # arguments that only the layers answer
 
     def __init__(self, owner: nn.Module, name: str, reader: str | None = None) -> None:
-        self.owner, self.name, self.reader = owner, name, reader
+        super().__init__(owner)
+        self.name, self.reader = name, reader
         self._lock = threading.Lock()
         self._bound: Any = None
         self._refused: tuple[Modules, str, Any] | None = None  # and what tells whether its tensors are the same
-        update_wrapper(self, type(owner).forward, updated=())
-        signature = inspect.signature(type(owner).forward)
-        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
-        self.__code__ = inspect.unwrap(type(owner).forward).__code__  # torch.export asks a forward for it
 
     def __getstate__(self) -> dict[str, Any]:
         return {"owner": self.owner, "name": self.name, "reader": self.reader}
@@ -78,6 +75,8 @@ class StackForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = self.owner
         if not torch.compiler.is_compiling():
+            if (called := self.called_on()) is not owner:
+                return self.run_copy(called, args, kwargs)
             try:
                 return self._run(args, kwargs, False)
             except Unsupported:
@@ -199,8 +198,7 @@ class StackForward:
 
 def stack_of(module: nn.Module) -> StackForward | None:
     """The stack that runs this module's loop, where there is one."""
-    found = vars(module).get("forward")
-    return found if isinstance(found, StackForward) else None
+    return StackForward.of(module)
 
 
 class _Supported(Exception):
