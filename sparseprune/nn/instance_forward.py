@@ -27,6 +27,9 @@ class InstanceForward:
         self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
         self.__code__ = inspect.unwrap(type(owner).forward).__code__  # torch.export asks a forward for it
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
     @classmethod
     def of(cls, module: nn.Module) -> Self | None:
         """The forward of this class that is the module's, and not of another one that it was copied from."""
