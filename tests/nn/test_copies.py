@@ -147,6 +147,15 @@ def test_copies_of_a_block_with_a_fused_activation():
     assert fused_activations(again).owner is again and fused_activations(model[0]) is not None
 
 
+def test_replicas_of_a_fused_norm():
+    model = nn.Sequential(nn.Linear(16, 16), nn.RMSNorm(16, eps=1e-5)).eval().requires_grad_(False)
+    sp.prune_(model, sparsity=0.6)
+    sp.sparsify_(model, layout="csr", filter_fn=lambda module, name: True)
+    assert type(model[1]).__name__ == "FusedRMSNorm"
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(replicas(model, 1.5)(x), scaled(model, 1.5)(x), rtol=1e-4, atol=1e-5)
+
+
 def test_threads_that_call_one_copy():
     model, x = fused(), torch.randn(3, 16)
     expected = scaled(model, 1.5)(x)
