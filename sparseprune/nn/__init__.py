@@ -1,5 +1,6 @@
 """Floor 5: layers, and what puts them into a model and takes them out again."""
 
+from .averaging import guard_averaging
 from .explain import explain
 from .expose import Attention, expose_linears_
 from .filters import Selection, prunable_linears, select_linears
@@ -33,3 +34,5 @@ __all__ = [
     "unfuse_",
     "use_stacks_",
 ]
+
+guard_averaging()

@@ -45,7 +45,8 @@ class SparseLinear(nn.Module):
     their bytes. Frozen ones (``model.requires_grad_(False)``) are not, which is what decoding wants; there a write is
     noticed by the version counter, and after one that passes it by, through ``.data`` or NumPy, call :meth:`repack`. A
     load_state_dict may bring another structure of the same shape, or a dense ``weight``, which is converted to this
-    layer's layout.
+    layer's layout. What torch.jit.trace records multiplies with the layout's own tensors, without rounding them, so
+    that the traced module may be loaded too.
 
     ``activation`` is part of the layer, saved with it.
 

@@ -60,6 +60,8 @@ def choose_route(
             return _direct(_form_for(input, forms, dense_from))
         why = f"needs float32, bfloat16 or float16, got {input.dtype} and values in {values.dtype}"
     _refuse_onnx()
+    if not torch.compiler.is_compiling() and is_tracing():  # which keeps all but parameters and buffers as constants
+        return Route(Call.CANONICAL, None, f"{why}; what is loaded into the traced module may have another structure")
     why_not_packed = _why_not_packed(input, values)
     needs_grad = _needs_grad(input, *others, bias, values)
     if why_not_packed:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .expose import expose_linears_
+from .instance_forward import is_replaced
 from .matrices import shared_linears, unpack_
 
 __all__ = ["LinearViews", "open_", "settle_", "trainable_twin"]
@@ -113,7 +114,7 @@ def trainable_twin(model: nn.Module, who: str, pruned: bool = False) -> nn.Modul
         return model
     held = dict(model.named_modules())
     for fqn, module in twin.named_modules():
-        if "forward" in vars(module) and module is not held.get(fqn):
+        if is_replaced(module) and module is not held.get(fqn):
             raise ValueError(
                 f"{who}: the forward of {fqn or 'the model'} was replaced from outside (by accelerate's device_map, "
                 "say), expected its own; load the model without, or call expose_linears_(model) and "

@@ -47,7 +47,7 @@ class Averaged(Encoder):
 
 
 class Tapped(Encoder):
-    def forward(self, x, tap=None):
+    def forward(self, x, tap=None, other=None):
         taken = []
         for i, layer in enumerate(self.layers):
             x = layer(x)
@@ -104,6 +104,30 @@ def test_a_loop_that_hands_on_alone_stays_a_program():
     with torch.no_grad():
         torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
         assert stack_of(model).why_not(x) is None and type(model(x)) is torch.Tensor
+
+
+@needs_core
+def test_a_call_that_reads_between_layers_leaves_other_calls_to_the_program(monkeypatch):
+    model, x = encoder(Tapped), torch.randn(2, 5, 32)
+    plain = copy.deepcopy(model)
+    sp.sparsify_(model, layout="csr", engine="program")
+    stack = stack_of(model)
+    with torch.no_grad():
+        for tap in (0, 1, None, 0, 1, None):
+            torch.testing.assert_close(model(x, tap=tap), plain(x, tap=tap), rtol=1e-4, atol=1e-5)
+            assert stack.why_not(x) is None and stack.why_not(x, tap=None) is None
+        begun, begin = [], stack._begin
+        monkeypatch.setattr(stack, "_begin", lambda *args: begun.append(args) or begin(*args))
+        assert "does more between two layers" in stack.why_not(x, tap=0) and not begun  # which is known by now
+        assert stack.why_not(x) is None and begun
+        for own in range(20):  # kinds without end: all calls are left to the layers
+            model(x, 0) if own == 0 else model(x, tap=1, **{"other": own})
+        assert "does more between two layers" in stack.why_not(x)
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+        model.layers[0].linear1.values.mul_(2.0), plain.layers[0].linear1.weight.mul_(2.0)
+        assert stack.why_not(x) is None  # new weights, a new trial
+        torch.testing.assert_close(model(x, tap=0), plain(x, tap=0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
 class Feed(nn.Module):

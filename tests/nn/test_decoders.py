@@ -360,7 +360,8 @@ def test_a_forward_that_asks_a_layer_again_is_the_layers(implementation):
     for one, two in zip(caches[0].layers, caches[1].layers):
         assert one.keys.shape == two.keys.shape
         torch.testing.assert_close(one.keys, two.keys, rtol=1e-4, atol=1e-4)
-    assert "more between two layers" in stack_of(inner).why_not(**options, past_key_values=caches[0])
+    assert "more between two layers" in stack_of(inner).why_not(**options, past_key_values=caches[0], again=True)
+    assert stack_of(inner).why_not(**options, past_key_values=caches[0]) is None  # which other calls do not do
 
 
 def test_parts_that_do_not_fit():

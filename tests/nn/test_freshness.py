@@ -261,6 +261,33 @@ def test_a_traced_graph_follows_the_weight():
             layer.values.data.mul_(2)
 
 
+@pytest.mark.parametrize("mode", ["inference", "frozen training", "training"])
+@pytest.mark.parametrize("into", ["the traced module", "the layer", "a saved file"])
+@pytest.mark.parametrize("options", [{}, {"layout": "bsr"}, {"layout": "nm"}, {"dense_from": 2}])
+def test_a_traced_module_takes_another_structure_of_the_same_size(options, into, mode, tmp_path):
+    torch.manual_seed(0)
+    linear = nn.Linear(60, 48)
+    with torch.no_grad():
+        linear.weight.mul_(torch.rand(3, 60).repeat_interleave(16, 0) < 0.3)
+        if options.get("layout") == "nm":
+            linear.weight.view(48, 15, 4)[:, :, 2:] = 0
+    layer = SparseLinear.from_linear(linear, **options).train("training" in mode).requires_grad_(mode == "training")
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        linear.weight.copy_(-2 * linear.weight.flip(1))
+    other.load_state_dict({"weight": linear.weight.detach(), "bias": 3 * linear.bias.detach()}, strict=False)
+    with torch.set_grad_enabled(mode == "training"):
+        expected = F.linear(X, linear.weight, 3 * linear.bias)
+        layer(X)  # packs
+        traced = torch.jit.trace(layer, X, check_trace=False)
+        torch.testing.assert_close(traced(X), layer(X), rtol=1e-4, atol=1e-5)
+        if into == "a saved file":
+            traced.save(tmp_path / "traced.pt")
+            traced = torch.jit.load(tmp_path / "traced.pt")
+        (layer if into == "the layer" else traced).load_state_dict(other.state_dict())
+        torch.testing.assert_close(traced(X), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_an_index_that_changes_in_place():
     layer = sparse_layer()
     assert is_fresh(layer)

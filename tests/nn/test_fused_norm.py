@@ -78,6 +78,115 @@ def test_what_only_looks_like_one_is_left_alone_with_a_reason():
     assert torch.equal(watched(x), watched[1](watched[0](x)) + 1)
 
 
+class Back(Norm):
+    """Gives back the dtype it was given, as Gemma's."""
+
+    def forward(self, hidden):
+        return super().forward(hidden.float()).to(hidden.dtype)
+
+
+class Half(Norm):
+    """Computes in the dtype of its weight, as T5's."""
+
+    def forward(self, hidden):
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (wide if self.weight.dtype == torch.float32 else wide.to(self.weight.dtype))
+
+
+class Gated(Norm):
+    def forward(self, hidden, gate=None):
+        return super().forward(hidden if gate is None else hidden * gate.sigmoid())
+
+
+KINDS = [Norm, Back, Half, Gated, lambda width: nn.RMSNorm(width, eps=1e-5), nn.RMSNorm]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first", DTYPES[:2])
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_dtypes_of_input_and_weight_that_differ(kind, first):
+    """As where norms stay in float32 beside Linears in bfloat16; first: in which the model is fused."""
+    net = model(kind(40)).to(first).requires_grad_(False)
+    plain = copy.deepcopy(net)[1]
+    sp.sparsify_(net, layout="csr")
+    assert fused(net) == ["1"]
+    norm, x = net[1], torch.randn(3, 40)
+    for weight in DTYPES:
+        norm.to(weight), plain.to(weight)
+        for given in DTYPES:
+            found, expected = norm(x.to(given)), plain(x.to(given))
+            assert found.dtype == expected.dtype
+            tolerance = 3e-2 if {weight, given} & {torch.bfloat16, torch.float16} else 1e-5
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_compiled_graph_holds_the_forward_that_a_call_takes():
+    net, x, gate = model(Back(40), Gated(40)).requires_grad_(False), torch.randn(3, 40), torch.randn(3, 40)
+    sp.sparsify_(net, layout="csr")
+    torch.compiler.reset()
+    for norm, args in ((net[1], (x,)), (net[1], (x.bfloat16(),)), (net[2], (x, gate))):
+        found = torch.compile(norm, fullgraph=True, backend="eager")(*args)
+        assert found.dtype == args[0].dtype
+        torch.testing.assert_close(found, norm(*args))
+    torch.compiler.reset()
+
+
+def test_a_half_model_with_norms_in_float32_runs_as_before():
+    net = nn.Sequential(*model(Back(40)), nn.Linear(40, 8)).bfloat16().eval()
+    net[1].float()
+    plain, x = copy.deepcopy(net), torch.randn(3, 40).bfloat16()
+    with torch.no_grad():
+        sp.sparsify_(net, layout="csr", filter_fn=lambda module, name: name == "0")
+        assert fused(net) == ["1"]
+        torch.testing.assert_close(net(x), plain(x), rtol=3e-2, atol=3e-2)
+        net[1].eps = plain[1].eps = 5.0  # whoever computes it
+        assert torch.equal(net[1](x), plain[1](x))
+        net[1].load_state_dict({"weight": torch.arange(40.0)}, assign=True)
+        plain[1].load_state_dict({"weight": torch.arange(40.0)})
+        assert torch.equal(net[1](x), plain[1](x))
+
+
+def test_the_names_and_number_of_its_arguments_stay():
+    net = model(Back(40), Gated(40), Norm(40), nn.RMSNorm(40))
+    plain, x, gate = copy.deepcopy(net), torch.randn(3, 40), torch.randn(3, 40)
+    sp.sparsify_(net, layout="csr")
+    assert fused(net) == ["1", "2", "3", "4"]
+    with torch.no_grad():
+        for mine, theirs, name in zip(list(net)[1:], list(plain)[1:], ("hidden", "hidden", "x", "x")):
+            torch.testing.assert_close(mine(**{name: x}), theirs(x), rtol=1e-5, atol=1e-5)
+            for wrong in ((), (x, x, x)):
+                with pytest.raises(TypeError):
+                    mine(*wrong)
+            with pytest.raises(TypeError, match="other"):
+                mine(other=x)
+        for args, kwargs in (((x, gate), {}), ((x,), {"gate": gate}), ((), {"hidden": x, "gate": gate})):
+            torch.testing.assert_close(net[2](*args, **kwargs), plain[2](x, gate), rtol=1e-5, atol=1e-5)
+
+
+class Named(nn.Module):
+    """BERT's output block, its arguments named otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense, self.LayerNorm, self.dropout = nn.Linear(40, 40), nn.LayerNorm(40), nn.Dropout(0.1)
+
+    def forward(self, x, residual):
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+def test_an_output_block_whose_arguments_have_other_names_stays():
+    net = nn.ModuleDict({"block": Named()}).eval()
+    sp.prune_(net, 0.5)
+    plain, x = copy.deepcopy(net), torch.randn(3, 40)
+    report = sp.sparsify_(net, layout="csr")
+    assert "its forward takes x, residual, not hidden_states and input_tensor" in [f.reason for f in report.fusions]
+    with torch.no_grad():
+        expected = plain["block"](x=x, residual=x)
+        torch.testing.assert_close(net["block"](residual=x, x=x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_autocast_compilation_and_a_missing_core(monkeypatch, close):
     net = model(Norm(40))
     twin = copy.deepcopy(net)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from ..direct import is_tracing, is_transformed
+from ..instance_forward import InstanceForward
 from ..linear import SparseLinear
 from ..packed_only import PLAIN
 from ..unread import Read, check_read, unread
@@ -20,7 +19,7 @@ from .patterns import epilogue_of
 __all__ = ["FusedActivations", "fused_activations", "keep_attributes_"]
 
 
-class FusedActivations:
+class FusedActivations(InstanceForward):
     """``forward`` of the instance ``owner``, in which SparseLinears apply the activations that follow them.
 
     The module keeps its class and its children, and whoever else calls one of those gets what it always gave: the
@@ -31,13 +30,9 @@ class FusedActivations:
     """
 
     def __init__(self, owner: nn.Module) -> None:
-        self.owner = owner
+        super().__init__(owner)
         self.fused: dict[str, tuple[str, str]] = {}
         self.read: set[bool] = set()  # whether in training: where its forward reads more than the activations' results
-        update_wrapper(self, type(owner).forward, updated=())
-        signature = inspect.signature(type(owner).forward)
-        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
-        self.__code__ = inspect.unwrap(type(owner).forward).__code__  # torch.export asks a forward for it
 
     def __getstate__(self) -> dict[str, Any]:
         return {"owner": self.owner, "fused": self.fused}
@@ -48,7 +43,11 @@ class FusedActivations:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = self.owner
-        if owner.training in self.read or torch.compiler.is_compiling() or is_tracing() or is_transformed():
+        if torch.compiler.is_compiling():
+            return type(owner).forward(owner, *args, **kwargs)
+        if (called := self.called_on()) is not owner:
+            return self.run_copy(called, args, kwargs)
+        if owner.training in self.read or is_tracing() or is_transformed():
             return type(owner).forward(owner, *args, **kwargs)
         try:
             return self._fused(owner, args, kwargs)
@@ -137,5 +136,4 @@ class _HandsOn(_Stands):
 
 def fused_activations(module: nn.Module) -> FusedActivations | None:
     """The forward by which this module's Linears apply the activations that follow them, where it has one."""
-    found = vars(module).get("forward")
-    return found if isinstance(found, FusedActivations) else None
+    return FusedActivations.of(module)

@@ -14,11 +14,15 @@ Names of parameters and modules stay; :func:`unfuse_` puts the original modules 
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..instance_forward import is_replaced
 from ..linear import SparseLinear
 from ..modes import evaluating
 from .activations import FusedActivations, fused_activations
@@ -27,6 +31,8 @@ from .modules import FUSED, FusedOutput, FusedRMSNorm
 from .patterns import epilogue_of, eps_of, is_output_block, neighbours
 
 __all__ = ["Fusion", "fuse_", "is_fused", "unfuse_"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in which a norm that was fused in one is tried too
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def _fuse_activation(name: str, parent: nn.Module, linear: SparseLinear, child: 
     if hooked(linear, activation):
         return Fusion(name, what, "a hook observes the modules")
     own = fused_activations(parent)
-    if "forward" in vars(parent) and own is None:
+    if is_replaced(parent):
         return Fusion(name, what, "the forward of the module that holds them was replaced")
     if own is not None and any(second == child for second, _ in own.fused.values()):
         return None  # it follows another Linear already; twice handed on, either would seem right while the other is
@@ -132,6 +138,9 @@ def _fuse_output(name: str, module: nn.Module) -> tuple[Fusion, FusedOutput | No
         return Fusion(name, what, "a hook observes the modules"), None
     if module._parameters or module._buffers:
         return Fusion(name, what, "it has parameters or buffers of its own"), None
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    if names != ["hidden_states", "input_tensor"]:
+        return Fusion(name, what, f"its forward takes {', '.join(names)}, not hidden_states and input_tensor"), None
     fused = FusedOutput(module)
     dense = fused.dense
     if fused.LayerNorm.weight is None or fused.LayerNorm.bias is None:
@@ -150,10 +159,24 @@ def _fuse_rms_norm(name: str, module: nn.Module, eps: float) -> tuple[Fusion, Fu
     fused = FusedRMSNorm(module, eps)
     scale = torch.tensor([[1e-4], [1e-2], [1.0], [1e2]])  # small inputs show the eps
     x = torch.randn(4, fused.weight.numel(), generator=torch.Generator().manual_seed(0)) * scale
-    x = x.to(fused.weight)
-    if not _alike(module, fused, x):
+    weight = fused.weight
+    x = x.to(weight.device)
+    if not _alike(module, fused, x.to(weight.dtype)):
         return Fusion(name, what, "its forward is not x / sqrt(mean(x^2) + eps) * weight"), None
+    more = [pair for pair in itertools.product(_DTYPES, _DTYPES) if _alike_in(pair, fused, x)]
+    fused.dtypes |= frozenset(more)
     return Fusion(name, what), fused
+
+
+def _alike_in(dtypes: tuple[torch.dtype, torch.dtype], fused: FusedRMSNorm, x: Tensor) -> bool:
+    """Whether module and fused form give the same for x and a weight in these dtypes, of the same dtype."""
+    original = fused.unfused(fused.weight.detach().to(dtypes[1]))
+    trial = FusedRMSNorm(original, fused.eps)
+    trial.dtypes = frozenset({dtypes})
+    with warnings.catch_warnings():  # torch's own norm has one about two dtypes
+        warnings.simplefilter("ignore")
+        expected, found = (_try(module, x.to(dtypes[0])) for module in (original, trial))
+    return expected is not None and found is not None and expected.dtype == found.dtype and _same(found, expected)
 
 
 def fuse_(model: nn.Module) -> list[Fusion]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -56,11 +59,14 @@ class FusedOutput(nn.Module):
 class FusedRMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight in one pass. x: `[..., D]`; returns `[..., D]` in the wider dtype of the two.
 
-    Holds the weight `[D]` of the module it replaces under its own name.
+    Holds the weight `[D]` of the module it replaces under its own name. That module's forward runs in ``dtypes`` (of x,
+    of the weight) that are not among those in which both are known to give the same, and where the call has more than
+    x.
     """
 
     weight: nn.Parameter
     original: nn.Module
+    dtypes: frozenset[tuple[torch.dtype, torch.dtype]]
 
     def __init__(self, original: nn.Module, eps: float) -> None:
         super().__init__()
@@ -70,13 +76,21 @@ class FusedRMSNorm(nn.Module):
         self._eps_name = next((name for name in EPS_NAMES if name in vars(original)), "eps")
         setattr(self, self._eps_name, eps)
         self.__dict__["original"] = original  # not a submodule: its weight is ours already
+        self.dtypes = frozenset({(self.weight.dtype, self.weight.dtype)})
+        self._argument = next(islice(inspect.signature(type(original).forward).parameters, 1, None), "x")
+        self._eps_then = eps
 
     def __getattr__(self, name: str) -> Any:
         return vars(self)[vars(self)["_eps_name"]] if name == "eps" else super().__getattr__(name)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight, eps = self._parameters["weight"], vars(self)[self._eps_name]
-        assert weight is not None
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        weight, eps = self._parameters.get("weight"), vars(self)[self._eps_name]
+        if weight is None:
+            weight = self.weight  # of a replica, an attribute
+        x = args[0] if len(args) == 1 else kwargs.get(self._argument)
+        if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor) or (x.dtype, weight.dtype) not in self.dtypes:
+            view = self.unfused(weight)
+            return type(view).forward(view, *args, **kwargs)
         if (
             runs_direct(x, weight)
             and x.dtype in native.linear.DTYPES
@@ -85,6 +99,14 @@ class FusedRMSNorm(nn.Module):
         ):
             return native.norms.rms_norm(x, weight, eps)
         return ops.rms_norm(x, weight, eps)
+
+    def unfused(self, weight: Tensor) -> Any:
+        """The module that this one replaces, as it would be now, with this weight."""
+        view: Any = object.__new__(type(self.original))
+        vars(view).update(vars(self.original), training=self.training, _parameters={"weight": weight})
+        if self.eps != self._eps_then:  # else what the original has, which may be None
+            vars(view)[self._eps_name] = self.eps
+        return view
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"

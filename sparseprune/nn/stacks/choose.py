@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ... import bench
+from ..instance_forward import is_replaced
 from ..linear import SparseLinear
 from ..modes import evaluating
 from .decoder_forward import DecoderForward
@@ -95,7 +96,7 @@ def decoder_linears(model: nn.Module) -> frozenset[int]:
     found: set[int] = set()
     for module, name in find_stacks(model).values():
         stack, layers = _stack(model, module, name), module._modules[name]
-        if not isinstance(stack, DecoderForward) or _replaced(module) or layers is None:
+        if not isinstance(stack, DecoderForward) or is_replaced(module) or layers is None:
             continue
         try:
             with torch.no_grad(), evaluating(layers):
@@ -104,10 +105,6 @@ def decoder_linears(model: nn.Module) -> frozenset[int]:
             continue
         found.update(id(projection.module) for layer in parts for projection in layer.projections)
     return frozenset(found)
-
-
-def _replaced(owner: nn.Module) -> bool:
-    return "forward" in vars(owner) and stack_of(owner) is None
 
 
 def _stack(model: nn.Module, module: nn.Module, name: str) -> StackForward:
@@ -143,7 +140,7 @@ def _choose_(
         return left("engine='layers' was asked for")
     if engine == "auto" and not any(isinstance(m, SparseLinear) for m in layers.modules()):
         return left("none of its layers is sparse")
-    if _replaced(module):
+    if is_replaced(module):
         return left("its forward was replaced")
     try:
         with torch.no_grad(), evaluating(layers):

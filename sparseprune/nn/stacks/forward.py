@@ -12,7 +12,6 @@ import inspect
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import update_wrapper
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from ...native.encoder import BoundEncoder
 from ..direct import why_not_direct, why_not_native
 from ..fusion import keep_attributes_
+from ..instance_forward import InstanceForward
 from ..unread import Read, check_read
 from .build import StackProgram, build
 from .masks import Unsupported, real_tokens
@@ -36,6 +36,7 @@ __all__ = ["StackForward", "stack_of"]
 _OUTPUTS = ("output_hidden_states", "output_attentions")
 _REFUSED = (*_OUTPUTS, "head_mask", "past_key_values", "encoder_hidden_states", "encoder_attention_mask", "use_cache")
 _WITHOUT_EFFECT = frozenset({"position_ids", "cache_position", "output_attentions", "output_hidden_states"})
+_MOST_READING = 8  # kinds of calls that may read between layers before all are left to them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class _Ready(Ready):
     parts: tuple[LayerParts, ...]
 
 
-class StackForward:
+class StackForward(InstanceForward):
     """``forward`` of the instance ``owner``, which loops over its ModuleList ``name``. reader: what behind it reads
     across tokens, padding included.
 
@@ -60,14 +61,12 @@ class StackForward:
     refused: tuple[str, ...] = _REFUSED  # arguments that only the layers answer
 
     def __init__(self, owner: nn.Module, name: str, reader: str | None = None) -> None:
-        self.owner, self.name, self.reader = owner, name, reader
+        super().__init__(owner)
+        self.name, self.reader = name, reader
         self._lock = threading.Lock()
         self._bound: Any = None
         self._refused: tuple[Modules, str, Any] | None = None  # and what tells whether its tensors are the same
-        update_wrapper(self, type(owner).forward, updated=())
-        signature = inspect.signature(type(owner).forward)
-        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
-        self.__code__ = inspect.unwrap(type(owner).forward).__code__  # torch.export asks a forward for it
+        self._reading: tuple[Any, dict[Any, str]] = None, {}  # what is bound; kinds of calls that read between layers
 
     def __getstate__(self) -> dict[str, Any]:
         return {"owner": self.owner, "name": self.name, "reader": self.reader}
@@ -78,6 +77,8 @@ class StackForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = self.owner
         if not torch.compiler.is_compiling():
+            if (called := self.called_on()) is not owner:
+                return self.run_copy(called, args, kwargs)
             try:
                 return self._run(args, kwargs, False)
             except Unsupported:
@@ -146,7 +147,11 @@ class StackForward:
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], dry: bool) -> Any:
         owner = self.owner
         self._check_call(args, kwargs)
-        call = self._begin(self.ready(), dry)
+        bound = self.ready()
+        reading = self._reading[1] if self._reading[0] is bound else {}
+        if reading and (known := reading.get(_kind_of(args, kwargs))) is not None:
+            raise Unsupported(known)
+        call = self._begin(bound, dry)
         view: Any = object.__new__(type(owner))
         vars(view).update(vars(owner))
         vars(view).pop("forward", None)
@@ -160,11 +165,12 @@ class StackForward:
             reason = str(error)
             if isinstance(error, Read):
                 reason = f"its forward does more between two layers than hand on hidden states: {error.name}"
-            if call.done or isinstance(error, Read):  # what it did it will do again
-                if call.done:
-                    call.undo()
-                modules = call.bound.modules
-                self._bound, self._refused = None, (modules, reason, modules.versions())
+            if call.done:
+                call.undo()
+            if call.done or isinstance(error, Read):  # what it did such a call will do again
+                self._reading = bound, {**reading, _kind_of(args, kwargs): reason}
+                if len(reading) == _MOST_READING:
+                    self._bound, self._refused = None, (bound.modules, reason, bound.modules.versions())
             raise Unsupported(reason) from None
         if not call.done:
             raise Unsupported("its forward does not run its layers")
@@ -197,10 +203,16 @@ class StackForward:
         return _argument_names(type(self.owner))
 
 
+def _kind_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What a call is told beside tensors: the arguments that it gives, and of those that say how, what they say."""
+    names = sorted(kwargs)
+    values = (v if v is None or type(v) in (bool, int, str) else type(v) for v in chain(args, map(kwargs.get, names)))
+    return len(args), *names, *values
+
+
 def stack_of(module: nn.Module) -> StackForward | None:
     """The stack that runs this module's loop, where there is one."""
-    found = vars(module).get("forward")
-    return found if isinstance(found, StackForward) else None
+    return StackForward.of(module)
 
 
 class _Supported(Exception):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import is_, itemgetter
 from typing import Any, Self
 
 import torch
@@ -21,6 +21,7 @@ from ..fusion import FusedActivations
 from ..linear import SparseLinear
 from ..unread import unread
 from .build import StackProgram
+from .functions import CalledFunctions
 from .masks import Unsupported
 from .recognise import LayerParts, UnknownLayer
 from .weights import Generations
@@ -31,7 +32,7 @@ IN_TRAINING = "a module inside is in training mode"
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ATTENTION = (None, "sdpa", "eager")  # implementations that compute softmax(QK)V of the mask they are given
-_training, _forward = itemgetter("training"), attrgetter("forward")
+_training = itemgetter("training")
 
 
 class Modules:
@@ -41,7 +42,6 @@ class Modules:
         self.root = root
         self._modules = list(root.modules())
         self._classes = list(map(type, self._modules))
-        self._forwards = {kind: _forward(kind) for kind in self._classes}
         self._dicts = [vars(m) for m in self._modules]
         self._children = [d["_modules"] for d in self._dicts]
         self._parameters = [d["_parameters"] for d in self._dicts]
@@ -56,6 +56,7 @@ class Modules:
         configs = {id(c): c for d in self._dicts if (c := d.get("config")) is not None}
         self._configs = [c for c in configs.values() if hasattr(c, "_attn_implementation")]
         self._attention = list(map(_attention_of, self._configs))
+        self._called = CalledFunctions(dict.fromkeys(self._classes), filter(None, self._attention))
 
     def learns(self) -> bool:
         """Whether a parameter wants a gradient."""
@@ -82,14 +83,14 @@ class Modules:
 
     def same(self) -> bool:
         """Whether these are the children, parameters and buffers still, by identity and in number, of modules in eval
-        with the classes and attributes that they had.
+        with the classes and attributes that they had, whose forwards call what they called.
         """
         return (
             self._children == self._then
             and _all_is(self._now(self._parameters), self._parameter)
             and _all_is(self._now(self._buffers), self._buffer)
             and all(map(is_, map(type, self._modules), self._classes))
-            and all(_forward(kind) is forward for kind, forward in self._forwards.items())
+            and self._called.same()
             and all(map(is_, map(_attention_of, self._configs), self._attention))
             and self._same_attributes()
         )
