@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,12 +22,15 @@ PARTS = ("spec", "values", "index", "crow", "scale")
 _PRUNED = 0.05  # share of zeros from which a dense layer's weight counts as pruned, and its values may be rounded
 
 
-def encoded_state(model: nn.Module, value_dtype: str) -> dict[str, Tensor]:
+def encoded_state(model: nn.Module, value_dtype: str, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The model's state dict with its sparse layers, and the pruned weights of dense ones, encoded; ``value_dtype``:
-    "float32" leaves the kept ones as they are, "bfloat16" and "int8" round.
+    "float32" leaves the kept ones as they are, "bfloat16" and "int8" round. ``given``: a state dict of this model whose
+    tensors are taken instead of its own.
+
+    ValueError where the tensors that are given for a sparse layer are missing or do not agree.
     """
     with without_canonical():
-        state: dict[str, Tensor] = dict(model.state_dict())
+        state: dict[str, Tensor] = dict(model.state_dict() if given is None else given)
     owners: dict[int, int] = {}  # tied weights are left to transformers, which writes one of them
     for tensor in state.values():
         if isinstance(tensor, Tensor) and not tensor.is_meta and tensor.numel():
@@ -34,17 +38,19 @@ def encoded_state(model: nn.Module, value_dtype: str) -> dict[str, Tensor]:
     how = None if value_dtype == "float32" else value_dtype
     for fqn, module in model.named_modules():
         if isinstance(module, SparseLinear):
-            for name in module.canonical_names:
-                state.pop(prefixed(fqn, name), None)
+            held = {name: state.pop(prefixed(fqn, name), None) for name in module.canonical_names}
             extra = [module.blocksize] if module.blocksize else []
             layout = module.layout_to_save(value_dtype) if isinstance(module, PackedLinear) else module.to_layout()
+            if given is not None:
+                layout = _given(fqn, layout, held)
             dense, quads = layout.to_dense().detach(), module.activations == "int8"
             _put(state, prefixed(fqn, "values"), encodings.encode(dense, how, extra, quads))
             continue
-        for name, weight in module.named_parameters(recurse=False):
+        for name, own in module.named_parameters(recurse=False):
             whole = prefixed(fqn, name)
+            weight = own if given is None else state.get(whole)
             ours = isinstance(module, nn.Linear) and name == "weight"
-            if not (ours or weight.dim() == 3) or weight.is_meta or not weight.is_floating_point():
+            if weight is None or not (ours or weight.dim() == 3) or weight.is_meta or not weight.is_floating_point():
                 continue
             kind = str(weight.dtype).removeprefix("torch.")
             zeros = float((weight == 0).float().mean()) if weight.numel() else 0.0
@@ -55,6 +61,22 @@ def encoded_state(model: nn.Module, value_dtype: str) -> dict[str, Tensor]:
                 del state[whole]
                 _put(state, whole, made)
     return state
+
+
+def _given(fqn: str, layout: layouts.Layout, held: Mapping[str, Tensor | None]) -> layouts.Layout:
+    """The layout with these tensors. ValueError unless all are there and agree."""
+    found = {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
+    try:
+        if len(found) != len(held):
+            raise ValueError(f"expected {', '.join(sorted(held))}, got {', '.join(sorted(found)) or 'none of them'}")
+        layout = replace(layout, **found)
+        layout.validate()
+    except ValueError as error:
+        raise ValueError(
+            f"save_pretrained: state_dict, {fqn}: {error}; pass what model.state_dict() gives, or "
+            "model.load_state_dict(state_dict) first and save without it"
+        ) from None
+    return layout
 
 
 def _put(state: dict[str, Tensor], name: str, made: encodings.Encoded) -> None:

@@ -91,12 +91,14 @@ def _parameters_on_meta() -> Iterator[None]:
 def save_pretrained(model: Any, folder: str | os.PathLike[str], value_dtype: str = "float32", **options: Any) -> None:
     """``model.save_pretrained(folder, **options)`` with every pruned weight in its smallest encoding, also where no
     layer runs sparse yet; ``value_dtype``: "bfloat16" or "int8" round the kept ones, as in :func:`sparseprune.save`.
+    ``state_dict`` among the options, as ``model.state_dict()`` gives it, is what is written instead of the model's own.
+    ValueError where its tensors of a sparse layer are missing or do not agree.
     """
     require()
     from .quantizer import in_our_form, register
 
     register()
-    with in_our_form(model, value_dtype) as ours:
+    with in_our_form(model, value_dtype, options.get("state_dict")) as ours:
         model.save_pretrained(folder, **{**ours, **options})
 
 

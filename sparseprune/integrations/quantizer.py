@@ -95,6 +95,7 @@ class SparsePruneQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.described: Description | None = None
         self.awaited: set[str] = set()
+        self.given: Mapping[str, Tensor] | None = None  # to be written instead of the model's own state
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         told = self.quantization_config.described
@@ -139,7 +140,7 @@ class SparsePruneQuantizer(HfQuantizer):
         finish_(model, self.described)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return encoded_state(model, self.quantization_config.stored_value_dtype), {}
+        return encoded_state(model, self.quantization_config.stored_value_dtype, self.given), {}
 
     def is_serializable(self) -> bool:
         return True
@@ -158,9 +159,12 @@ def _operations(conversion: Any) -> list[Any]:
 
 
 @contextmanager
-def in_our_form(model: Any, value_dtype: str | None = None) -> Iterator[dict[str, Any]]:
+def in_our_form(
+    model: Any, value_dtype: str | None = None, state_dict: Mapping[str, Tensor] | None = None
+) -> Iterator[dict[str, Any]]:
     """Within it ``save_pretrained`` of this model writes a sparse folder; gives the options to call it with.
-    ``value_dtype`` as in :func:`sparseprune.save`.
+    ``value_dtype`` as in :func:`sparseprune.save`; ``state_dict``: what is written instead of the model's own state,
+    which transformers asks no quantizer to do.
     """
     inside = getattr(model, "hf_quantizer", None)
     if isinstance(inside, SparsePruneQuantizer):
@@ -182,6 +186,7 @@ def in_our_form(model: Any, value_dtype: str | None = None) -> Iterator[dict[str
         with unwrapped(model) as whole:
             config = SparsePruneConfig(layers=describe(whole).to_dict(), stored_value_dtype=value_dtype or "float32")
             quantizer = SparsePruneQuantizer(config, pre_quantized=True)
+            quantizer.given = state_dict
             model.hf_quantizer, model.config.quantization_config = quantizer, config
             try:
                 yield {"save_original_format": False}

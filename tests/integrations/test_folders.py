@@ -384,6 +384,45 @@ def test_a_folder_that_is_damaged_is_refused(make, tmp_path, caplog):
             kind.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("layout", [*LAYOUTS, None])
+def test_a_state_dict_that_is_handed_over_is_what_is_written(layout, make, answers, tmp_path):
+    from sparseprune.integrations.folder import save_pretrained
+
+    model = make("bert")
+    sp.prune_(model, None if layout == "nm" else 0.8, granularity=LAYOUTS[layout or "csr"][0])
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    if layout:
+        for each in (model, other):
+            sp.sparsify_(each, layout=layout, engine="layers", **LAYOUTS[layout][1])
+    state = other.state_dict()
+    if layout:
+        model.save_pretrained(tmp_path / "by name", state_dict=state)
+        model.save_pretrained(tmp_path / "by place", True, state)
+    save_pretrained(model, tmp_path / "ours", state_dict=state)
+    model.save_pretrained(tmp_path / "own", state_dict=model.state_dict())
+    for folder in tmp_path.iterdir():
+        again = sp.load(folder)
+        expected = answers(model if folder.name == "own" else other)
+        torch.testing.assert_close(answers(again), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(answers(model), answers(other), atol=1e-3)
+
+
+def test_a_state_dict_that_is_not_that_of_the_sparse_model_is_refused(make, tmp_path):
+    dense = make("bert")
+    model = sparse(copy.deepcopy(dense))
+    with pytest.raises(ValueError, match=r"state_dict, bert.*expected col_indices, crow_indices, values, got none"):
+        model.save_pretrained(tmp_path, state_dict=dense.state_dict())
+    state = model.state_dict()
+    state["bert.pooler.dense.values"] = state["bert.pooler.dense.values"][1:]
+    with pytest.raises(ValueError, match=r"bert\.pooler\.dense: csr.*model\.load_state_dict\(state_dict\) first"):
+        model.save_pretrained(tmp_path, state_dict=state)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert not hasattr(model.config, "quantization_config")
+
+
 def test_a_model_that_its_configuration_cannot_build_is_refused(make, tmp_path):
     model = sparse(make("bert"))
     model.bert.extra = nn.Linear(3, 3)
