@@ -11,12 +11,14 @@ A model that was read so is no quantised model to transformers: it trains, moves
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import modeling_utils
 from transformers.quantizers.auto import (
@@ -203,6 +205,39 @@ def _load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], strict: boo
     return nn.Module.load_state_dict(self, decoded_state(self, state_dict), strict, assign)
 
 
+def _is_encoded(files: Sequence[Any], state: Mapping[str, Any]) -> bool:
+    """Whether there are encoded tensors in these files, or in this state dict."""
+    if any(name.endswith("::spec") for name in state):
+        return True
+    for file in map(str, files):
+        if file.endswith(".safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                if any(name.endswith("::spec") for name in opened.keys()):  # noqa: SIM118 (no mapping)
+                    return True
+    return False
+
+
+def _decoding(load: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' reading of weights, which without a quantizer passes over encoded ones and leaves random numbers in
+    their places: then an error.
+    """
+
+    @functools.wraps(load)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        told = inspect.signature(load).bind(*args, **kwargs).arguments
+        quantizer = told["load_config"].hf_quantizer
+        ours = isinstance(quantizer, SparsePruneQuantizer) and quantizer.pre_quantized
+        if not ours and _is_encoded(told["checkpoint_files"] or (), told["state_dict"] or {}):
+            raise ValueError(
+                "from_pretrained: expected the configuration of the folder, whose weights are encoded, got one without "
+                "its quantization_config, as that of a model in memory is; leave config out, or set "
+                "config.quantization_config = AutoConfig.from_pretrained(folder).quantization_config"
+            )
+        return load(*args, **kwargs)
+
+    return checked
+
+
 def register() -> None:
     """Makes transformers know the format. Called once transformers is imported; a transformers whose loading converts
     no weights (before version 5) is left alone, and goes on refusing to save sparse layers.
@@ -212,7 +247,9 @@ def register() -> None:
     register_quantization_config(METHOD)(SparsePruneConfig)
     register_quantizer(METHOD)(SparsePruneQuantizer)
     OWN_FORMS["transformers.modeling_utils"] = in_our_form
-    modeling_utils.PreTrainedModel.load_state_dict = _load_state_dict  # type: ignore[method-assign]
+    kind: Any = modeling_utils.PreTrainedModel
+    kind.load_state_dict = _load_state_dict
+    kind._load_pretrained_model = staticmethod(_decoding(kind._load_pretrained_model))
     guard_saving()
 
 

@@ -423,6 +423,32 @@ def test_a_state_dict_that_is_not_that_of_the_sparse_model_is_refused(make, tmp_
     assert not hasattr(model.config, "quantization_config")
 
 
+@pytest.mark.parametrize("options", [{}, {"quantization_config": {"quant_method": "sparseprune", "tokens": 8}}])
+def test_a_configuration_that_does_not_tell_of_sparse_weights_is_refused(options, make, answers, tmp_path):
+    """As that of a loaded model: transformers passes over the encoded weights, and their layers stay random."""
+    model = sparse(make("bert"))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    kind, config = type(model), sp.load(tmp_path).config
+    with pytest.raises(ValueError, match=r"expected the configuration of the folder.*leave config out"):
+        kind.from_pretrained(tmp_path, config=config, **options)
+    config.quantization_config = transformers.AutoConfig.from_pretrained(tmp_path).quantization_config
+    torch.testing.assert_close(answers(kind.from_pretrained(tmp_path, config=config)), answers(model))
+
+
+def test_dense_weights_beside_the_configuration_of_a_sparse_model_are_named(make, tmp_path):
+    sparse(make("bert")).save_pretrained(tmp_path / "sparse")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "sparse")
+    fresh = transformers.AutoModelForSequenceClassification.from_config(config)
+    fresh.save_pretrained(tmp_path / "fresh")
+    with pytest.raises(CheckpointError, match=r"got dense weights of 13 .*remove quantization_config from it"):
+        sp.load(tmp_path / "fresh")
+    told = json.loads((tmp_path / "fresh" / "config.json").read_text())
+    del told["quantization_config"]
+    (tmp_path / "fresh" / "config.json").write_text(json.dumps(told))
+    check_same(sp.load(tmp_path / "fresh"), fresh)
+
+
 def test_a_model_that_its_configuration_cannot_build_is_refused(make, tmp_path):
     model = sparse(make("bert"))
     model.bert.extra = nn.Linear(3, 3)
