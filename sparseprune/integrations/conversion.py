@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +18,10 @@ from ..nn import MaskedLinear, SparseLinear
 from ..nn.packed_only import PackedLinear, without_canonical
 from .placeholder import spec_of, spec_tensor
 
-__all__ = ["PARTS", "Decode", "decoded_state", "encoded_state"]
+__all__ = ["PARTS", "Decode", "decoded_state", "encoded_state", "noting_failures"]
 
 PARTS = ("spec", "values", "index", "crow", "scale")
+_failures: ContextVar[list[str] | None] = ContextVar("sparseprune_failures", default=None)
 _PRUNED = 0.05  # share of zeros from which a dense layer's weight counts as pruned, and its values may be rounded
 
 
@@ -123,6 +126,17 @@ def _dense(parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
     return encodings.decode(spec, held).view(shape)
 
 
+@contextmanager
+def noting_failures() -> Iterator[list[str]]:
+    """Gives the list of what could not be decoded within it: transformers logs that, and raises an error without it."""
+    failed: list[str] = []
+    token = _failures.set(failed)
+    try:
+        yield failed
+    finally:
+        _failures.reset(token)
+
+
 class Decode(ConversionOps):
     """The parts of one weight -> the weight, or the tensors of a SparseLinear, in the dtype that the model asks for."""
 
@@ -136,10 +150,19 @@ class Decode(ConversionOps):
         self, input_dict: dict[str, Any], source_patterns: Any = None, target_patterns: Any = None, *,
         full_layer_name: str = "", model: Any = None, missing_keys: Any = None, **kwargs: Any,
     ) -> dict[str, Any]:  # fmt: skip
+        try:
+            return self._decoded(input_dict, full_layer_name, model)
+        except ValueError as error:
+            failed = _failures.get()
+            if failed is not None:
+                failed.append(f"{full_layer_name}: {error}")
+            raise
+
+    def _decoded(self, input_dict: dict[str, Any], full_layer_name: str, model: Any) -> dict[str, Any]:
         parts = {}
         for pattern, tensors in input_dict.items():
             if len(tensors) != 1:
-                raise ValueError(f"{full_layer_name}: {pattern} expected one tensor, got {len(tensors)}")
+                raise ValueError(f"{pattern} expected one tensor, got {len(tensors)}")
             parts[pattern.removeprefix("::").removesuffix("$")] = tensors[0]
         fqn, _, name = full_layer_name.rpartition(".")
         module = model.get_submodule(fqn)
@@ -149,7 +172,7 @@ class Decode(ConversionOps):
         if not isinstance(module, SparseLinear):
             dense = _dense(parts, tuple(reference.shape))
             if isinstance(module, MaskedLinear) and dense.shape != module.mask.shape:
-                raise ValueError(f"{full_layer_name}: expected {list(module.mask.shape)}, got {list(dense.shape)}")
+                raise ValueError(f"expected {list(module.mask.shape)}, got {list(dense.shape)}")
             return {full_layer_name: dense.to(where, dtype)}
         dense = _dense(parts, (module.out_features, module.in_features))
         layout = layouts.from_dense(dense, module.layout, module.blocksize, module.nm)

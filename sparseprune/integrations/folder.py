@@ -45,10 +45,14 @@ def load_folder(path: str | os.PathLike[str], keep: str = "canonical") -> nn.Mod
         )
     if place.is_dir() and any((place / name).is_file() for name in _WEIGHTS):
         with about(path):
-            try:
-                model, found = _architecture(folder).from_pretrained(str(place), output_loading_info=True)
-            except (OSError, RuntimeError) as error:
-                raise ValueError(f"cannot be loaded: {error}") from None
+            kind = _architecture(folder)
+            from .conversion import noting_failures
+
+            with noting_failures() as failed:
+                try:
+                    model, found = kind.from_pretrained(str(place), output_loading_info=True)
+                except (OSError, RuntimeError) as error:
+                    raise ValueError(f"cannot be loaded: {_told(failed) or error}") from None
             if found["missing_keys"]:
                 raise ValueError(f"expected every weight, got none for {', '.join(sorted(found['missing_keys'])[:3])}")
             if keep == "packed":
@@ -69,6 +73,11 @@ def load_folder(path: str | os.PathLike[str], keep: str = "canonical") -> nn.Mod
                 raise ValueError(f"{_GENERATION} cannot be read: {error}") from None
         fill(model, content, keep)
     return model.eval()
+
+
+def _told(failed: list[str]) -> str:
+    more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+    return f"{failed[0]}{more}; the folder is damaged, copy or save it again" if failed else ""
 
 
 @contextmanager

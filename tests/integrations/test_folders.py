@@ -352,6 +352,9 @@ def test_a_folder_that_is_damaged_is_refused(make, tmp_path, caplog):
         with pytest.raises((ValueError, RuntimeError)) as error:
             kind.from_pretrained(tmp_path)
         assert re.search(match, str(error.value) + caplog.text)
+        with pytest.raises(CheckpointError) as ours:
+            sp.load(tmp_path)
+        assert re.search(match, str(ours.value)) and name in str(ours.value)
         caplog.clear()
 
     refused(
