@@ -68,7 +68,7 @@ def encoded_state(model: nn.Module, value_dtype: str, given: Mapping[str, Tensor
 
 def _given(fqn: str, layout: layouts.Layout, held: Mapping[str, Tensor | None]) -> layouts.Layout:
     """The layout with these tensors. ValueError unless all are there and agree."""
-    found = {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
+    found: dict[str, Any] = {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
     try:
         if len(found) != len(held):
             raise ValueError(f"expected {', '.join(sorted(held))}, got {', '.join(sorted(found)) or 'none of them'}")
