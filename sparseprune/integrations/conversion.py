@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,18 +18,22 @@ from ..nn import MaskedLinear, SparseLinear
 from ..nn.packed_only import PackedLinear, without_canonical
 from .placeholder import spec_of, spec_tensor
 
-__all__ = ["PARTS", "Decode", "decoded_state", "encoded_state"]
+__all__ = ["PARTS", "Decode", "decoded_state", "encoded_state", "noting_failures"]
 
 PARTS = ("spec", "values", "index", "crow", "scale")
+_failures: ContextVar[list[str] | None] = ContextVar("sparseprune_failures", default=None)
 _PRUNED = 0.05  # share of zeros from which a dense layer's weight counts as pruned, and its values may be rounded
 
 
-def encoded_state(model: nn.Module, value_dtype: str) -> dict[str, Tensor]:
+def encoded_state(model: nn.Module, value_dtype: str, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The model's state dict with its sparse layers, and the pruned weights of dense ones, encoded; ``value_dtype``:
-    "float32" leaves the kept ones as they are, "bfloat16" and "int8" round.
+    "float32" leaves the kept ones as they are, "bfloat16" and "int8" round. ``given``: a state dict of this model whose
+    tensors are taken instead of its own.
+
+    ValueError where the tensors that are given for a sparse layer are missing or do not agree.
     """
     with without_canonical():
-        state: dict[str, Tensor] = dict(model.state_dict())
+        state: dict[str, Tensor] = dict(model.state_dict() if given is None else given)
     owners: dict[int, int] = {}  # tied weights are left to transformers, which writes one of them
     for tensor in state.values():
         if isinstance(tensor, Tensor) and not tensor.is_meta and tensor.numel():
@@ -34,17 +41,19 @@ def encoded_state(model: nn.Module, value_dtype: str) -> dict[str, Tensor]:
     how = None if value_dtype == "float32" else value_dtype
     for fqn, module in model.named_modules():
         if isinstance(module, SparseLinear):
-            for name in module.canonical_names:
-                state.pop(prefixed(fqn, name), None)
+            held = {name: state.pop(prefixed(fqn, name), None) for name in module.canonical_names}
             extra = [module.blocksize] if module.blocksize else []
             layout = module.layout_to_save(value_dtype) if isinstance(module, PackedLinear) else module.to_layout()
+            if given is not None:
+                layout = _given(fqn, layout, held)
             dense, quads = layout.to_dense().detach(), module.activations == "int8"
             _put(state, prefixed(fqn, "values"), encodings.encode(dense, how, extra, quads))
             continue
-        for name, weight in module.named_parameters(recurse=False):
+        for name, own in module.named_parameters(recurse=False):
             whole = prefixed(fqn, name)
+            weight = own if given is None else state.get(whole)
             ours = isinstance(module, nn.Linear) and name == "weight"
-            if not (ours or weight.dim() == 3) or weight.is_meta or not weight.is_floating_point():
+            if weight is None or not (ours or weight.dim() == 3) or weight.is_meta or not weight.is_floating_point():
                 continue
             kind = str(weight.dtype).removeprefix("torch.")
             zeros = float((weight == 0).float().mean()) if weight.numel() else 0.0
@@ -55,6 +64,22 @@ def encoded_state(model: nn.Module, value_dtype: str) -> dict[str, Tensor]:
                 del state[whole]
                 _put(state, whole, made)
     return state
+
+
+def _given(fqn: str, layout: layouts.Layout, held: Mapping[str, Tensor | None]) -> layouts.Layout:
+    """The layout with these tensors. ValueError unless all are there and agree."""
+    found: dict[str, Any] = {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
+    try:
+        if len(found) != len(held):
+            raise ValueError(f"expected {', '.join(sorted(held))}, got {', '.join(sorted(found)) or 'none of them'}")
+        layout = replace(layout, **found)
+        layout.validate()
+    except ValueError as error:
+        raise ValueError(
+            f"save_pretrained: state_dict, {fqn}: {error}; pass what model.state_dict() gives, or "
+            "model.load_state_dict(state_dict) first and save without it"
+        ) from None
+    return layout
 
 
 def _put(state: dict[str, Tensor], name: str, made: encodings.Encoded) -> None:
@@ -101,6 +126,17 @@ def _dense(parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
     return encodings.decode(spec, held).view(shape)
 
 
+@contextmanager
+def noting_failures() -> Iterator[list[str]]:
+    """Gives the list of what could not be decoded within it: transformers logs that, and raises an error without it."""
+    failed: list[str] = []
+    token = _failures.set(failed)
+    try:
+        yield failed
+    finally:
+        _failures.reset(token)
+
+
 class Decode(ConversionOps):
     """The parts of one weight -> the weight, or the tensors of a SparseLinear, in the dtype that the model asks for."""
 
@@ -114,10 +150,19 @@ class Decode(ConversionOps):
         self, input_dict: dict[str, Any], source_patterns: Any = None, target_patterns: Any = None, *,
         full_layer_name: str = "", model: Any = None, missing_keys: Any = None, **kwargs: Any,
     ) -> dict[str, Any]:  # fmt: skip
+        try:
+            return self._decoded(input_dict, full_layer_name, model)
+        except ValueError as error:
+            failed = _failures.get()
+            if failed is not None:
+                failed.append(f"{full_layer_name}: {error}")
+            raise
+
+    def _decoded(self, input_dict: dict[str, Any], full_layer_name: str, model: Any) -> dict[str, Any]:
         parts = {}
         for pattern, tensors in input_dict.items():
             if len(tensors) != 1:
-                raise ValueError(f"{full_layer_name}: {pattern} expected one tensor, got {len(tensors)}")
+                raise ValueError(f"{pattern} expected one tensor, got {len(tensors)}")
             parts[pattern.removeprefix("::").removesuffix("$")] = tensors[0]
         fqn, _, name = full_layer_name.rpartition(".")
         module = model.get_submodule(fqn)
@@ -127,7 +172,7 @@ class Decode(ConversionOps):
         if not isinstance(module, SparseLinear):
             dense = _dense(parts, tuple(reference.shape))
             if isinstance(module, MaskedLinear) and dense.shape != module.mask.shape:
-                raise ValueError(f"{full_layer_name}: expected {list(module.mask.shape)}, got {list(dense.shape)}")
+                raise ValueError(f"expected {list(module.mask.shape)}, got {list(dense.shape)}")
             return {full_layer_name: dense.to(where, dtype)}
         dense = _dense(parts, (module.out_features, module.in_features))
         layout = layouts.from_dense(dense, module.layout, module.blocksize, module.nm)

@@ -216,6 +216,13 @@ def prepare_(model: nn.Module, told: Description, files: Sequence[str]) -> Descr
         if got != expected or not fqn:
             raise ValueError(f"quantization_config: {fqn!r} expected a Linear {expected} in the model, got {got}")
     shapes, prefix = headers(files), str(getattr(model, "base_model_prefix", ""))
+    dense = [fqn for fqn in structure.sparse if "weight" in _held(shapes, prefix, fqn)]
+    if dense:
+        raise ValueError(
+            f"quantization_config: expected files with {len(structure.sparse)} sparse layers, got dense weights of "
+            f"{len(dense)} of them ({shown(dense[:3])}): config.json is that of another, sparse model; remove "
+            "quantization_config from it"
+        )
     for fqn, ran in structure.sparse.items():
         linear = modules[fqn]
         assert isinstance(linear, nn.Linear)

@@ -45,10 +45,14 @@ def load_folder(path: str | os.PathLike[str], keep: str = "canonical") -> nn.Mod
         )
     if place.is_dir() and any((place / name).is_file() for name in _WEIGHTS):
         with about(path):
-            try:
-                model, found = _architecture(folder).from_pretrained(str(place), output_loading_info=True)
-            except (OSError, RuntimeError) as error:
-                raise ValueError(f"cannot be loaded: {error}") from None
+            kind = _architecture(folder)
+            from .conversion import noting_failures
+
+            with noting_failures() as failed:
+                try:
+                    model, found = kind.from_pretrained(str(place), output_loading_info=True)
+                except (OSError, RuntimeError) as error:
+                    raise ValueError(f"cannot be loaded: {_told(failed) or error}") from None
             if found["missing_keys"]:
                 raise ValueError(f"expected every weight, got none for {', '.join(sorted(found['missing_keys'])[:3])}")
             if keep == "packed":
@@ -71,6 +75,11 @@ def load_folder(path: str | os.PathLike[str], keep: str = "canonical") -> nn.Mod
     return model.eval()
 
 
+def _told(failed: list[str]) -> str:
+    more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+    return f"{failed[0]}{more}; the folder is damaged, copy or save it again" if failed else ""
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Within it modules get no memory for their parameters, one at a time apart; buffers have theirs."""
@@ -91,12 +100,14 @@ def _parameters_on_meta() -> Iterator[None]:
 def save_pretrained(model: Any, folder: str | os.PathLike[str], value_dtype: str = "float32", **options: Any) -> None:
     """``model.save_pretrained(folder, **options)`` with every pruned weight in its smallest encoding, also where no
     layer runs sparse yet; ``value_dtype``: "bfloat16" or "int8" round the kept ones, as in :func:`sparseprune.save`.
+    ``state_dict`` among the options, as ``model.state_dict()`` gives it, is what is written instead of the model's own.
+    ValueError where its tensors of a sparse layer are missing or do not agree.
     """
     require()
     from .quantizer import in_our_form, register
 
     register()
-    with in_our_form(model, value_dtype) as ours:
+    with in_our_form(model, value_dtype, options.get("state_dict")) as ours:
         model.save_pretrained(folder, **{**ours, **options})
 
 

@@ -11,12 +11,14 @@ A model that was read so is no quantised model to transformers: it trains, moves
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import modeling_utils
 from transformers.quantizers.auto import (
@@ -95,6 +97,7 @@ class SparsePruneQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.described: Description | None = None
         self.awaited: set[str] = set()
+        self.given: Mapping[str, Tensor] | None = None  # to be written instead of the model's own state
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         told = self.quantization_config.described
@@ -139,7 +142,7 @@ class SparsePruneQuantizer(HfQuantizer):
         finish_(model, self.described)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return encoded_state(model, self.quantization_config.stored_value_dtype), {}
+        return encoded_state(model, self.quantization_config.stored_value_dtype, self.given), {}
 
     def is_serializable(self) -> bool:
         return True
@@ -158,9 +161,12 @@ def _operations(conversion: Any) -> list[Any]:
 
 
 @contextmanager
-def in_our_form(model: Any, value_dtype: str | None = None) -> Iterator[dict[str, Any]]:
+def in_our_form(
+    model: Any, value_dtype: str | None = None, state_dict: Mapping[str, Tensor] | None = None
+) -> Iterator[dict[str, Any]]:
     """Within it ``save_pretrained`` of this model writes a sparse folder; gives the options to call it with.
-    ``value_dtype`` as in :func:`sparseprune.save`.
+    ``value_dtype`` as in :func:`sparseprune.save`; ``state_dict``: what is written instead of the model's own state,
+    which transformers asks no quantizer to do.
     """
     inside = getattr(model, "hf_quantizer", None)
     if isinstance(inside, SparsePruneQuantizer):
@@ -182,6 +188,7 @@ def in_our_form(model: Any, value_dtype: str | None = None) -> Iterator[dict[str
         with unwrapped(model) as whole:
             config = SparsePruneConfig(layers=describe(whole).to_dict(), stored_value_dtype=value_dtype or "float32")
             quantizer = SparsePruneQuantizer(config, pre_quantized=True)
+            quantizer.given = state_dict
             model.hf_quantizer, model.config.quantization_config = quantizer, config
             try:
                 yield {"save_original_format": False}
@@ -198,6 +205,49 @@ def _load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], strict: boo
     return nn.Module.load_state_dict(self, decoded_state(self, state_dict), strict, assign)
 
 
+def _is_encoded(files: Sequence[Any], state: Mapping[str, Any]) -> bool:
+    """Whether there are encoded tensors in these files, or in this state dict."""
+    if any(name.endswith("::spec") for name in state):
+        return True
+    for file in map(str, files):
+        if file.endswith(".safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                if any(name.endswith("::spec") for name in opened.keys()):  # noqa: SIM118 (no mapping)
+                    return True
+    return False
+
+
+def _decoding(load: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' reading of weights, which without a quantizer passes over encoded ones and leaves random numbers in
+    their places: then an error.
+    """
+
+    @functools.wraps(load)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        told = inspect.signature(load).bind(*args, **kwargs).arguments
+        quantizer = getattr(told.get("load_config"), "hf_quantizer", None)
+        ours = isinstance(quantizer, SparsePruneQuantizer) and quantizer.pre_quantized
+        if not ours and _is_encoded(told.get("checkpoint_files") or (), told.get("state_dict") or {}):
+            raise ValueError(
+                "from_pretrained: expected the configuration of the folder, whose weights are encoded, got one without "
+                "its quantization_config, as that of a model in memory is; leave config out, or set "
+                "config.quantization_config = AutoConfig.from_pretrained(folder).quantization_config"
+            )
+        return load(*args, **kwargs)
+
+    return checked
+
+
+def _reading_of(kind: Any) -> Callable[..., Any] | None:
+    """The reading of weights of a transformers whose own, private function has the arguments that are looked at; None
+    in one that reads otherwise, which is left as it is.
+    """
+    load = getattr(kind, "_load_pretrained_model", None)
+    if load is None or not {"load_config", "checkpoint_files", "state_dict"} <= set(inspect.signature(load).parameters):
+        return None
+    return load  # type: ignore[no-any-return]
+
+
 def register() -> None:
     """Makes transformers know the format. Called once transformers is imported; a transformers whose loading converts
     no weights (before version 5) is left alone, and goes on refusing to save sparse layers.
@@ -207,7 +257,10 @@ def register() -> None:
     register_quantization_config(METHOD)(SparsePruneConfig)
     register_quantizer(METHOD)(SparsePruneQuantizer)
     OWN_FORMS["transformers.modeling_utils"] = in_our_form
-    modeling_utils.PreTrainedModel.load_state_dict = _load_state_dict  # type: ignore[method-assign]
+    kind: Any = modeling_utils.PreTrainedModel
+    kind.load_state_dict = _load_state_dict
+    if (load := _reading_of(kind)) is not None:
+        kind._load_pretrained_model = staticmethod(_decoding(load))
     guard_saving()
 
 

@@ -34,10 +34,10 @@ _VERSION = 1
 
 
 def _remedy(folder: Path) -> str:
-    """For a checkpoint in which the state is lacking: Trainer writes its own part first."""
+    """For a checkpoint in which the state is lacking, or damaged: Trainer writes its own part first."""
     if not folder.is_dir():
         return "set resume_from to the folder of the checkpoint"
-    others = [place.parent for place in folder.parent.glob(f"checkpoint-*/{STATE}")]
+    others = [place.parent for place in folder.parent.glob(f"checkpoint-*/{STATE}") if place.parent != folder]
     steps = {int(step): place for place in others if (step := place.name.rpartition("-")[2]).isdecimal()}
     last = f"resume from {steps[max(steps)]}" if steps else "start anew"
     return f"this checkpoint is incomplete, as of a run that was killed while it wrote; {last}, or set resume_from"
@@ -100,7 +100,13 @@ class PruneCallback(TrainerCallback):
                 f"PruneCallback: the run resumes at step {state.global_step}, expected {path}, found no such file; "
                 f"{_remedy(path.parent)}"
             )
-        saved = torch.load(path, map_location=args.device.type, weights_only=True)
+        try:
+            saved = torch.load(path, map_location=args.device.type, weights_only=True)
+        except Exception as error:  # a damaged file can fail in every way that the reader has
+            raise ValueError(
+                f"{path}: expected the state of the run at step {state.global_step}, got a file that cannot be read "
+                f"({type(error).__name__}); {_remedy(path.parent)}"
+            ) from error
         if saved.get("version") != _VERSION or saved["pruner"]["steps"] != state.global_step:
             raise ValueError(
                 f"{path}: expected version {_VERSION} and step {state.global_step}, got {saved.get('version')!r} and "

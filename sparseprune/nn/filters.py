@@ -179,9 +179,22 @@ def _why_no_weight(linear: nn.Linear) -> str | None:
     weight = linear._parameters.get("weight")
     expected = (linear.out_features, linear.in_features)
     if weight is None:
+        if "weight_orig" in linear._parameters and "weight_mask" in linear._buffers:
+            return (
+                "its weight is the product of weight_orig and weight_mask, of torch.nn.utils.prune; first "
+                "torch.nn.utils.prune.remove(layer, 'weight'), which writes the zeros into the weight"
+            )
+        if {"weight_orig", "weight_g"} & linear._parameters.keys():
+            return (
+                "its weight is computed at every call, by torch.nn.utils.spectral_norm or weight_norm; remove it first "
+                "(remove_spectral_norm, remove_weight_norm)"
+            )
         if isinstance(linear.__dict__.get("weight"), Tensor):
             return f"its weight is a view into another parameter (a flat one of FSDP, say); {_UNSHARDED}"
-        return "its weight is computed, not stored (a parametrization, or a pruned layer's weight_orig)"
+        return (
+            "its weight is computed, not stored (a parametrization); first "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+        )
     if isinstance(weight, UninitializedParameter):
         return "its weight is not initialised; run one batch first"
     if weight.layout is not torch.strided:

@@ -5,6 +5,7 @@ and passes over: while a model holds one, it writes a form that their loading wa
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,9 +21,10 @@ _WRITERS = {
     "transformers.modeling_utils": ("PreTrainedModel", ("save_pretrained", "push_to_hub")),
     "sentence_transformers.base.modules.module": ("Module", ("save_torch_weights",)),
 }
-#: Module of the table above -> ``form(model)``: a context within which its saving writes a form that its loading was
-#: taught, and gives more options to write with.
-OWN_FORMS: dict[str, Callable[[nn.Module], AbstractContextManager[dict[str, Any]]]] = {}
+#: Module of the table above -> ``form(model, state_dict=...)``: a context within which its saving writes a form that
+#: its loading was taught, and gives more options to write with. ``state_dict``: what the caller wants written instead
+#: of the model's own state, or None.
+OWN_FORMS: dict[str, Callable[..., AbstractContextManager[dict[str, Any]]]] = {}
 _UNLIKE = "_sparseprune_unlike_config"
 _SHOWN = 3
 _guarded: set[str] = set()
@@ -75,7 +77,8 @@ def _checking(write: Callable[..., Any], library: str) -> Callable[..., Any]:
             _refuse_sparse(self, write.__name__)
         if form is None or write.__name__ != "save_pretrained":  # push_to_hub, which calls it
             return write(self, *args, **kwargs)
-        with form(self) as options:
+        given = inspect.signature(write).bind(self, *args, **kwargs).arguments.get("state_dict")
+        with form(self, state_dict=given) as options:
             return write(self, *args, **{**options, **kwargs})
 
     return checked

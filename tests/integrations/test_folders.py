@@ -352,6 +352,9 @@ def test_a_folder_that_is_damaged_is_refused(make, tmp_path, caplog):
         with pytest.raises((ValueError, RuntimeError)) as error:
             kind.from_pretrained(tmp_path)
         assert re.search(match, str(error.value) + caplog.text)
+        with pytest.raises(CheckpointError) as ours:
+            sp.load(tmp_path)
+        assert re.search(match, str(ours.value)) and name in str(ours.value)
         caplog.clear()
 
     refused(
@@ -382,6 +385,71 @@ def test_a_folder_that_is_damaged_is_refused(make, tmp_path, caplog):
         (tmp_path / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ValueError, match="quantization_config"):
             kind.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, None])
+def test_a_state_dict_that_is_handed_over_is_what_is_written(layout, make, answers, tmp_path):
+    from sparseprune.integrations.folder import save_pretrained
+
+    model = make("bert")
+    sp.prune_(model, None if layout == "nm" else 0.8, granularity=LAYOUTS[layout or "csr"][0])
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    if layout:
+        for each in (model, other):
+            sp.sparsify_(each, layout=layout, engine="layers", **LAYOUTS[layout][1])
+    state = other.state_dict()
+    if layout:
+        model.save_pretrained(tmp_path / "by name", state_dict=state)
+        model.save_pretrained(tmp_path / "by place", True, state)
+    save_pretrained(model, tmp_path / "ours", state_dict=state)
+    model.save_pretrained(tmp_path / "own", state_dict=model.state_dict())
+    for folder in tmp_path.iterdir():
+        again = sp.load(folder)
+        expected = answers(model if folder.name == "own" else other)
+        torch.testing.assert_close(answers(again), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(answers(model), answers(other), atol=1e-3)
+
+
+def test_a_state_dict_that_is_not_that_of_the_sparse_model_is_refused(make, tmp_path):
+    dense = make("bert")
+    model = sparse(copy.deepcopy(dense))
+    with pytest.raises(ValueError, match=r"state_dict, bert.*expected col_indices, crow_indices, values, got none"):
+        model.save_pretrained(tmp_path, state_dict=dense.state_dict())
+    state = model.state_dict()
+    state["bert.pooler.dense.values"] = state["bert.pooler.dense.values"][1:]
+    with pytest.raises(ValueError, match=r"bert\.pooler\.dense: csr.*model\.load_state_dict\(state_dict\) first"):
+        model.save_pretrained(tmp_path, state_dict=state)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert not hasattr(model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("options", [{}, {"quantization_config": {"quant_method": "sparseprune", "tokens": 8}}])
+def test_a_configuration_that_does_not_tell_of_sparse_weights_is_refused(options, make, answers, tmp_path):
+    """As that of a loaded model: transformers passes over the encoded weights, and their layers stay random."""
+    model = sparse(make("bert"))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    kind, config = type(model), sp.load(tmp_path).config
+    with pytest.raises(ValueError, match=r"expected the configuration of the folder.*leave config out"):
+        kind.from_pretrained(tmp_path, config=config, **options)
+    config.quantization_config = transformers.AutoConfig.from_pretrained(tmp_path).quantization_config
+    torch.testing.assert_close(answers(kind.from_pretrained(tmp_path, config=config)), answers(model))
+
+
+def test_dense_weights_beside_the_configuration_of_a_sparse_model_are_named(make, tmp_path):
+    sparse(make("bert")).save_pretrained(tmp_path / "sparse")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "sparse")
+    fresh = transformers.AutoModelForSequenceClassification.from_config(config)
+    fresh.save_pretrained(tmp_path / "fresh")
+    with pytest.raises(CheckpointError, match=r"got dense weights of 13 .*remove quantization_config from it"):
+        sp.load(tmp_path / "fresh")
+    told = json.loads((tmp_path / "fresh" / "config.json").read_text())
+    del told["quantization_config"]
+    (tmp_path / "fresh" / "config.json").write_text(json.dumps(told))
+    check_same(sp.load(tmp_path / "fresh"), fresh)
 
 
 def test_a_model_that_its_configuration_cannot_build_is_refused(make, tmp_path):

@@ -158,7 +158,13 @@ def test_what_cannot_be_resumed_is_refused(script, tmp_path):
     ):
         with pytest.raises(ValueError, match=match):
             script.trainer(tmp_path, pruning, **{"max_steps": 16, **options}).train(resume_from_checkpoint=True)
-    (tmp_path / "checkpoint-8" / "sparseprune.ckpt").unlink()
+    state = tmp_path / "checkpoint-8" / "sparseprune.ckpt"
+    whole = state.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2]):
+        state.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"-8.*expected the state of the run at step 8, got.*resume from .*-4,"):
+            script.trainer(tmp_path, script.settings(criterion="magnitude"), max_steps=16).train(True)
+    state.unlink()
     with pytest.raises(ValueError, match=r"found no such file; this checkpoint is incomplete.*resume from .*-4,"):
         script.trainer(tmp_path, script.settings(criterion="magnitude"), max_steps=16).train(True)
 

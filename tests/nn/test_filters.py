@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import sparseprune as sp
 from sparseprune.nn.filters import prunable_linears, select_linears, take_slow_path_
@@ -248,3 +249,23 @@ def test_transformer_encoder_calls_its_linears_in_eval_once_told_to(close, padde
     assert calls == names
     real = slice(None) if padding is None else ~padding
     close(after[real], before[real])
+
+
+@pytest.mark.parametrize(
+    "change, remedy",
+    [
+        (lambda linear: prune.l1_unstructured(linear, "weight", 0.9), r"torch\.nn\.utils\.prune\.remove\(layer"),
+        (nn.utils.spectral_norm, "remove_spectral_norm"),
+        (nn.utils.parametrizations.spectral_norm, r"remove_parametrizations\(layer"),
+        (nn.utils.parametrizations.weight_norm, r"remove_parametrizations\(layer"),
+    ],
+)
+@pytest.mark.parametrize("called", [False, True])
+def test_a_weight_that_torch_computes_says_how_to_store_it(change, remedy, called):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    change(model[0])
+    if called:
+        model(torch.randn(2, 8))
+    assert re.search(remedy, select_linears(model, lambda module, fqn: True).skipped["0"])
+    with pytest.raises(ValueError, match=remedy):
+        sp.sparsify_(model[:1], layout="csr")
