@@ -569,3 +569,15 @@ def test_what_dequantised_a_model_as_it_loaded_is_not_asked_to_save_it(make, tmp
     model.bytes = torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(RuntimeError, match="got a model quantised by"):
         model.save_pretrained(tmp_path / "other")
+
+
+def test_a_transformers_that_reads_weights_otherwise_is_left_alone():
+    from sparseprune.integrations.quantizer import _reading_of
+
+    class Other:
+        @staticmethod
+        def _load_pretrained_model(model, files):
+            raise AssertionError
+
+    assert _reading_of(Other) is None and _reading_of(nn.Module) is None
+    assert _reading_of(transformers.PreTrainedModel) is not None

@@ -361,6 +361,23 @@ def test_a_second_run_at_once_in_a_state_folder_is_refused(tmp_path: Any) -> Non
     assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"block_{i:05d}.pt" for i in range(3)), "run.json"]
 
 
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_damaged_block_of_a_state_folder_is_named(left: int, tmp_path: Any) -> None:
+    def options() -> dict[str, Any]:
+        return {"criterion": "wanda", "data": tokens(), "criterion_options": {"state": tmp_path}}
+
+    expected = sp.prune_(llama(), 0.6, **options()).masks.mask_hash()
+    damaged = tmp_path / "block_00001.pt"
+    damaged.write_bytes(damaged.read_bytes()[:left])
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"{damaged}: expected a finished block, got .* delete it"):
+        sp.prune_(model, 0.6, **options())
+    assert unchanged(model, before)
+    damaged.unlink()
+    assert sp.prune_(model, 0.6, **options()).masks.mask_hash() == expected
+
+
 def test_another_model_of_the_same_linears_is_another_run(tmp_path: Any) -> None:
     sp.prune_(llama(), 0.6, criterion="wanda", data=tokens(), criterion_options={"state": tmp_path})
     other = llama()

@@ -131,7 +131,16 @@ class _State:
         return self.folder / f"block_{index:05d}.pt"
 
     def load(self, index: int) -> dict[str, Any] | None:
-        return torch.load(self.path(index), weights_only=True) if self.path(index).exists() else None
+        path = self.path(index)
+        if not path.exists():
+            return None
+        try:
+            return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
+        except Exception as error:  # a damaged file can fail in every way that the reader has
+            raise ValueError(
+                f"{path}: expected a finished block, got a file that cannot be read ({type(error).__name__}); delete "
+                "it, and the run prunes that block again"
+            ) from error
 
     def save(self, index: int, tensors: dict[str, Tensor], masks: Mapping[str, Tensor]) -> None:
         remove_unfinished(self.path(index))
