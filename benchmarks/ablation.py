@@ -170,9 +170,12 @@ SIZES = {
 
 
 def setting_of(size: str, epochs: float | None = None, **changes: Any) -> Setting:
-    """A size's setting with so many epochs of pruning and these settings of the trainer, those that are not None."""
+    """A size's setting with so many epochs of pruning and these settings of the trainer, where they are not None. What
+    is as the size has it changes nothing, the setting's key neither.
+    """
     found = SIZES[size]
-    given = {name: value for name, value in changes.items() if value is not None}
+    own = dict(found.changes)
+    given = {name: value for name, value in changes.items() if value is not None and value != own.get(name)}
     if given:
         found = replace(found, changes=(*(c for c in found.changes if c[0] not in given), *given.items()))
     return found if epochs is None else replace(found, epochs=epochs)

@@ -53,6 +53,7 @@ def test_a_setting_is_named_by_what_differs_from_the_default(ablation):
 def test_what_is_given_stands_instead_of_the_sizes_own(ablation):
     own = ablation.SIZES["minilm"]
     assert ablation.setting_of("minilm") == ablation.setting_of("minilm", None, autocast=None) == own
+    assert ablation.setting_of("minilm", own.epochs, autocast="bfloat16", scope="layer") == own
     given = ablation.setting_of("minilm", 10.0, autocast="none", scope="global")
     config = ablation.arm_config("scores_kd", 0.9, 0, given)
     assert (config.epochs, config.autocast, config.scope) == (10.0, "none", "global")
