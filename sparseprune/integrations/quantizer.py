@@ -245,7 +245,7 @@ def _reading_of(kind: Any) -> Callable[..., Any] | None:
     load = getattr(kind, "_load_pretrained_model", None)
     if load is None or not {"load_config", "checkpoint_files", "state_dict"} <= set(inspect.signature(load).parameters):
         return None
-    return load  # type: ignore[no-any-return]
+    return load
 
 
 def register() -> None:

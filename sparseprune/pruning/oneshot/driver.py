@@ -135,7 +135,7 @@ class _State:
         if not path.exists():
             return None
         try:
-            return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
+            return torch.load(path, weights_only=True)
         except Exception as error:  # a damaged file can fail in every way that the reader has
             raise ValueError(
                 f"{path}: expected a finished block, got a file that cannot be read ({type(error).__name__}); delete "
