@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
+import platform
 import re
 import secrets
 import stat
@@ -59,15 +59,18 @@ def holding(folder: str | os.PathLike[str], remedy: str, say: Callable[[str], No
     """Makes the folder and holds it for one run; BlockingIOError, with the remedy, where another one does, in this
     process or elsewhere. Where the folder's file system has no locks, ``say`` is told so.
 
-    The system lets the lock of a dead process go, so whatever lock file it left is taken over.
+    The system lets the lock go once the process, and what it forked, are dead, so whatever lock file they left is taken
+    over.
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     path = place / _LOCK
-    file = _locked(path, remedy, say)
+    file, why_not = _locked(path, remedy)
     try:
+        if why_not:
+            say(f"{place}: no locks here ({why_not}); take care that no second run uses this folder")
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
         yield
     finally:
@@ -75,22 +78,26 @@ def holding(folder: str | os.PathLike[str], remedy: str, say: Callable[[str], No
         file.close()
 
 
-def _locked(path: Path, remedy: str, say: Callable[[str], None]) -> IO[str]:
+def _locked(path: Path, remedy: str) -> tuple[IO[str], str | None]:
+    """The open file, and why it is not locked where the system or its place has no locks."""
     while True:
         file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115  # it stays open while it is held
         try:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError as error:
+            return file, str(error)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-                say(f"{path.parent}: no locks here ({error.strerror}); take care that no second run uses this folder")
-                return file
+                return file, error.strerror
             with file:
                 file.seek(0)
                 holder = file.read(200).strip() or "another process"
             raise BlockingIOError(f"{path.parent}: in use by {holder}; {remedy}") from None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
+                return file, None
         file.close()  # its holder had finished and removed it between our opening and our locking
 
 

@@ -152,3 +152,17 @@ def test_a_folder_without_locks_is_used_and_it_is_said(tmp_path, monkeypatch):
     with holding(tmp_path, "wait", said.append):
         pass
     assert len(said) == 1 and said[0].startswith(f"{tmp_path}: no locks here (No locks available); take care that")
+
+
+def test_a_system_without_locks_is_used_and_it_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    said = []
+    with holding(tmp_path, "wait", said.append):
+        assert len(said) == 1 and "no locks here" in said[0]
+    with pytest.raises(RuntimeWarning), holding(tmp_path, "wait", lambda text: warning(text)):
+        raise AssertionError
+    assert not list(tmp_path.iterdir())
+
+
+def warning(text):
+    raise RuntimeWarning(text)

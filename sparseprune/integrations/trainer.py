@@ -102,6 +102,8 @@ class PruneCallback(TrainerCallback):
             )
         try:
             saved = torch.load(path, map_location=args.device.type, weights_only=True)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # a damaged file can fail in every way that the reader has
             raise ValueError(
                 f"{path}: expected the state of the run at step {state.global_step}, got a file that cannot be read "

@@ -27,7 +27,7 @@ def _leaving_indices(update: Any) -> Any:
     @functools.wraps(update)
     def checked(self: AveragedModel, model: nn.Module) -> None:
         indices = _indices(self.module, model)
-        if self.n_averaged > 0:
+        if indices and self.n_averaged > 0:
             for name, mine, theirs in indices:
                 if not torch.equal(mine, theirs.to(mine.device)):
                     raise ValueError(

@@ -20,13 +20,16 @@ def copy_of(model: nn.Module, who: str) -> nn.Module:
     has computed, which torch does not copy: weights under ``torch.nn.utils.weight_norm``, ``spectral_norm`` or
     ``prune``.
     """
-    found = list(_computed(model))
-    if found:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        found = list(_computed(model))
+        if not found:
+            raise
         more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise ValueError(
             f"{who}: expected a model that can be copied, got computed tensors in {'; '.join(found[:_SHOWN])}{more}"
-        )
-    return copy.deepcopy(model)
+        ) from error
 
 
 def _computed(model: nn.Module) -> Iterator[str]:

@@ -38,7 +38,8 @@ class InstanceForward:
 
     def called_on(self) -> nn.Module:
         """The module that the caller's caller calls: ``owner``, or a copy of it. To be asked in ``__call__`` itself,
-        outside compiled graphs. A copy whose ``forward`` is called past its ``__call__`` is not found.
+        outside compiled graphs. A copy is not found where its ``forward`` is called past its ``__call__``, and where it
+        is compiled or exported before it was called: use copy.deepcopy there.
         """
         module = sys._getframe(2).f_locals.get("self")  # of nn.Module.__call__
         if module is self.owner or not isinstance(module, nn.Module) or vars(module).get("forward") is not self:
@@ -51,6 +52,11 @@ class InstanceForward:
         return type(copy).forward(copy, *args, **kwargs)
 
 
-def is_replaced(module: nn.Module) -> bool:
-    """Whether another than ours stands in the place of the forward of the module's class."""
-    return "forward" in vars(module) and not isinstance(vars(module)["forward"], InstanceForward)
+def is_replaced(module: nn.Module, by: type[InstanceForward] = InstanceForward) -> bool:
+    """Whether another than one of ``by`` stands in the place of the forward of the module's class. One of ours that is
+    bound to another instance, of which this one is a copy, stands for nothing.
+    """
+    found = vars(module).get("forward")
+    if found is None or (isinstance(found, InstanceForward) and found.owner is not module):
+        return False
+    return not isinstance(found, by)

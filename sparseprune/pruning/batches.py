@@ -175,8 +175,12 @@ def _with_decoder_inputs(inputs: Any, targets: Any, model: nn.Module) -> Any:
     named = isinstance(inputs, Mapping)
     if named and any(inputs.get(name) is not None for name in _OF_DECODER):
         return inputs
-    if make is None or not named or not isinstance(targets, Tensor) or targets.is_floating_point():
+    of_labels = isinstance(targets, Tensor) and not targets.is_floating_point()
+    if make is None or not named or not of_labels:
         got = ", ".join(inputs) if named else type(inputs).__name__
+        if make is not None:
+            labels = "" if of_labels else f" and labels that are {type(targets).__name__} and no tensor of token ids"
+            got += f"{labels}; give a dict such as {{'input_ids': ..., 'labels': ...}}"
         raise ValueError(
             f"a batch for {type(model).__name__} expected a dict with decoder_input_ids, the labels moved on by one "
             f"place, got {got}; its forward makes them of labels alone, which never reach it here"

@@ -309,7 +309,7 @@ class Pruner:
         inside of it: they are masked at each call, and shown to the criterion at the first, where the step begins.
         """
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
+        if not callable(closure):  # an optimiser of one's own may have another first argument
             self._see(optimizer)
             return None
         first = True

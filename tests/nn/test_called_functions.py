@@ -108,6 +108,30 @@ def test_a_replacement_that_computes_the_same_keeps_the_program(monkeypatch):
         assert stack.why_not(ids) is None
 
 
+def test_functions_that_are_replaced_again_and_again_leave_the_stack_to_its_layers(monkeypatch):
+    pytest.importorskip("transformers")
+    model, ids = decoder_models.sparse("llama"), decoder_models.prompts()["input_ids"]
+    stack, place = stack_of(decoder_models.body(model)), importlib.import_module(LLAMA)
+    rotate = place.rotate_half
+    bound = []
+    bind = type(stack)._bind
+    monkeypatch.setattr(type(stack), "_bind", lambda *args: bound.append(args) or bind(*args))
+    with torch.no_grad():
+        before = model(ids).logits
+        for _ in range(12):
+            monkeypatch.setattr(place, "rotate_half", lambda x: rotate(x))  # a new one each time
+            torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
+        assert len(bound) < 10 and "again and again" in stack.why_not(ids)
+        # now and then is another matter
+        model = decoder_models.sparse("llama")
+        stack = stack_of(decoder_models.body(model))
+        for _ in range(10):
+            monkeypatch.setattr(place, "rotate_half", lambda x: rotate(x))
+            for _ in range(17):
+                model(ids)
+        assert stack.why_not(ids) is None
+
+
 class Layer(nn.Module):
     def forward(self, x):
         return [nn.functional.relu(self.scaled(one)) for one in x]

@@ -76,3 +76,13 @@ def test_what_the_remedies_leave_is_copied():
     x = torch.randn(2, 6)
     for made in after:
         assert torch.equal(copy_of(made, "here")(x), made(x))
+
+
+def test_a_model_that_copies_itself_is_copied():
+    class Own(nn.Linear):
+        def __deepcopy__(self, memo):
+            return Own(self.in_features, self.out_features)
+
+    model = Own(4, 3)
+    model.last = model(torch.randn(2, 4))
+    assert isinstance(copy_of(model, "here"), Own)

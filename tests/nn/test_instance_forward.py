@@ -15,7 +15,7 @@ from torch import nn
 import sparseprune as sp
 from sparseprune import _native
 from sparseprune.nn import explain
-from sparseprune.nn.fusion import fused_activations, unfuse_
+from sparseprune.nn.fusion import fuse_, fused_activations, unfuse_
 from sparseprune.nn.stacks import drop_stacks_, stack_of
 from sparseprune.nn.views import trainable_twin
 
@@ -177,3 +177,39 @@ def test_a_twin_with_linears_of_its_own_runs_them():
         expected = hidden(x)
         twin[0].layers[0].self_attn.out_proj.weight = nn.Parameter(torch.zeros(36, 36))
         assert not torch.allclose(twin(x), expected, atol=1e-3)
+
+
+class Both(nn.Module):
+    """Layers that may be a program, and an activation that may be fused, in one forward."""
+
+    def __init__(self, follows: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, activation="gelu") for _ in range(2)
+        )
+        self.proj, self.act, self.follows = nn.Linear(64, 64), nn.ReLU(), follows
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.act(self.proj(x) if self.follows else x + self.proj(x))
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_program_and_a_fused_activation_leave_each_other_their_place(follows):
+    torch.manual_seed(0)
+    model = Both(follows).eval().requires_grad_(False)
+    sp.prune_(model, 0.8)
+    x = torch.randn(2, 5, 64)
+    expected = model(x)
+    report = sp.sparsify_(model, layout="csr", engine="program")
+    first = vars(model)["forward"]
+    again = fuse_(model)
+    assert vars(model)["forward"] is first
+    if follows:  # sparsify_ fuses first
+        assert fused_activations(model) is first and report.stacks[0].engine == "layers"
+        assert report.stacks[0].reason == "its forward was replaced"
+    else:
+        assert stack_of(model) is first and first.why_not(x) is None
+        assert "was replaced" in next(found.reason for found in again if found.name == "proj")
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)

@@ -277,7 +277,7 @@ def test_inputs_are_collected_without_padding():
         ({"density": None}, "density or mask"),
         ({"mask": torch.ones(24, 32, dtype=torch.bool)}, "density or mask"),
         ({"density": 0.0}, "density expected in"),
-        ({"damping": 0.0}, "damping expected above 0, got 0.0"),
+        ({"damping": -0.1}, "damping expected >= 0, got -0.1"),
         ({"density": None, "mask": torch.ones(2, 2, dtype=torch.bool)}, "mask expected bool"),
         ({"granularity": NM(2, 4)}, "its count is not free"),
         ({"inputs": torch.ones(50, 31)}, r"inputs \[..., K\]"),

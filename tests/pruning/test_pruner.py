@@ -220,6 +220,34 @@ def test_a_closure_that_is_called_often_is_observed_once_a_step_and_its_gradient
     torch.testing.assert_close(pruner.criterion.state["0"]["moved"], expected)
 
 
+@pytest.mark.parametrize("given", [((False,), {}), ((True,), {}), ((), {"zero_grad": True}), ((0.5,), {})])
+def test_an_optimisers_own_argument_is_no_closure(given):
+    class Own(torch.optim.SGD):
+        def step(self, zero_grad=False):
+            self.got = zero_grad
+            super().step()
+            if zero_grad:
+                self.zero_grad()
+
+    def run(*args, **kwargs):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8))
+        optimizer = Own(model.parameters(), lr=0.1)
+        pruner = Pruner(model, PruneConfig(sp.ConstantSchedule(0.5), criterion="movement", end=100, every=2))
+        pruner.prepare(optimizer)
+        for _ in range(6):
+            model.zero_grad()
+            model(torch.randn(6, 12)).square().mean().backward()
+            optimizer.step(*args, **kwargs)
+            pruner.step()
+        return model, optimizer.got
+
+    (model, got), (expected, _) = run(*given[0], **given[1]), run()
+    assert got == [*given[0], *given[1].values()][0]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))
+    assert sum(int((layer.weight == 0).sum()) for layer in (model[0], model[2])) == (12 * 16 + 16 * 8) // 2
+
+
 @pytest.mark.parametrize("optimiser", ["fused", "plain", "sp.AdamW"])
 @pytest.mark.parametrize("unscaled", [False, True])
 def test_movement_under_a_grad_scaler_is_that_without(optimiser, unscaled):

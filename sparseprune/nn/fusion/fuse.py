@@ -71,7 +71,7 @@ def _fuse_activation(name: str, parent: nn.Module, linear: SparseLinear, child: 
     if hooked(linear, activation):
         return Fusion(name, what, "a hook observes the modules")
     own = fused_activations(parent)
-    if is_replaced(parent):
+    if is_replaced(parent, FusedActivations):
         return Fusion(name, what, "the forward of the module that holds them was replaced")
     if own is not None and any(second == child for second, _ in own.fused.values()):
         return None  # it follows another Linear already; twice handed on, either would seem right while the other is

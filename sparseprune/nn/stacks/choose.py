@@ -96,7 +96,7 @@ def decoder_linears(model: nn.Module) -> frozenset[int]:
     found: set[int] = set()
     for module, name in find_stacks(model).values():
         stack, layers = _stack(model, module, name), module._modules[name]
-        if not isinstance(stack, DecoderForward) or is_replaced(module) or layers is None:
+        if not isinstance(stack, DecoderForward) or is_replaced(module, StackForward) or layers is None:
             continue
         try:
             with torch.no_grad(), evaluating(layers):
@@ -140,7 +140,7 @@ def _choose_(
         return left("engine='layers' was asked for")
     if engine == "auto" and not any(isinstance(m, SparseLinear) for m in layers.modules()):
         return left("none of its layers is sparse")
-    if is_replaced(module):
+    if is_replaced(module, StackForward):
         return left("its forward was replaced")
     try:
         with torch.no_grad(), evaluating(layers):

@@ -37,6 +37,9 @@ _OUTPUTS = ("output_hidden_states", "output_attentions")
 _REFUSED = (*_OUTPUTS, "head_mask", "past_key_values", "encoder_hidden_states", "encoder_attention_mask", "use_cache")
 _WITHOUT_EFFECT = frozenset({"position_ids", "cache_position", "output_attentions", "output_hidden_states"})
 _MOST_READING = 8  # kinds of calls that may read between layers before all are left to them
+_MOST_SWAPS, _FEW = 8, 16  # of called functions, each after fewer calls than this, before all are left to the layers
+
+_SWAPPED = "functions that its layers call by name are replaced again and again; call sparsify_ anew once they stay"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,7 @@ class StackForward(InstanceForward):
         self._bound: Any = None
         self._refused: tuple[Modules, str, Any] | None = None  # and what tells whether its tensors are the same
         self._reading: tuple[Any, dict[Any, str]] = None, {}  # what is bound; kinds of calls that read between layers
+        self._swaps = self._calls = 0  # of called functions, one soon after the other; calls since the last
 
     def __getstate__(self) -> dict[str, Any]:
         return {"owner": self.owner, "name": self.name, "reader": self.reader}
@@ -107,12 +111,19 @@ class StackForward(InstanceForward):
         why = why_not_native()
         if why is not None:
             raise Unsupported(why)
+        if self._swaps >= _MOST_SWAPS:
+            raise Unsupported(_SWAPPED)
         bound, stack = self._bound, self.owner._modules[self.name]
         modules = bound.modules if bound is not None else None if self._refused is None else self._refused[0]
         if modules is not None and modules.root is stack and modules.trains():
             raise Unsupported(IN_TRAINING)
+        self._calls += 1
         if modules is None or modules.root is not stack or not modules.same():
             assert stack is not None
+            if modules is not None and modules.root is stack and not modules.call_the_same():
+                self._swaps, self._calls = self._swaps + 1 if self._calls < _FEW else 1, 0
+                if self._swaps >= _MOST_SWAPS:
+                    raise Unsupported(_SWAPPED)
             modules = Modules(stack)
         why = modules.why_not()
         if why is None and torch.is_grad_enabled() and modules.learns():

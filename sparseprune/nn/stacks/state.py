@@ -81,6 +81,10 @@ class Modules:
     def _now(dicts: list[dict[str, Any]]) -> Iterator[Any]:
         return chain.from_iterable(map(dict.values, dicts))
 
+    def call_the_same(self) -> bool:
+        """Whether the forwards call what they called."""
+        return self._called.same()
+
     def same(self) -> bool:
         """Whether these are the children, parameters and buffers still, by identity and in number, of modules in eval
         with the classes and attributes that they had, whose forwards call what they called.

@@ -76,7 +76,7 @@ def compensate(
     quarter of ``inputs``. ``outputs`` `[..., N]`: what the layer is to give for ``inputs``, its bias taken off, instead
     of what ``weight`` gives; ``weight`` then holds the weights in use, and plain masking leaves them as they are (give
     ``valid_outputs`` with ``valid_inputs``). Rank 0, and no compensation at all, are valid answers. granularity:
-    elements or blocks. ``damping``, above 0: as a share of the mean diagonal it is added to the diagonal of the inputs'
+    elements or blocks. ``damping`` >= 0: as a share of the mean diagonal it is added to the diagonal of the inputs'
     second moments (with a bias shift: of their covariance), so that a fit is defined where inputs hang together; it
     draws fits to the weights.
 
@@ -94,8 +94,8 @@ def compensate(
         )
     if (density is None) == (mask is None):
         raise ValueError("compensate: give density or mask, one of the two")
-    if not damping > 0:
-        raise ValueError(f"compensate: damping expected above 0, got {damping}")
+    if not damping >= 0:
+        raise ValueError(f"compensate: damping expected >= 0, got {damping}")
     train, valid = _split(inputs, valid_inputs, outputs, valid_outputs, len(weight))
     dense = weight.detach().float()
     if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool):

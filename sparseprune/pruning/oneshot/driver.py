@@ -136,6 +136,8 @@ class _State:
             return None
         try:
             return torch.load(path, weights_only=True)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # a damaged file can fail in every way that the reader has
             raise ValueError(
                 f"{path}: expected a finished block, got a file that cannot be read ({type(error).__name__}); delete "
