@@ -39,7 +39,7 @@ _WITHOUT_EFFECT = frozenset({"position_ids", "cache_position", "output_attention
 _MOST_READING = 8  # kinds of calls that may read between layers before all are left to them
 _MOST_SWAPS, _FEW = 8, 16  # of called functions, each after fewer calls than this, before all are left to the layers
 
-_SWAPPED = "functions that its layers call by name are replaced again and again; call sparsify_ anew once they stay"
+_SWAPPED = "functions that its layers call by name change time and again; once they stay, densify_ and sparsify_ anew"
 
 
 @dataclass(frozen=True, kw_only=True)
