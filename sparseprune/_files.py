@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import platform
 import re
@@ -15,7 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["holding", "kind_of", "remove_unfinished", "replacing", "save_checkpoint", "write_bytes", "write_text"]
+__all__ = [
+    "holding", "kind_of", "read_checkpoint", "remove_unfinished", "replacing", "save_checkpoint", "write_bytes",
+    "write_text",
+]  # fmt: skip
 
 _LOCK = "run.lock"
 _LONGEST = 255  # bytes of a file's name
@@ -169,6 +173,23 @@ def _created(target: Path, suffix: str) -> Path:
         with contextlib.suppress(FileExistsError):
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
             return temporary
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str], what: str, remedy: str, content: bytes | None = None, device: str = "cpu"
+) -> Any:
+    """``torch.load`` of tensors and plain values alone, onto ``device``; ``content``: the file's, where it is at hand.
+    ValueError, which says ``what`` it should be and the remedy, where it cannot be read; OSError where it is not there.
+    """
+    import torch
+
+    try:
+        source = Path(path) if content is None else io.BytesIO(content)
+        return torch.load(source, map_location=device, weights_only=True)
+    except (MemoryError, torch.OutOfMemoryError, FileNotFoundError):
+        raise
+    except Exception as error:  # a damaged file can fail in every way that the reader has
+        raise ValueError(f"{path}: not a readable {what} ({type(error).__name__}); {remedy}") from error
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: Any) -> None:

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from sparseprune._files import holding, remove_unfinished, replacing, write_text
+from sparseprune._files import holding, read_checkpoint, remove_unfinished, replacing, save_checkpoint, write_text
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
@@ -166,3 +166,23 @@ def test_a_system_without_locks_is_used_and_it_is_said(tmp_path, monkeypatch):
 
 def warning(text):
     raise RuntimeWarning(text)
+
+
+def test_a_checkpoint_is_read_or_its_damage_named_and_memory_that_ran_out_is_none(tmp_path, monkeypatch):
+    path = tmp_path / "a.ckpt"
+    with pytest.raises(FileNotFoundError):
+        read_checkpoint(path, "state", "delete it")
+    save_checkpoint(path, {"step": 3})
+    assert read_checkpoint(path, "state", "delete it") == {"step": 3}
+    whole = path.read_bytes()
+    assert read_checkpoint(path, "state", "delete it", whole) == {"step": 3}
+    path.write_bytes(whole[:20])
+    with pytest.raises(ValueError, match=r"a\.ckpt: not a readable state \(.*; delete it"):
+        read_checkpoint(path, "state", "delete it")
+
+    def load(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr("torch.load", load)
+    with pytest.raises(MemoryError):
+        read_checkpoint(path, "state", "delete it")

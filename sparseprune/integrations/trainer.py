@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from .._files import save_checkpoint
+from .._files import read_checkpoint, save_checkpoint
 from ..nn.filters import FilterFn
 from ..pruning import PruneConfig, Pruner
 from .terms import Distillation, TeacherTerms
@@ -100,15 +100,8 @@ class PruneCallback(TrainerCallback):
                 f"PruneCallback: the run resumes at step {state.global_step}, expected {path}, found no such file; "
                 f"{_remedy(path.parent)}"
             )
-        try:
-            saved = torch.load(path, map_location=args.device.type, weights_only=True)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # a damaged file can fail in every way that the reader has
-            raise ValueError(
-                f"{path}: expected the state of the run at step {state.global_step}, got a file that cannot be read "
-                f"({type(error).__name__}); {_remedy(path.parent)}"
-            ) from error
+        what = f"state of the run at step {state.global_step}"
+        saved = read_checkpoint(path, what, _remedy(path.parent), device=args.device.type)
         if saved.get("version") != _VERSION or saved["pruner"]["steps"] != state.global_step:
             raise ValueError(
                 f"{path}: expected version {_VERSION} and step {state.global_step}, got {saved.get('version')!r} and "

@@ -88,6 +88,8 @@ def _load(
         best = saved["best"]
         figures = {"accuracy": float(best["accuracy"]), "loss": float(best["loss"]), "epoch": int(best["epoch"])}
         return int(saved["epoch"]), {**figures, "state": best["state"]}
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # a damaged file can fail in every way that the reader and the loaders have
         raise ValueError(
             f"{path}: not a readable checkpoint of the dense training ({type(error).__name__}); delete it to train "

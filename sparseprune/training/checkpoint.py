@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from .._config import Config, described
 from .._digest import digest
-from .._files import remove_unfinished, save_checkpoint
+from .._files import read_checkpoint, remove_unfinished, save_checkpoint
 from ..pruning.processes import Processes
 
 __all__ = ["identity", "parse", "random_state", "read", "set_random_state", "write"]
@@ -58,10 +57,7 @@ def parse(path: Path, saved: bytes, config: dict[str, Any], teacher: str, proces
     """What was written, on the CPU whatever device it was on; config, teacher: of :func:`identity`. ValueError, with
     the remedy, where it cannot be read or is another run's.
     """
-    try:
-        state = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path}: not a readable training checkpoint ({type(error).__name__}); delete it") from error
+    state = read_checkpoint(path, "training checkpoint", "delete it", saved)
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise ValueError(f"{path}: expected a training checkpoint of format {_FORMAT}; delete it to start again")
     if state["config"] != config:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._digest import digest
-from ..._files import remove_unfinished, replacing, write_text
+from ..._files import read_checkpoint, remove_unfinished, replacing, write_text
 from ..batches import Batch
 from ..granularity import InWeight
 from ..masks import MaskSet
@@ -134,15 +134,9 @@ class _State:
         path = self.path(index)
         if not path.exists():
             return None
-        try:
-            return torch.load(path, weights_only=True)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # a damaged file can fail in every way that the reader has
-            raise ValueError(
-                f"{path}: expected a finished block, got a file that cannot be read ({type(error).__name__}); delete "
-                "it, and the run prunes that block again"
-            ) from error
+        remedy = "delete it, and the run prunes that block again"
+        found: dict[str, Any] = read_checkpoint(path, "finished block", remedy)
+        return found
 
     def save(self, index: int, tensors: dict[str, Tensor], masks: Mapping[str, Tensor]) -> None:
         remove_unfinished(self.path(index))
