@@ -258,7 +258,8 @@ def core_extension() -> list[Extension]:
         return []
     import pybind11
 
-    sources = ["csrc/cpu/dispatch.cpp", "csrc/cpu/encoder_batch.cpp", *sources_in("csrc/bindings", "*.cpp")]
+    sources = [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "encoder_batch", "structure")]
+    sources += sources_in("csrc/bindings", "*.cpp")
     sources += [f"csrc/cpu/tiers/{t}.cpp" for t in ("generic", *TIERS.get(platform.machine().lower(), ()))]
     return [Extension("sparseprune._C", sources, include_dirs=[pybind11.get_include()], language="c++")]
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._native import require_c
 from .._registry import kernel
 from ..tensor_state import cached_by
 from ._inputs import why_not_cpu
@@ -35,12 +36,14 @@ class Kept(NamedTuple):
 
 def _kept(mask: Tensor) -> Kept:
     def make() -> Kept:
-        place = mask.flatten().nonzero().flatten()
-        if place.numel() > SPARSE_UP_TO * mask.numel() or mask.numel() == 0:
-            return Kept(None, place[:0].to(torch.int32), place[:0])
-        crow = torch.zeros(mask.shape[0] + 1, dtype=torch.int32)
-        crow[1:] = mask.sum(1).cumsum(0)
-        return Kept(crow, (place % mask.shape[1]).to(torch.int32), place)
+        (rows, columns), flags = mask.shape, mask.contiguous()
+        crow = torch.empty(rows + 1, dtype=torch.int32)
+        kept = require_c().count_kept(flags.data_ptr(), rows, columns, crow.data_ptr())
+        if kept > min(SPARSE_UP_TO * mask.numel(), 2**31 - 1) or mask.numel() == 0:
+            return Kept(None, torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64))
+        col, place = torch.empty(kept, dtype=torch.int32), torch.empty(kept, dtype=torch.int64)
+        require_c().list_kept(flags.data_ptr(), rows, columns, crow.data_ptr(), col.data_ptr(), place.data_ptr())
+        return Kept(crow, col, place)
 
     return cached_by(("mask",), (mask,), make)
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._native import require_c
 from .kinds import Kind
 from .plan import SLACK, Plan
 
-__all__ = ["flat_positions", "height_of", "pack"]
+__all__ = ["flat_positions", "height_of", "pack", "pack_canonical"]
 
 
 def _blocks(rows: int, columns: int, height: int, tokens: int, density: float) -> tuple[int, int]:
@@ -48,6 +49,11 @@ def height_of(r: int) -> int:
     return next(h for h in (16, 8, 4, 2, 1) if r % h == 0)
 
 
+def _plan(shape: tuple[int, int], height: int, tokens: int, density: float) -> Plan:
+    rows, columns = shape
+    return Plan(int(Kind.GROUPS), rows, columns, height, *_blocks(rows, columns, height, tokens, density))
+
+
 def pack(
     shape: tuple[int, int],
     height: int,
@@ -64,7 +70,8 @@ def pack(
     """
     rows, columns = shape
     device = group.device
-    k_block, row_block = _blocks(rows, columns, height, tokens, density)
+    plan = _plan(shape, height, tokens, density)
+    k_block, row_block = plan.k_block, plan.row_block
     k_blocks, per_block, groups = -(-columns // k_block), row_block // height, rows // height
 
     def slots_of(of: Tensor, k: Tensor) -> Tensor:
@@ -95,7 +102,40 @@ def pack(
     perm = (canonical[order].unsqueeze(1) + torch.arange(height, device=device) * row_step).reshape(-1).to(torch.int32)
     index = torch.cat([index, index.new_zeros(SLACK)])
     perm = torch.cat([perm, perm.new_full((SLACK * height,), -1)])
-    plan = Plan(int(Kind.GROUPS), rows, columns, height, k_block, row_block)
+    return plan, index, offsets, perm
+
+
+def pack_canonical(
+    shape: tuple[int, int],
+    height: int,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    blocksize: tuple[int, int],
+    transpose: bool,
+    tokens: int,
+    density: float,
+) -> tuple[Plan, Tensor, Tensor, Tensor]:
+    """What :func:`pack` gives for the weight of this shape in csr or bsr, or with ``transpose`` for that of the shape
+    turned round, through the compiled core, which sorts nothing: a tenth of the time. The indices are int32, on the
+    CPU. ValueError where they point outside of the weight.
+    """
+    plan = _plan(shape, height, tokens, density)
+    (rows, columns), (r, c) = shape, blocksize
+    entries = col_indices.numel() * r * c // height
+    index = torch.zeros(entries + SLACK, dtype=torch.int16)
+    offsets = torch.empty(rows // height * -(-columns // plan.k_block) + 1, 2, dtype=torch.int32)
+    perm = torch.full(((entries + SLACK) * height,), -1, dtype=torch.int32)
+    crow, col = crow_indices.contiguous(), col_indices.contiguous()
+    require_c().pack_groups(
+        crow.data_ptr(),
+        col.data_ptr(),
+        (crow.numel() - 1, col.numel(), (rows if transpose else columns) // c, r, c),
+        plan[1:],
+        transpose,
+        index.data_ptr(),
+        offsets.data_ptr(),
+        perm.data_ptr(),
+    )
     return plan, index, offsets, perm
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _native
 from . import bitmask, groups
 from .packed import Packed
 
@@ -32,6 +33,16 @@ def pack_structure(
             f"got {crow_indices.numel()}; the values decide the blocksize"
         )
     n_blocks = col_indices.numel()
+    turned = ((columns, rows), (c, r)) if transpose else (shape, blocksize)
+    height = groups.height_of(turned[1][0])
+    density = n_blocks * r * c / max(1, rows * columns)
+    masked = bitmask.wanted(height, tokens, density, dtype)
+    on_cpu = crow_indices.dtype == col_indices.dtype == torch.int32 and device.type == "cpu" == col_indices.device.type
+    if not masked and on_cpu and _native.C is not None:
+        parts = groups.pack_canonical(
+            turned[0], height, crow_indices, col_indices, blocksize, transpose, tokens, density
+        )
+        return Packed(*parts, torch.empty(0, dtype=dtype))
     if n_blocks and not 0 <= int(col_indices.min()) <= int(col_indices.max()) < columns // c:
         raise ValueError(f"pack: col_indices expected in [0, {columns // c}), got up to {int(col_indices.max())}")
     counts = (crow_indices[1:] - crow_indices[:-1]).long()
@@ -40,7 +51,6 @@ def pack_structure(
     if transpose:
         rows, columns, r, c = columns, rows, c, r
         block_row, block_column = block_column, block_row
-    height = groups.height_of(r)
     # one entry a (block, sub-group of rows, column): its group, its column and the places of its values
     sub = torch.arange(r // height, device=device).view(1, -1, 1)
     within = torch.arange(c, device=device).view(1, 1, -1)
@@ -50,8 +60,7 @@ def pack_structure(
     first = torch.arange(n_blocks, device=device).view(-1, 1, 1) * (r * c)
     canonical = (first + sub * (height * row_step) + within * column_step).expand(n_blocks, r // height, c).reshape(-1)
 
-    density = n_blocks * r * c / max(1, rows * columns)
-    if bitmask.wanted(height, tokens, density, dtype):
+    if masked:
         parts = bitmask.pack((rows, columns), group, column, canonical)
     else:
         parts = groups.pack((rows, columns), height, group, column, canonical, row_step, tokens, density)

@@ -68,8 +68,12 @@ def test_the_sanitizer_sees_an_overrun(sanitized):
 
 
 @pytest.mark.parametrize(
-    "tests", ["test_linear.py", "test_selection.py", "test_selection_masking.py", "../ops/test_decoder.py"]
-)
+    "tests",
+    [
+        "test_linear.py", "test_linear_masked.py", "test_selection.py", "test_selection_masking.py",
+        "test_structure.py", "../ops/test_decoder.py",
+    ],
+)  # fmt: skip
 def test_every_kernel_stays_inside_its_buffers(sanitized, tests):
     path = ROOT / "tests" / "native" / tests
     result = run(sanitized, "-m", "pytest", "-v", "-s", "-x", "-p", "no:cacheprovider", "-k", "not flat", str(path))
