@@ -101,6 +101,8 @@ define(
     "csr_linear_dx",
     _fake_dx,
 )
+
+
 def _save_compressed(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, crow, col, values, bias, ctx.activation = inputs
     ctx.place = place_of(values)  # here, for hooks of saved tensors may give the backward copies
@@ -286,17 +288,45 @@ def _masked_backward(ctx: Any, dy: Tensor) -> tuple:
 torch.library.register_autograd("sparseprune::masked_linear", _masked_backward, setup_context=_save_masked, lib=LIBRARY)
 
 
-def masked_linear(x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+class _StraightThrough(torch.autograd.Function):
+    """masked_linear, but for the gradient of w, which goes straight through the mask."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+        return _OPS.masked_linear(x, w, mask, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _save_masked(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        x, w, mask, bias = ctx.saved_tensors
+        wants_x, wants_w, _, wants_bias = ctx.needs_input_grad
+        dx = _backward_kernels().masked_linear_dx(dy, w, mask).to(x.dtype) if wants_x else None
+        dw = None
+        if wants_w:
+            wide = widest(x, dy)
+            dw = (dy.reshape(-1, dy.shape[-1]).to(wide).t() @ x.reshape(-1, x.shape[-1]).to(wide)).to(w.dtype)
+        dbias = _bias_grad(dy, bias.dtype) if wants_bias and bias is not None else None
+        return dx, dw, None, dbias
+
+
+def masked_linear(
+    x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None = None, straight_through: bool = False
+) -> Tensor:
     """x: `[..., K]`; w, mask (bool, True = kept): `[N_out, K]`; bias `[N_out]`; returns x (w * mask)^T + bias.
 
-    Differentiable in x, w and bias; the gradient of w is zero where the mask is False. On a CPU it is sparse where the
-    mask keeps up to 0.3; elsewhere a dense matmul, no faster than F.linear.
+    Differentiable in x, w and bias; the gradient of w is zero where the mask is False, or with ``straight_through``
+    that of w * mask everywhere, which tells what a weight that is gone would change (Bengio et al. 2013). On a CPU it
+    is sparse where the mask keeps up to 0.3; elsewhere a dense matmul, no faster than F.linear.
     """
     x = autocast_input(x)
     check_mask("masked_linear", w, mask)
     refuse_tangents("masked_linear", w)
     check_linear("masked_linear", x, w.shape[0], w.shape[1], bias, "none")
-    return _OPS.masked_linear(x, w, mask, bias)
+    run = _StraightThrough.apply if straight_through else _OPS.masked_linear
+    return run(x, w, mask, bias)
 
 
 define(
@@ -305,6 +335,8 @@ define(
     "packed_linear",
     lambda x, values, index, offsets, scale, bias, residual, plan, activation: output_for(x, Plan(*plan).rows),
 )
+
+
 def packed_linear(
     x: Tensor, packed: Packed, bias: Tensor | None = None, residual: Tensor | None = None, activation: str = "none"
 ) -> Tensor:

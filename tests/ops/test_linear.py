@@ -75,6 +75,39 @@ def test_gradcheck_in_float64():
     assert torch.autograd.gradcheck(lambda x, w, b: ops.masked_linear(x, w, mask, b), (x, w, bias))
 
 
+@pytest.mark.parametrize("lead", [(), (5,), (2, 0), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_straight_through_gives_every_weight_the_gradient_of_the_masked_one(lead, dtype):
+    torch.manual_seed(0)
+    mask, x = torch.rand(8, 12) < 0.25, torch.randn(*lead, 12, dtype=dtype)
+    w, bias = torch.randn(8, 12, dtype=dtype), torch.randn(8, dtype=dtype)
+    dy, found = torch.randn(*lead, 8, dtype=dtype), []
+    held = (w * mask).requires_grad_()
+    parts = x.clone().requires_grad_(), held, bias.clone().requires_grad_()
+    torch.nn.functional.linear(*parts).backward(dy)
+    own = x.clone().requires_grad_(), w.clone().requires_grad_(), bias.clone().requires_grad_()
+    y = ops.masked_linear(own[0], own[1], mask, own[2], straight_through=True)
+    y.backward(dy)
+    found = [part.grad for part in own]
+    close = {torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2}}.get(dtype, {"rtol": 1e-5, "atol": 1e-5})
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, held.detach(), bias), **close)
+    for gradient, part in zip(found, parts):
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient, part.grad, **close)
+
+
+def test_straight_through_can_be_differentiated_again():
+    mask = torch.rand(4, 6) < 0.5
+    x, w = torch.randn(3, 6, dtype=torch.float64, requires_grad=True), torch.randn(4, 6, dtype=torch.float64)
+    held = (w * mask).requires_grad_()
+    own = w.clone().requires_grad_()
+    grads = []
+    for y, weight in ((x @ held.t(), held), (ops.masked_linear(x, own, mask, straight_through=True), own)):
+        (gradient,) = torch.autograd.grad(y.pow(3).sum(), weight, create_graph=True)
+        grads.append(torch.autograd.grad(gradient.pow(2).sum(), x)[0])
+    torch.testing.assert_close(*grads)
+
+
 def test_an_activation_inside_the_op_has_the_same_gradient(close):
     weight = sparse_weight(16, 24, "csr")
     x, values = torch.randn(4, 24, requires_grad=True), weight.values.clone().requires_grad_(True)
