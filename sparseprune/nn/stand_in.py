@@ -25,7 +25,11 @@ class StandIn(nn.Linear):
 
     @property
     def original(self) -> nn.Linear:
-        return self.__dict__["_of"]
+        """The Linear it stands in for, with the Parameters and the mode of now."""
+        original: nn.Linear = self.__dict__["_of"]
+        original.weight = self.weight
+        original.register_parameter("bias", self.bias)
+        return original.train(self.training)
 
 
 def put_back_(model: nn.Module, kind: type[StandIn] = StandIn) -> None:
@@ -33,10 +37,7 @@ def put_back_(model: nn.Module, kind: type[StandIn] = StandIn) -> None:
     replacements: dict[int, nn.Module] = {}
     for layer in model.modules():
         if isinstance(layer, kind):
-            original = layer.original
-            original.weight = layer.weight
-            original.register_parameter("bias", layer.bias)
-            replacements[id(layer)] = original.train(layer.training)
+            replacements[id(layer)] = layer.original
     replace_(model, replacements)
     if replacements and not any(isinstance(layer, SparseLinear) for layer in model.modules()):
         take_fast_path_(model)

@@ -90,12 +90,12 @@ class DistillConfig(Config):
     split (default: a tenth of the run); patience: evaluations after the freeze without a better state, after which the
     run ends (default: never). seed: of all that is drawn. dropout: train with the model's dropout on, in teacher and
     student alike. rescale: what the survivors are multiplied by once, when the masks are final (the article's trim
-    factor). heal: "auto" computes on the sparse kernels once the masks are hard, forward and backward, in layers where
-    that is faster; "dense" never. label_smoothing: share of the target spread over all classes, in training only.
-    input_noise: standard deviation of normal noise on the input embeddings (or on floating inputs), as a share of
-    theirs; teacher and student get the same. value_dtype, activations: those that ``sparsify_`` will be given; once the
-    masks are hard, the pruned Linears round as its kernels will, gradients pass straight through, and the best state is
-    chosen so.
+    factor). heal: "auto" computes on the sparse kernels where that is faster: once the masks are hard, forward
+    and backward; before, where at most a fifth is kept, the outputs and the gradients of the inputs; "dense" never.
+    label_smoothing: share of the target spread over all classes, in training only. input_noise: standard deviation of
+    normal noise on the input embeddings (or on floating inputs), as a share of theirs; teacher and student get the
+    same. value_dtype, activations: those that ``sparsify_`` will be given; once the masks are hard, the pruned Linears
+    round as its kernels will, gradients pass straight through, and the best state is chosen so.
 
     ValueError on a value outside these ranges.
     """

@@ -17,10 +17,11 @@ from ..packing import why_not_quads
 from ..pruning.granularity import Block
 from .gates import Gates
 
-__all__ = ["HealingLinear", "heal_sparse_"]
+__all__ = ["DENSITY", "HealingLinear", "heal_sparse_", "why_not_sparse"]
 
-# Below these the dense product, which needs no gather of the kept values, is as fast (docs/lab/performance.md).
-_DENSITY = 0.2
+#: Above this density, and below so many weights, the dense product, which needs no gather of the kept values, is as
+#: fast (docs/lab/performance.md).
+DENSITY = 0.2
 _WEIGHTS = 1 << 15
 
 
@@ -99,24 +100,32 @@ def heal_sparse_(model: nn.Module, gates: Gates) -> tuple[list[str], dict[str, s
     return made, left, exact
 
 
-def _why_not(layer: nn.Module, mask: Tensor, gates: Gates) -> str | None:
+def why_not_sparse(layer: nn.Module, gates: Gates) -> str | None:
+    """Why this layer of a student keeps its dense products, however little of it is kept; None where it need not."""
     if gates.config.heal == "dense":
         return "heal='dense' was asked for"
     if isinstance(layer, nn.Linear) and (own := own_forward(layer)) is not None:
         return own
-    if type(layer) is not nn.Linear:
+    if not isinstance(layer, nn.Linear) or type(layer) is not nn.Linear:
         return f"a {type(layer).__name__}"
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return "it has hooks"
-    if gates.config.autocast != "none" and not gates.config.rounds:
+    if gates.config.autocast != "none" and not (gates.frozen and gates.config.rounds):
         return "autocast computes in bfloat16"
     if _native.C is None or backends.forced_backend() not in (None, "native"):
         return "the compiled core does not run"
     if layer.weight.device.type != "cpu" or layer.weight.dtype != torch.float32:
         return f"expected float32 on the CPU, got {layer.weight.dtype} on {layer.weight.device}"
-    if gates.config.activations == "int8" and (reason := why_not_quads((layer.out_features, layer.in_features))):
-        return f"activations='int8' {reason}"
-    if mask.numel() < _WEIGHTS:
+    if layer.weight.numel() < _WEIGHTS:
         return f"fewer than {_WEIGHTS} weights"
+    return None
+
+
+def _why_not(layer: nn.Module, mask: Tensor, gates: Gates) -> str | None:
+    if (reason := why_not_sparse(layer, gates)) is not None:
+        return reason
+    rows, columns = mask.shape
+    if gates.config.activations == "int8" and (reason := why_not_quads((rows, columns))):
+        return f"activations='int8' {reason}"
     density = float(mask.sum()) / mask.numel()
-    return None if 0 < density <= _DENSITY else f"density {density:.2f}, expected at most {_DENSITY}"
+    return None if 0 < density <= DENSITY else f"density {density:.2f}, expected at most {DENSITY}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["DataPosition", "rewind"]
+from ..pruning.batches import split_batch
+
+__all__ = ["DataPosition", "first_inputs", "rewind"]
 
 
 class DataPosition:
@@ -65,6 +68,17 @@ def rewind(loader: Any) -> None:
     """The next epoch of a loader that counts them is its first."""
     if hasattr(loader, "set_epoch"):
         loader.set_epoch(0)
+
+
+def first_inputs(loader: Iterable[Any] | None, count: int, device: torch.device, model: nn.Module) -> list[Any]:
+    """Inputs of the loader's first batches; its order, and everything random, stays as it was."""
+    if loader is None:
+        return []
+    rng = torch.get_rng_state()
+    rewind(loader)
+    found = [split_batch(batch, device, model).inputs for batch in islice(iter(loader), count)]
+    torch.set_rng_state(rng)
+    return found
 
 
 def _generators(loader: Any) -> list[torch.Generator]:

@@ -31,8 +31,9 @@ from .guard import Best, Guard, not_finite
 from .healing import heal_sparse_
 from .history import History
 from .losses import LossLike, make_loss, smoothed
+from .moving import MovingLinear, move_sparse_
 from .optimisers import Optimisers
-from .position import DataPosition, rewind
+from .position import DataPosition, first_inputs, rewind
 from .rates import with_rate
 from .student_loss import ExtraTerm, StudentLoss
 from .teacher_fit import compensate_from_teacher_
@@ -165,30 +166,33 @@ class DistillPruner:
         every = config.evaluate_every or max(1, total // 10)
         clock.start(total)
         batches = self._position.batches(train_loader)
-        while not self._finished:
-            clock.read(self._processes, self.device)
-            group = list(islice(batches, config.accumulate))
-            if config.compensation != "none" and not self.gates.frozen:
-                self._recent.extend(split_batch(batch, self.device, self.model).inputs for batch in group)
-            if not self.gates.frozen and clock.progress >= config.freeze_at:
-                self._freeze(valid_loader)
-            record = self._train_step(group, student_loss)
-            clock.step += 1
-            clock.read(self._processes, self.device)
-            over = clock.progress >= 1
-            if over and not self.gates.frozen:
-                self._freeze(valid_loader)
-            if record is not None:
-                self.history.steps.append(record)
-                if callback is not None:
-                    callback(record)
-            if valid_loader is not None and (over or clock.step % every == 0):
-                stop = self._evaluate(valid_loader, task)
-                over = over or stop
-            if over:
-                self._finish()
-            if path is not None and (over or clock.step % checkpoint_every == 0):
-                self._save(path)
+        try:
+            while not self._finished:
+                clock.read(self._processes, self.device)
+                group = list(islice(batches, config.accumulate))
+                if config.compensation != "none" and not self.gates.frozen:
+                    self._recent.extend(split_batch(batch, self.device, self.model).inputs for batch in group)
+                if not self.gates.frozen and clock.progress >= config.freeze_at:
+                    self._freeze(valid_loader)
+                record = self._train_step(group, student_loss)
+                clock.step += 1
+                clock.read(self._processes, self.device)
+                over = clock.progress >= 1
+                if over and not self.gates.frozen:
+                    self._freeze(valid_loader)
+                if record is not None:
+                    self.history.steps.append(record)
+                    if callback is not None:
+                        callback(record)
+                if valid_loader is not None and (over or clock.step % every == 0):
+                    stop = self._evaluate(valid_loader, task)
+                    over = over or stop
+                if over:
+                    self._finish()
+                if path is not None and (over or clock.step % checkpoint_every == 0):
+                    self._save(path)
+        finally:  # whoever stops a run finds plain Linears
+            put_back_(self.model, MovingLinear)
         return self.history
 
     def finalize(self) -> nn.Module:
@@ -270,6 +274,7 @@ class DistillPruner:
         """The final masks, and what they removed made up for."""
         # What the masks are chosen from is equal to the bit first, also where the processes run on unlike machines.
         self._processes.mean_([*self.gates.masters.values(), *self.gates.scores.values()])
+        put_back_(self.model, MovingLinear)
         self.gates.freeze(self.config.final_density)
         self._processes.check_masks(self.gates.masks, self._who)
         if self.config.compensation != "none":
@@ -285,23 +290,14 @@ class DistillPruner:
 
     def _compensate(self, valid_loader: Iterable[Any] | None) -> None:
         fits = compensate_from_teacher_(
-            self.model, self.teacher, self.gates, self._recent, self._first_inputs(valid_loader), self._processes
-        )
+            self.model, self.teacher, self.gates, self._recent,
+            first_inputs(valid_loader, _CALIBRATION, self.device, self.model), self._processes,
+        )  # fmt: skip
         self._note(
             "compensated", chosen={name: found.chosen for name, found in fits.items()},
             errors={name: [found.errors["mask"], found.errors[found.chosen]] for name, found in fits.items()},
             left=[name for name in self.gates.masks if name not in fits],
         )  # fmt: skip
-
-    def _first_inputs(self, loader: Iterable[Any] | None) -> list[Any]:
-        """Inputs of the loader's first batches; its order, and everything random, stays as it was."""
-        if loader is None:
-            return []
-        rng = torch.get_rng_state()
-        rewind(loader)
-        found = [split_batch(batch, self.device, self.model).inputs for batch in islice(iter(loader), _CALIBRATION)]
-        torch.set_rng_state(rng)
-        return found
 
     def _train_step(self, group: list[Any], student_loss: StudentLoss) -> dict[str, Any] | None:
         config, gates, clock, guard, optimisers = self.config, self.gates, self._clock, self._guard, self._optimisers
@@ -311,6 +307,7 @@ class DistillPruner:
         if not gates.frozen:
             share = max(0.0, 1 - clock.progress / config.prune_until)
             gates.close(config.density_at(clock.progress), config.gumbel * share, self._generator)
+            move_sparse_(self.model, gates)
         self.model.train(config.dropout)
         train_with_dropout(self.teacher, config.dropout)
         optimisers.zero_grad()
@@ -403,6 +400,7 @@ class DistillPruner:
         })  # fmt: skip
 
     def _restore_tensors(self, state: dict[str, Any]) -> None:
+        put_back_(self.model, MovingLinear)  # the masks they have are of another step
         was_frozen = self.gates.frozen
         if was_frozen and not state["gates"]["frozen"]:
             return  # the masks are decided; the weights heal from where they are with the smaller rate

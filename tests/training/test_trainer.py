@@ -18,6 +18,7 @@ from sparseprune.pruning import Mixture
 from sparseprune.pruning.masks import MaskSet
 from sparseprune.runner.text_encoder import TextEncoder
 from sparseprune.training import DistillConfig, DistillPruner, compare, evaluate
+from sparseprune.training.position import first_inputs
 
 SMALL = DiscriminatorConfig(depth=2, width=32, rows=32)
 
@@ -296,10 +297,10 @@ def test_a_layer_is_fitted_to_the_last_batches_or_left_alone(rows, left):
 def test_reading_the_validation_data_moves_nothing_random():
     data = torch.utils.data.TensorDataset(torch.randn(64, 8), torch.zeros(64, dtype=torch.long))
     shuffled = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
-    pruner = pruner_for(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), config())
+    model, cpu = nn.Linear(8, 2), torch.device("cpu")
     before = torch.get_rng_state()
-    assert [len(x) for x in pruner._first_inputs(shuffled)] == [4] * 8
-    assert torch.equal(torch.get_rng_state(), before) and pruner._first_inputs(None) == []
+    assert [len(x) for x in first_inputs(shuffled, 8, cpu, model)] == [4] * 8
+    assert torch.equal(torch.get_rng_state(), before) and first_inputs(None, 8, cpu, model) == []
 
 
 class Two(nn.Module):

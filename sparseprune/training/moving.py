@@ -1,0 +1,68 @@
+"""Products while the masks still move: once little of a Linear is kept, its output and the gradient of its input are
+computed from what is kept alone. The gradient of its weight stays dense, for it tells the scores what a weight that is
+gone would change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..nn.filters import take_slow_path_
+from ..nn.replace import replace_
+from ..nn.stand_in import StandIn
+from .gates import Gates
+from .healing import DENSITY, why_not_sparse
+
+__all__ = ["MovingLinear", "move_sparse_"]
+
+
+class MovingLinear(StandIn):
+    """``original``'s function, with its Parameters: ``weight`` holds zeros where the mask of this step is False, and
+    its gradient is that of every weight, kept or not.
+    """
+
+    def __init__(self, original: nn.Linear) -> None:
+        super().__init__(original)
+        self.__dict__["_mask"] = None  # outside the module's own registers: neither saved nor moved
+
+    def follow_(self, mask: Tensor | None) -> None:
+        """The mask of this step, bool `[N, K]`; None: too much is kept for sparse products to pay."""
+        self.__dict__["_mask"] = mask
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """Copies and pickles are of the plain Linear: no step will tell them their mask."""
+        return _itself, (self.original,)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: `[..., K]`; returns `[..., N]`."""
+        mask = self.__dict__["_mask"]
+        if mask is None:
+            return F.linear(input, self.weight, self.bias)
+        return ops.masked_linear(input, self.weight, mask, self.bias, straight_through=True)
+
+
+def _itself(layer: nn.Linear) -> nn.Linear:
+    return layer
+
+
+def move_sparse_(model: nn.Module, gates: Gates) -> None:
+    """After the masks of a step are chosen: a :class:`MovingLinear` wherever that pays, and its mask to each."""
+    made: dict[str, nn.Linear] = {}
+    for name, mask in gates.masks.items():
+        layer = model.get_submodule(name)
+        sparse = int(mask.sum()) <= DENSITY * mask.numel()
+        if isinstance(layer, MovingLinear):
+            layer.follow_(mask if sparse else None)
+        elif sparse and name and isinstance(layer, nn.Linear) and why_not_sparse(layer, gates) is None:
+            made[name] = layer
+    if not made:
+        return
+    stand_ins = {id(layer): MovingLinear(layer) for layer in made.values()}
+    for name, layer in made.items():
+        stand_ins[id(layer)].follow_(gates.masks[name])
+    replace_(model, dict(stand_ins))
+    take_slow_path_(model)
