@@ -128,6 +128,11 @@ class Setting:
     probe: int = 100
     changes: tuple[tuple[str, Any], ...] = ()
 
+    @property
+    def schedule(self) -> str:
+        """What the density falls by where the changes name no other."""
+        return "retention" if self.pretrained is None else "cubic"
+
     def key(self) -> str:
         """Names the setting in the results. A field at its default does not enter, so that fields can be added."""
         return _digest({f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default})
@@ -174,7 +179,7 @@ def setting_of(size: str, epochs: float | None = None, **changes: Any) -> Settin
     is as the size has it changes nothing, the setting's key neither.
     """
     found = SIZES[size]
-    own = dict(found.changes)
+    own = {f.name: f.default for f in fields(DistillConfig)} | {"schedule": found.schedule} | dict(found.changes)
     given = {name: value for name, value in changes.items() if value is not None and value != own.get(name)}
     if given:
         found = replace(found, changes=(*(c for c in found.changes if c[0] not in given), *given.items()))
@@ -185,11 +190,11 @@ def arm_config(
     arm: str, sparsity: float, seed: int, setting: Setting, stretch: float = 1.0, granularity: str = "element"
 ) -> DistillConfig:
     """One arm as a configuration of the trainer. stretch: how much longer the matched arm runs."""
-    density = round(1 - sparsity, 10)
+    density, changes = round(1 - sparsity, 10), dict(setting.changes)
+    kind = changes.pop("schedule", setting.schedule)
     common: dict[str, Any] = {
-        "schedule": CubicSchedule(density) if setting.pretrained else RetentionSchedule(r0=0.1, z_min=density),
-        "seed": seed, "epochs": setting.epochs, "granularity": GRANULARITIES.get(granularity, granularity),
-        **dict(setting.changes),
+        "schedule": CubicSchedule(density) if kind == "cubic" else RetentionSchedule(r0=0.1, z_min=density),
+        "seed": seed, "epochs": setting.epochs, "granularity": GRANULARITIES.get(granularity, granularity), **changes,
     }  # fmt: skip
     if arm in ON_LOGITS:
         return replace(arm_config(ON_LOGITS[arm], sparsity, seed, setting, stretch, granularity), features="logits")
@@ -583,6 +588,9 @@ def main(arguments: list[str] | None = None) -> None:
                         "bfloat16 is quicker without it")  # fmt: skip
     parser.add_argument("--scope", choices=("global", "layer"), help="instead of the size's own")
     parser.add_argument("--epochs", type=float, help="of pruning, instead of the size's own")
+    parser.add_argument("--schedule", choices=("cubic", "retention"), help="instead of the size's own")
+    parser.add_argument("--prune-until", type=float, help="end of the pruning window, instead of the size's own")
+    parser.add_argument("--freeze-at", type=float, help="where the masks become hard, instead of the size's own")
     parser.add_argument("--results", type=Path, help="default: results/ablation.jsonl, with --tuning its own file")
     parser.add_argument("--cache", type=Path, help="folder for the dense pretrained models, to train each once")
     parser.add_argument("--tuning", action="store_true", help="record and show the validation split, not the test")
@@ -591,7 +599,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="also draw the differences to this file")
     options = parser.parse_args(arguments)
     path = options.results or (TUNING if options.tuning else RESULTS)
-    setting = setting_of(options.size, options.epochs, autocast=options.autocast, scope=options.scope)
+    setting = setting_of(
+        options.size, options.epochs, autocast=options.autocast, scope=options.scope, schedule=options.schedule,
+        prune_until=options.prune_until, freeze_at=options.freeze_at,
+    )  # fmt: skip
     if not options.table:
         plan = Plan(
             options.arms, options.seeds, options.sparsity, options.data, options.granularity, options.texts,
