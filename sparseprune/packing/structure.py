@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ..tensor_state import place_of
 from . import bitmask, groups
 from .packed import Packed
 
@@ -37,8 +38,7 @@ def pack_structure(
     height = groups.height_of(turned[1][0])
     density = n_blocks * r * c / max(1, rows * columns)
     masked = bitmask.wanted(height, tokens, density, dtype)
-    on_cpu = crow_indices.dtype == col_indices.dtype == torch.int32 and device.type == "cpu" == col_indices.device.type
-    if not masked and on_cpu and _native.C is not None:
+    if not masked and _native.C is not None and _in_memory(crow_indices) and _in_memory(col_indices):
         parts = groups.pack_canonical(
             turned[0], height, crow_indices, col_indices, blocksize, transpose, tokens, density
         )
@@ -65,6 +65,11 @@ def pack_structure(
     else:
         parts = groups.pack((rows, columns), height, group, column, canonical, row_step, tokens, density)
     return Packed(*parts, torch.empty(0, dtype=dtype, device=device))
+
+
+def _in_memory(indices: Tensor) -> bool:
+    """Whether the compiled core can read them: not while they are traced, for then there are no bytes."""
+    return indices.dtype == torch.int32 and indices.device.type == "cpu" and bool(place_of(indices))
 
 
 def nm_as_csr(indices: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:

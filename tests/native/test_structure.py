@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from sparseprune import _native, ops
 from sparseprune.native import linear_masked
@@ -64,6 +65,12 @@ def test_indices_that_point_outside_are_refused(crow, col, what, transpose):
     indices = torch.tensor(crow, dtype=torch.int32), torch.tensor(col, dtype=torch.int32)
     with pytest.raises(ValueError, match=what):
         pack_structure((3, 10), (1, 1), *indices, transpose=transpose)
+
+
+def test_indices_without_bytes_are_left_to_torch():
+    indices = torch.tensor([0, 1, 2, 3], dtype=torch.int32), torch.tensor([0, 1, 2], dtype=torch.int32)
+    with FakeTensorMode() as mode, pytest.raises(DataDependentOutputException):  # the core would read address 0
+        pack_structure((3, 10), (1, 1), *map(mode.from_tensor, indices))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (33, 64), (3, 0), (0, 3)])
