@@ -291,6 +291,8 @@ torch.library.register_autograd("sparseprune::masked_linear", _masked_backward, 
 class _StraightThrough(torch.autograd.Function):
     """masked_linear, but for the gradient of w, which goes straight through the mask."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
         return _OPS.masked_linear(x, w, mask, bias)

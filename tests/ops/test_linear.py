@@ -108,6 +108,19 @@ def test_straight_through_can_be_differentiated_again():
     torch.testing.assert_close(*grads)
 
 
+def test_straight_through_runs_under_vmap():
+    torch.manual_seed(0)
+    mask, x = torch.rand(8, 12) < 0.25, torch.randn(5, 3, 12)
+    w, bias = torch.randn(8, 12), torch.randn(8)
+    own = [part.clone().requires_grad_() for part in (x, w, bias)]
+    together = [part.clone().requires_grad_() for part in (x, w, bias)]
+    y = torch.vmap(lambda row: ops.masked_linear(row, own[1], mask, own[2], straight_through=True))(own[0])
+    z = ops.masked_linear(together[0], together[1], mask, together[2], straight_through=True)
+    torch.testing.assert_close(y, z)
+    for a, b in zip(torch.autograd.grad(y.pow(2).sum(), own), torch.autograd.grad(z.pow(2).sum(), together)):
+        torch.testing.assert_close(a, b)
+
+
 def test_an_activation_inside_the_op_has_the_same_gradient(close):
     weight = sparse_weight(16, 24, "csr")
     x, values = torch.randn(4, 24, requires_grad=True), weight.values.clone().requires_grad_(True)
