@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..nn.filters import take_slow_path_
 from ..nn.replace import replace_
 from ..nn.stand_in import StandIn
 from .gates import Gates
@@ -22,16 +22,17 @@ __all__ = ["MovingLinear", "move_sparse_"]
 
 class MovingLinear(StandIn):
     """``original``'s function, with its Parameters: ``weight`` holds zeros where the mask of this step is False, and
-    its gradient is that of every weight, kept or not.
+    its gradient is that of every weight, kept or not. A weight that is not the one of this step, or has been written
+    since, is read whole: that of an evaluation or a callback between two steps, or one that ``functional_call`` lends.
     """
 
     def __init__(self, original: nn.Linear) -> None:
         super().__init__(original)
-        self.__dict__["_mask"] = None  # outside the module's own registers: neither saved nor moved
+        self.__dict__["_step"] = None  # outside the module's own registers: neither saved nor moved
 
     def follow_(self, mask: Tensor | None) -> None:
         """The mask of this step, bool `[N, K]`; None: too much is kept for sparse products to pay."""
-        self.__dict__["_mask"] = mask
+        self.__dict__["_step"] = None if mask is None else (mask, self.weight, self.weight._version)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Copies and pickles are of the plain Linear: no step will tell them their mask."""
@@ -39,10 +40,13 @@ class MovingLinear(StandIn):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: `[..., K]`; returns `[..., N]`."""
-        mask = self.__dict__["_mask"]
+        weight, mask = self.weight, None
+        step = None if torch.compiler.is_compiling() else self.__dict__["_step"]  # a graph outlives the step
+        if step is not None and weight is step[1] and weight._version == step[2]:
+            mask = step[0]
         if mask is None:
-            return F.linear(input, self.weight, self.bias)
-        return ops.masked_linear(input, self.weight, mask, self.bias, straight_through=True)
+            return F.linear(input, weight, self.bias)
+        return ops.masked_linear(input, weight, mask, self.bias, straight_through=True)
 
 
 def _itself(layer: nn.Linear) -> nn.Linear:
@@ -51,18 +55,14 @@ def _itself(layer: nn.Linear) -> nn.Linear:
 
 def move_sparse_(model: nn.Module, gates: Gates) -> None:
     """After the masks of a step are chosen: a :class:`MovingLinear` wherever that pays, and its mask to each."""
-    made: dict[str, nn.Linear] = {}
+    made: dict[int, nn.Module] = {}
     for name, mask in gates.masks.items():
         layer = model.get_submodule(name)
-        sparse = int(mask.sum()) <= DENSITY * mask.numel()
+        few = int(mask.sum()) <= DENSITY * mask.numel()
         if isinstance(layer, MovingLinear):
-            layer.follow_(mask if sparse else None)
-        elif sparse and name and isinstance(layer, nn.Linear) and why_not_sparse(layer, gates) is None:
-            made[name] = layer
-    if not made:
-        return
-    stand_ins = {id(layer): MovingLinear(layer) for layer in made.values()}
-    for name, layer in made.items():
-        stand_ins[id(layer)].follow_(gates.masks[name])
-    replace_(model, dict(stand_ins))
-    take_slow_path_(model)
+            layer.follow_(mask if few else None)
+        elif few and name and isinstance(layer, nn.Linear) and why_not_sparse(layer, gates) is None:
+            made[id(layer)] = stand_in = MovingLinear(layer)
+            stand_in.follow_(mask)
+    if made:
+        replace_(model, made)

@@ -166,3 +166,48 @@ def test_hooks_and_names_that_a_model_has_stay():
     pruner.fit(data(), callback=lambda record: seen.append(moving(pruner.model)))
     assert all(found in ([], ["2"]) for found in seen if found != 1) and ["2"] in seen  # a hook sees the layer it is on
     assert seen.count(1) >= 24 and list(own.state_dict()) == list(model().state_dict())
+
+
+@needs_core
+@pytest.mark.parametrize("put", ["copy_", "data"])
+def test_weights_that_a_callback_puts_into_the_model_are_read_whole(put):
+    """An average of the weights of many steps, say, which is 0 under no mask."""
+    found = []
+
+    def look(record):
+        if moving(pruner.model):
+            own, other, x = pruner.model, model(), torch.randn(3, 192)
+            held = copy.deepcopy(own.state_dict())
+            for mine, theirs in zip(own.parameters(), other.parameters()):
+                (mine.data if put == "data" else mine.detach()).copy_(theirs.detach())
+            found.append((own(x), other(x)))
+            own.load_state_dict(held)
+
+    pruner = DistillPruner(model(), config())
+    pruner.fit(data(), callback=look)
+    assert found
+    for pair in found:
+        torch.testing.assert_close(*pair)
+
+
+class Perturbed(nn.Module):
+    """Calls its layers with other weights than they hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = model()
+
+    def forward(self, x):
+        lent = {name: own + 0.01 for name, own in self.inner.named_parameters()}
+        return torch.func.functional_call(self.inner, lent, (x,))
+
+
+@needs_core
+def test_weights_that_a_forward_lends_its_layers_are_read_whole():
+    losses = []
+    for heal in ("auto", "dense"):
+        pruner, seen = DistillPruner(Perturbed(), config(features="logits", heal=heal)), []
+        steps = pruner.fit(data(), callback=lambda record, p=pruner, seen=seen: seen.extend(moving(p.model))).steps
+        losses.append([step["loss"] for step in steps if step["phase"] == "prune"])
+        assert bool(seen) == (heal == "auto")
+    torch.testing.assert_close(*map(torch.tensor, losses))
