@@ -11,25 +11,27 @@ from .replace import replace_
 __all__ = ["StandIn", "put_back_"]
 
 
+# What would run the original in the stand-in's place.
+_LEFT = frozenset({"forward", "_compiled_call_impl"})
+
+
 class StandIn(nn.Linear):
-    """``original``'s Parameters, under the same names, and its mode; :func:`~sparseprune.nn.replace.replace_` hands on
-    its hooks. Subclasses have the forward.
+    """All that ``original`` has, Parameters, buffers, hooks and attributes, under the same names, but for the forward,
+    which subclasses have. The registers are shared: what is put into one is in both.
     """
 
     def __init__(self, original: nn.Linear) -> None:
         super().__init__(original.in_features, original.out_features, original.bias is not None, device="meta")
-        self.weight = original.weight
-        self.register_parameter("bias", original.bias)
+        vars(self).update({name: value for name, value in vars(original).items() if name not in _LEFT})
         self.__dict__["_of"] = original  # outside the module's own registers: neither saved nor moved
-        self.train(original.training)
 
     @property
     def original(self) -> nn.Linear:
-        """The Linear it stands in for, with the Parameters and the mode of now."""
+        """The Linear it stands in for, with the Parameters, the mode and the attributes of now."""
         original: nn.Linear = self.__dict__["_of"]
-        original.weight = self.weight
-        original.register_parameter("bias", self.bias)
-        return original.train(self.training)
+        held = vars(original)
+        held.update({name: value for name, value in vars(self).items() if name in held})
+        return original
 
 
 def put_back_(model: nn.Module, kind: type[StandIn] = StandIn) -> None:

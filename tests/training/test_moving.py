@@ -211,3 +211,22 @@ def test_weights_that_a_forward_lends_its_layers_are_read_whole():
         losses.append([step["loss"] for step in steps if step["phase"] == "prune"])
         assert bool(seen) == (heal == "auto")
     torch.testing.assert_close(*map(torch.tensor, losses))
+
+
+@needs_core
+def test_a_run_goes_on_where_a_linear_has_a_buffer_of_its_own(tmp_path):
+    def own():
+        found = model()
+        found[0].register_buffer("seen", torch.zeros(2))
+        return found
+
+    def stop(record):
+        if record["step"] == 12:
+            raise KeyboardInterrupt
+
+    first = DistillPruner(own(), config())
+    with pytest.raises(KeyboardInterrupt):
+        first.fit(data(), checkpoint=tmp_path / "own", checkpoint_every=4, callback=stop)
+    second = DistillPruner(own(), config())
+    second.fit(data(), checkpoint=tmp_path / "own", checkpoint_every=4)
+    assert "0.seen" in second.finalize().state_dict()
