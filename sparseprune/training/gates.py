@@ -78,7 +78,7 @@ class Gates:
     def kept(self) -> int:
         """Weights kept, the parameters of low-rank terms included."""
         factors = sum(layer.factors for layer in self.low_rank.values())
-        return sum(int(mask.sum()) for mask in self.masks.values()) + factors
+        return sum(int(mask.count_nonzero()) for mask in self.masks.values()) + factors
 
     def _reduce(self, dense: dict[str, Tensor]) -> dict[str, Tensor]:
         """Per-weight values `[N, K]` by layer -> sums over each unit, by unit map."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from sparseprune import _native
 from sparseprune.gan import GANConfig, GANPruner
 from sparseprune.pruning.schedules import CubicSchedule
 from sparseprune.training import DistillConfig, DistillPruner
-from sparseprune.training.moving import MovingLinear
+from sparseprune.training.moving import MovingLinear, move_sparse_
 
 needs_core = pytest.mark.skipif(_native.C is None, reason="the compiled core is not built")
 
@@ -230,3 +231,8 @@ def test_a_run_goes_on_where_a_linear_has_a_buffer_of_its_own(tmp_path):
     second = DistillPruner(own(), config())
     second.fit(data(), checkpoint=tmp_path / "own", checkpoint_every=4)
     assert "0.seen" in second.finalize().state_dict()
+
+
+def test_masks_are_not_counted_where_no_layer_can_be_sparse():
+    own, dense = nn.Linear(192, 256), config(heal="dense")
+    move_sparse_(nn.Sequential(own), SimpleNamespace(masks={"0": None}, config=dense, frozen=False))
