@@ -9,11 +9,11 @@ from .linear import (
     csr_linear,
     inferred_linear,
     layout_linear,
-    masked_linear,
     nm_linear,
     packed_linear,
     trained_linear,
 )
+from .linear_masked import masked_linear
 from .masking import apply_mask_, mask_gradient_, masked_adamw_, masked_copy, threshold_mask
 from .norms import add_layer_norm, rms_norm
 from .packing import pack, pack_for_gpu, refill, unpack

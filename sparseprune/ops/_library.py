@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import backends
+from .. import backends, reference
 from ..activations import ACTIVATIONS
 from ..tensor_state import note_sampled
 
@@ -100,3 +100,15 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def widest(x: Tensor, dy: Tensor) -> torch.dtype:
     """What sums of products of these are kept in: float32 or wider."""
     return torch.promote_types(torch.promote_types(x.dtype, dy.dtype), torch.float32)
+
+
+def backward_kernels() -> Any:
+    """What a backward computes with: the ops, or, where its own gradient is wanted (``create_graph=True``), the
+    reference, which torch differentiates.
+    """
+    return reference if torch.is_grad_enabled() else torch.ops.sparseprune
+
+
+def bias_grad(dy: Tensor, bias_dtype: torch.dtype) -> Tensor:
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    return (dy if dy.dim() == 1 else dy.flatten(0, -2).sum(0, dtype=wide)).to(bias_dtype)

@@ -1,5 +1,4 @@
-"""Sparse matmul ops: y = activation(x W^T + bias) for csr, bsr, nm, masked and packed weights, and their
-gradients.
+"""Sparse matmul ops: y = activation(x W^T + bias) for csr, bsr, nm and packed weights, and their gradients.
 
 x: `[..., K]`, K read from x; the result `[..., N_out]` has x's dtype; sums are float32 (float64 where x or values are).
 Under autocast x is cast as ``F.linear`` casts it. activation: "none" | "relu" | "gelu" | "gelu_tanh" | "silu".
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import layouts, reference
+from .. import layouts
 from ..activations import activate
 from ..packing import Packed, Plan, check_length
 from ..tensor_state import gradients_at, place_of
@@ -21,13 +20,13 @@ from . import packing, sddmm  # noqa: F401  (their ops stand in the backward for
 from ._library import (
     LIBRARY,
     autocast_input,
+    backward_kernels,
+    bias_grad,
     check_linear,
-    check_mask,
     define,
     needs_grad,
     output_for,
     refuse_tangents,
-    widest,
 )
 
 __all__ = [
@@ -35,7 +34,6 @@ __all__ = [
     "csr_linear",
     "inferred_linear",
     "layout_linear",
-    "masked_linear",
     "nm_linear",
     "packed_linear",
     "trained_linear",
@@ -64,18 +62,6 @@ def _activation_grad(dy: Tensor, again: Callable[[], Tensor], activation: str) -
         if not (twice and z.requires_grad):
             z = z.detach().requires_grad_(True)
         return torch.autograd.grad(activate(z, activation), z, dy, create_graph=twice)[0]
-
-
-def _backward_kernels() -> Any:
-    """What a backward computes with: the ops, or, where its own gradient is wanted (``create_graph=True``), the
-    reference, which torch differentiates.
-    """
-    return reference if torch.is_grad_enabled() else _OPS
-
-
-def _bias_grad(dy: Tensor, bias_dtype: torch.dtype) -> Tensor:
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    return (dy if dy.dim() == 1 else dy.flatten(0, -2).sum(0, dtype=wide)).to(bias_dtype)
 
 
 # csr and bsr
@@ -114,14 +100,14 @@ def _compressed_backward(op: str) -> Callable[..., tuple]:
         x, crow, col, values, bias = ctx.saved_tensors
         dy = _activation_grad(dy, lambda: getattr(_OPS, op)(x, crow, col, values, bias, "none"), ctx.activation)
         wants_x, _, _, wants_values, wants_bias, _ = ctx.needs_input_grad
-        run = _backward_kernels()
+        run = backward_kernels()
         dx = run.csr_linear_dx(dy, crow, col, values, x.shape[-1]) if wants_x else None
         dvalues = None
         if wants_values:
             r, c = (values.shape[1], values.shape[2]) if values.dim() == 3 else (1, 1)
             with gradients_at(ctx.place):
                 dvalues = run.sddmm(x, dy, crow, col, r, c).reshape(values.shape).to(values.dtype)
-        dbias = _bias_grad(dy, bias.dtype) if wants_bias and bias is not None else None
+        dbias = bias_grad(dy, bias.dtype) if wants_bias and bias is not None else None
         return (None if dx is None else dx.to(x.dtype)), None, None, dvalues, dbias, None
 
     return backward
@@ -206,13 +192,13 @@ def _nm_backward(ctx: Any, dy: Tensor) -> tuple:
     x, values, indices, bias = ctx.saved_tensors
     dy = _activation_grad(dy, lambda: _OPS.nm_linear(x, values, indices, ctx.n, ctx.m, bias, "none"), ctx.activation)
     wants_x, wants_values, _, _, _, wants_bias, _ = ctx.needs_input_grad
-    run = _backward_kernels()
+    run = backward_kernels()
     dx = run.nm_linear_dx(dy, values, indices, ctx.n, ctx.m, x.shape[-1]).to(x.dtype) if wants_x else None
     dvalues = None
     if wants_values:
         with gradients_at(ctx.place):
             dvalues = run.nm_sddmm(x, dy, indices, ctx.n, ctx.m).to(values.dtype)
-    dbias = _bias_grad(dy, bias.dtype) if wants_bias and bias is not None else None
+    dbias = bias_grad(dy, bias.dtype) if wants_bias and bias is not None else None
     return dx, dvalues, None, None, None, dbias, None
 
 
@@ -252,84 +238,7 @@ def layout_linear(x: Tensor, layout: layouts.Layout, bias: Tensor | None = None,
     return nm_linear(x, layout.values, layout.indices, layout.n, layout.m, bias, activation)
 
 
-# masked
-
-define(
-    "masked_linear(Tensor x, Tensor w, Tensor mask, Tensor? bias) -> Tensor",
-    "masked_linear",
-    lambda x, w, mask, bias: output_for(x, w.shape[0]),
-)
-define(
-    "masked_linear_dx(Tensor dy, Tensor w, Tensor mask) -> Tensor",
-    "masked_linear_dx",
-    lambda dy, w, mask: output_for(dy, w.shape[1]),
-)
-define(
-    "masked_linear_dw(Tensor dy, Tensor x, Tensor mask) -> Tensor",
-    "masked_linear_dw",
-    lambda dy, x, mask: x.new_empty(mask.shape, dtype=widest(x, dy)),
-)
-
-
-def _save_masked(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _masked_backward(ctx: Any, dy: Tensor) -> tuple:
-    x, w, mask, bias = ctx.saved_tensors
-    wants_x, wants_w, _, wants_bias = ctx.needs_input_grad
-    run = _backward_kernels()
-    dx = run.masked_linear_dx(dy, w, mask).to(x.dtype) if wants_x else None
-    dw = run.masked_linear_dw(dy, x, mask).to(w.dtype) if wants_w else None
-    dbias = _bias_grad(dy, bias.dtype) if wants_bias and bias is not None else None
-    return dx, dw, None, dbias
-
-
-torch.library.register_autograd("sparseprune::masked_linear", _masked_backward, setup_context=_save_masked, lib=LIBRARY)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """masked_linear, but for the gradient of w, which goes straight through the mask."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
-        return _OPS.masked_linear(x, w, mask, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _save_masked(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:
-        x, w, mask, bias = ctx.saved_tensors
-        wants_x, wants_w, _, wants_bias = ctx.needs_input_grad
-        dx = _backward_kernels().masked_linear_dx(dy, w, mask).to(x.dtype) if wants_x else None
-        dw = None
-        if wants_w:
-            wide = widest(x, dy)
-            dw = (dy.reshape(-1, dy.shape[-1]).to(wide).t() @ x.reshape(-1, x.shape[-1]).to(wide)).to(w.dtype)
-        dbias = _bias_grad(dy, bias.dtype) if wants_bias and bias is not None else None
-        return dx, dw, None, dbias
-
-
-def masked_linear(
-    x: Tensor, w: Tensor, mask: Tensor, bias: Tensor | None = None, straight_through: bool = False
-) -> Tensor:
-    """x: `[..., K]`; w, mask (bool, True = kept): `[N_out, K]`; bias `[N_out]`; returns x (w * mask)^T + bias.
-
-    Differentiable in x, w and bias; the gradient of w is zero where the mask is False, or with ``straight_through``
-    that of w * mask everywhere, which tells what a weight that is gone would change (Bengio et al. 2013). On a CPU it
-    is sparse where the mask keeps up to 0.3; elsewhere a dense matmul, no faster than F.linear.
-    """
-    x = autocast_input(x)
-    check_mask("masked_linear", w, mask)
-    refuse_tangents("masked_linear", w)
-    check_linear("masked_linear", x, w.shape[0], w.shape[1], bias, "none")
-    run = _StraightThrough.apply if straight_through else _OPS.masked_linear
-    return run(x, w, mask, bias)
-
+# packed
 
 define(
     "packed_linear(Tensor x, Tensor values, Tensor index, Tensor offsets, Tensor? scale, Tensor? bias, "
@@ -410,7 +319,7 @@ def _save_trained(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _trained_backward(ctx: Any, dy: Tensor) -> tuple:
     x, values, index, offsets, perm, t_index, t_offsets, t_perm = ctx.saved_tensors
     dx = dvalues = dbias = None
-    run = _backward_kernels()
+    run = backward_kernels()
     if ctx.needs_input_grad[0]:
         wide = torch.promote_types(values.dtype, torch.float32)
         packed = run.gather_values(values, t_perm, wide)
@@ -420,7 +329,7 @@ def _trained_backward(ctx: Any, dy: Tensor) -> tuple:
             flat = run.packed_sddmm(x, dy, index, offsets, perm, ctx.plan, values.numel())
         dvalues = flat.view(values.shape).to(values.dtype)
     if ctx.needs_input_grad[2]:
-        dbias = _bias_grad(dy, ctx.bias_dtype)
+        dbias = bias_grad(dy, ctx.bias_dtype)
     return dx, dvalues, dbias, None, None, None, None, None, None, None, None
 
 
