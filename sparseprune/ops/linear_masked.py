@@ -76,8 +76,9 @@ class _StraightThrough(torch.autograd.Function):
         dx = backward_kernels().masked_linear_dx(dy, w, mask).to(x.dtype) if wants_x else None
         dw = None
         if wants_w:
-            wide = widest(x, dy)
-            dw = (dy.reshape(-1, dy.shape[-1]).to(wide).t() @ x.reshape(-1, x.shape[-1]).to(wide)).to(w.dtype)
+            wide, tokens = widest(x, dy), x.shape[:-1].numel()
+            rows = dy.reshape(tokens, dy.shape[-1]).to(wide)
+            dw = (rows.t() @ x.reshape(tokens, x.shape[-1]).to(wide)).to(w.dtype)
         dbias = bias_grad(dy, bias.dtype) if wants_bias and bias is not None else None
         return dx, dw, None, dbias
 

@@ -108,6 +108,13 @@ def test_straight_through_can_be_differentiated_again():
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("shape", [(2, 0), (0, 2), (0, 0)])
+def test_straight_through_takes_a_weight_without_rows_or_columns(shape):
+    x, w = torch.randn(3, shape[1], requires_grad=True), torch.randn(shape, requires_grad=True)
+    ops.masked_linear(x, w, torch.zeros(shape, dtype=torch.bool), straight_through=True).sum().backward()
+    assert w.grad.shape == w.shape and x.grad.shape == x.shape
+
+
 def test_straight_through_runs_under_vmap():
     torch.manual_seed(0)
     mask, x = torch.rand(8, 12) < 0.25, torch.randn(5, 3, 12)
