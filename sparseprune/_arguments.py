@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["Given", "Parser", "check_file", "check_folder", "one_line", "real", "whole"]
+__all__ = ["Given", "Parser", "check_file", "check_folder", "one_line", "path_of", "real", "whole"]
 
 
 def one_line(text: object) -> str:
@@ -69,6 +69,14 @@ def real(interval: str) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def path_of(text: str) -> Path:
+    """An argparse type: a path, ``~`` the home folder also where a shell leaves it, as in ``--out=~/runs``."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}: {error}") from None
 
 
 def check_file(path: Path, what: str) -> None:

@@ -59,20 +59,23 @@ def remove_unfinished(path: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def holding(folder: str | os.PathLike[str], remedy: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Makes the folder and holds it for one run; BlockingIOError, with the remedy, where another one does, in this
-    process or elsewhere. Where the folder's file system has no locks, ``say`` is told so.
+def holding(
+    folder: str | os.PathLike[str], remedy: str, say: Callable[[str], None], file_name: str | None = None
+) -> Iterator[None]:
+    """Makes the folder and holds it, or a file of this name in it alone, for one run; BlockingIOError, with the remedy,
+    where another one does, in this process or elsewhere. Where its file system has no locks, ``say`` is told so.
 
     The system lets the lock go once the process, and what it forked, are dead, so whatever lock file they left is taken
     over.
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    path = place / _LOCK
-    file, why_not = _locked(path, remedy)
+    path = place / (_LOCK if file_name is None else f"{file_name}.lock")
+    held, what = (place, "folder") if file_name is None else (place / file_name, "file")
+    file, why_not = _locked(path, held, remedy)
     try:
         if why_not:
-            say(f"{place}: no locks here ({why_not}); take care that no second run uses this folder")
+            say(f"{held}: no locks here ({why_not}); take care that no second run uses this {what}")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
@@ -82,7 +85,7 @@ def holding(folder: str | os.PathLike[str], remedy: str, say: Callable[[str], No
         file.close()
 
 
-def _locked(path: Path, remedy: str) -> tuple[IO[str], str | None]:
+def _locked(path: Path, held: Path, remedy: str) -> tuple[IO[str], str | None]:
     """The open file, and why it is not locked where the system or its place has no locks."""
     while True:
         file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115  # it stays open while it is held
@@ -98,7 +101,7 @@ def _locked(path: Path, remedy: str) -> tuple[IO[str], str | None]:
             with file:
                 file.seek(0)
                 holder = file.read(200).strip() or "another process"
-            raise BlockingIOError(f"{path.parent}: in use by {holder}; {remedy}") from None
+            raise BlockingIOError(f"{held}: in use by {holder}; {remedy}") from None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file, None

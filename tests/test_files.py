@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import fcntl
 import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+import sparseprune as sp
+from sparseprune._arguments import path_of
 from sparseprune._files import holding, read_checkpoint, remove_unfinished, replacing, save_checkpoint, write_text
+from sparseprune.pruning.masks import MaskSet
+from sparseprune.runner.folder import check_place
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
@@ -141,6 +148,61 @@ def test_a_folder_is_held_by_one_at_a_time(tmp_path):
     with pytest.raises(RuntimeError, match="half-way"), holding(folder, "wait", pytest.fail):
         raise RuntimeError("half-way")
     assert list(folder.iterdir()) == []
+
+
+def test_a_file_is_held_alone(tmp_path):
+    with holding(tmp_path, "wait", pytest.fail, "a.pt"), holding(tmp_path, "wait", pytest.fail, "b.pt"):
+        with holding(tmp_path, "wait", pytest.fail):
+            pass
+        said = rf"a.pt: in use by process {os.getpid()} on .*; wait"
+        with pytest.raises(BlockingIOError, match=said), holding(tmp_path, "wait", pytest.fail, "a.pt"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_begins_with_a_tilde_is_one_place_for_who_writes_and_who_reads(tmp_path, monkeypatch):
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    masks = MaskSet({"a": torch.rand(4, 4) < 0.5})
+    masks.save("~/masks.safetensors")
+    assert torch.equal(MaskSet.load("~/masks.safetensors")["a"], masks["a"])
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    data, options = [torch.randn(8, 4)], {"state": "~/state", "spill": "~/spill"}
+    sp.prune_(model, 0.5, criterion="wanda", data=data, criterion_options=options)
+    assert (home / "state" / "run.json").is_file()
+    assert check_place("~/runs", "own") == home / "runs" / "own"
+    assert path_of("~/a") == home / "a" and path_of("b~") == Path("b~")
+    with pytest.raises(argparse.ArgumentTypeError, match="~nobody-here"):
+        path_of("~nobody-here/a")
+    rows = [(torch.randn(4, 4), torch.zeros(4, dtype=torch.long)) for _ in range(2)]
+    for step in (1, 3):  # the second goes on from the file of the first
+
+        def stop(record, step=step):
+            if record["step"] == step:
+                raise KeyboardInterrupt
+
+        torch.manual_seed(0)
+        pruner = sp.DistillPruner(torch.nn.Sequential(torch.nn.Linear(4, 3)), sp.DistillConfig(steps=6, density=0.5))
+        with pytest.raises(KeyboardInterrupt):
+            pruner.fit(rows, checkpoint="~/run.pt", checkpoint_every=1, callback=stop)
+    assert [record["step"] for record in pruner.history.steps] == [0, 1, 2, 3]
+    assert not list(here.iterdir()) and (home / "run.pt").is_file() and not (home / "run.pt.lock").exists()
+
+
+def test_a_training_checkpoint_is_one_run_s(tmp_path):
+    rows = [(torch.randn(4, 4), torch.zeros(4, dtype=torch.long)) for _ in range(2)]
+
+    def another(record):
+        pruner = sp.DistillPruner(torch.nn.Sequential(torch.nn.Linear(4, 3)), sp.DistillConfig(steps=6, density=0.5))
+        with pytest.raises(BlockingIOError, match=r"run.pt: in use by process .*another checkpoint"):
+            pruner.fit(rows, checkpoint=tmp_path / "run.pt")
+
+    pruner = sp.DistillPruner(torch.nn.Sequential(torch.nn.Linear(4, 3)), sp.DistillConfig(steps=6, density=0.5))
+    pruner.fit(rows, checkpoint=tmp_path / "run.pt", callback=another)
+    assert os.listdir(tmp_path) == ["run.pt"]
 
 
 def test_a_folder_without_locks_is_used_and_it_is_said(tmp_path, monkeypatch):

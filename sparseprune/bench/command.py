@@ -7,12 +7,11 @@ import importlib.util
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .._arguments import Parser, check_folder, one_line, real, whole
+from .._arguments import Parser, check_folder, one_line, path_of, real, whole
 from . import machine, plots, tables
 from .cases import SUITES
 from .contest import BASELINE, Case
@@ -57,8 +56,8 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--cold", action="store_true", help="read 96 MiB before every call: operands come from memory")
     result.add_argument("--details", action="store_true", help="print every contest in full, not only the summary")
-    result.add_argument("--json", type=Path, help="write all figures to this file")
-    result.add_argument("--plots", type=Path, help="draw speed-up and roofline plots into this folder")
+    result.add_argument("--json", type=path_of, help="write all figures to this file")
+    result.add_argument("--plots", type=path_of, help="draw speed-up and roofline plots into this folder")
     result.add_argument("--allow-reference", action="store_true", help="time plain torch where the core is absent")
     return result
 

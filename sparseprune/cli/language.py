@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from .._arguments import Parser, real, whole
+from .._arguments import Parser, path_of, real, whole
 from .shared import device_option
 
 __all__ = ["parser", "prune"]
@@ -23,9 +22,9 @@ def parser() -> Parser:
     )  # fmt: skip
     command.add_argument("--model", required=True, help="hub name or folder of a causal language model")
     command.add_argument("--gguf-file", help="name of a GGUF file in that folder")
-    command.add_argument("--text", required=True, type=Path, help="plain text, or a folder by Dataset.save_to_disk")
+    command.add_argument("--text", required=True, type=path_of, help="plain text, or a folder by Dataset.save_to_disk")
     command.add_argument(
-        "--judged-on", type=Path, metavar="FILE", help="text for the perplexity (default: its last fifth)"
+        "--judged-on", type=path_of, metavar="FILE", help="text for the perplexity (default: its last fifth)"
     )
     command.add_argument("--criterion", default="admm", choices=criteria, help="default admm")
     command.add_argument("--density", type=real("(0, 1)"), default=0.5, help="share of the weights kept (default 0.5)")

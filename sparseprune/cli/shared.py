@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .._arguments import Given, real, whole
+from .._arguments import Given, path_of, real, whole
 
 __all__ = [
     "device_option",
@@ -95,7 +95,7 @@ def run_options(command: argparse.ArgumentParser, name: str, epochs: str) -> Non
     command.add_argument("--out", default="runs", help="folder of all runs (default runs)")
     command.add_argument("--name", default=name, help=f"the run's folder below it (default {name})")
     command.add_argument(
-        "--config", type=Path, metavar="JSON",
+        "--config", type=path_of, metavar="JSON",
         help="a run's settings.json, for all settings at once; options given besides take the place of its own",
     )  # fmt: skip
     command.add_argument("--quiet", action="store_true")

@@ -159,7 +159,7 @@ class MaskSet(Mapping[str, Tensor]):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MaskSet:
         """Reads what :meth:`save` wrote. ValueError on another file, version, shape, or a mask_hash that differs."""
-        with safe_open(path, framework="pt") as file:
+        with safe_open(os.path.expanduser(path), framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != "sparseprune-masks" or header.get("version") != str(_VERSION):
                 raise ValueError(f"MaskSet.load: {path} is no mask file of version {_VERSION}, got {dict(header)}")

@@ -28,7 +28,7 @@ def check_place(out: str | Path, name: str) -> Path:
     """
     if not name or name in (".", "..") or Path(name).name != name or "\0" in name:
         raise ValueError(f"run: name expected a plain folder name, without separators, got {name!r}")
-    folder = Path(out) / name
+    folder = Path(out).expanduser() / name
     check_folder(folder, "out")
     return folder
 

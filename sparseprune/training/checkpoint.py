@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,10 @@ from torch import Tensor, nn
 
 from .._config import Config, described
 from .._digest import digest
-from .._files import read_checkpoint, remove_unfinished, save_checkpoint
+from .._files import holding, read_checkpoint, remove_unfinished, save_checkpoint
 from ..pruning.processes import Processes
 
-__all__ = ["identity", "parse", "random_state", "read", "set_random_state", "write"]
+__all__ = ["held", "identity", "parse", "random_state", "read", "set_random_state", "write"]
 
 _FORMAT = 7
 
@@ -36,6 +38,16 @@ def set_random_state(state: Mapping[str, Tensor | None], device: torch.device) -
 def identity(config: Config, teacher: nn.Module) -> dict[str, Any]:
     """Whose run it is: a resumed one must have the same ``config``, and see the same ``teacher``."""
     return {"config": described(config), "teacher": digest(teacher.state_dict())}
+
+
+def held(path: Path | None, processes: Processes) -> AbstractContextManager[None]:
+    """Holds the file, which need not be there, for one run: two would write over one another's steps. BlockingIOError
+    where another run does. No file: nothing.
+    """
+    if path is None or processes.index:
+        return nullcontext()
+    place = path.absolute()
+    return holding(place.parent, "wait for it, or give this run another checkpoint", warnings.warn, place.name)
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -151,22 +152,24 @@ class DistillPruner:
             self.device, self._generator,
         )  # fmt: skip
         total = self._agreed_steps(train_loader)
-        path = None if checkpoint is None else Path(checkpoint)
+        path = None if checkpoint is None else Path(checkpoint).expanduser()
         if clock.step == 0:
             self._share_first()
-        saved = None
-        if path is not None:
-            self._identity = files.identity(config, self.teacher)  # what has none is told before the work
-            saved = files.read(path, self._processes)
-        if path is not None and saved is not None:
-            self._load(path, saved)
-            del saved  # as large as all that training moves, and needed no more
-        elif clock.step == 0:
-            train_loader = self._start_scores(train_loader)
-        every = config.evaluate_every or max(1, total // 10)
-        clock.start(total)
-        batches = self._position.batches(train_loader)
-        try:
+        with ExitStack() as ending:
+            ending.callback(put_back_, self.model, MovingLinear)  # whoever stops a run finds plain Linears
+            ending.enter_context(files.held(path, self._processes))
+            saved = None
+            if path is not None:
+                self._identity = files.identity(config, self.teacher)  # what has none is told before the work
+                saved = files.read(path, self._processes)
+            if path is not None and saved is not None:
+                self._load(path, saved)
+                del saved  # as large as all that training moves, and needed no more
+            elif clock.step == 0:
+                train_loader = self._start_scores(train_loader)
+            every = config.evaluate_every or max(1, total // 10)
+            clock.start(total)
+            batches = self._position.batches(train_loader)
             while not self._finished:
                 clock.read(self._processes, self.device)
                 group = list(islice(batches, config.accumulate))
@@ -191,8 +194,6 @@ class DistillPruner:
                     self._finish()
                 if path is not None and (over or clock.step % checkpoint_every == 0):
                     self._save(path)
-        finally:  # whoever stops a run finds plain Linears
-            put_back_(self.model, MovingLinear)
         return self.history
 
     def finalize(self) -> nn.Module:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from ..._arguments import check_file
+from ..._arguments import check_file, path_of
 
 ABOUT = "Rewrite a checkpoint: a dense file with zeros becomes sparse, a sparse one dense, values another type."
 EXAMPLE = "sparseprune convert runs/demo/pruned.safetensors small.safetensors --value-dtype bfloat16"
@@ -13,8 +12,8 @@ PLACE = 3
 
 
 def options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", type=Path, help="a .safetensors file, dense or written by sparseprune")
-    command.add_argument("target", type=Path, help="the .safetensors file to write")
+    command.add_argument("source", type=path_of, help="a .safetensors file, dense or written by sparseprune")
+    command.add_argument("target", type=path_of, help="the .safetensors file to write")
     command.add_argument("--value-dtype", default="float32", choices=("float32", "bfloat16", "int8"))
     command.add_argument("--dense", action="store_true", help="write a plain dense state dict")
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from ..._arguments import whole
+from ..._arguments import path_of, whole
 from .. import shared
 
 ABOUT = "Perplexity and tokens per second of a language model, dense beside sparse."
@@ -16,10 +15,10 @@ PLACE = 6
 def options(command: argparse.ArgumentParser) -> None:
     shared.model_options(command)
     command.add_argument(
-        "--checkpoint", type=Path,
+        "--checkpoint", type=path_of,
         help="a pruned checkpoint of the same model, by sp.save; without it the zeros of --model itself run sparse",
     )  # fmt: skip
-    command.add_argument("--text", required=True, type=Path, help="plain text to judge on")
+    command.add_argument("--text", required=True, type=path_of, help="plain text to judge on")
     command.add_argument("--context", type=whole(2), default=256, help="tokens a window (default 256)")
     command.add_argument("--windows", type=whole(1), help="at most that many windows, spread over the text")
     command.add_argument(

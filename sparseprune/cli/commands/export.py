@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..._arguments import check_file, check_folder
+from ..._arguments import check_file, check_folder, path_of
 from .. import shared
 
 ABOUT = "Write a model for transformers, or densified for ONNX Runtime."
@@ -17,8 +17,8 @@ _OF_TOKENIZER = (".json", ".txt", ".model", ".spm", ".jinja")
 
 
 def options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", type=Path, help="a folder of transformers, or the folder of a run")
-    command.add_argument("target", type=Path, help="a file that ends in .onnx, or a folder for transformers")
+    command.add_argument("source", type=path_of, help="a folder of transformers, or the folder of a run")
+    command.add_argument("target", type=path_of, help="a file that ends in .onnx, or a folder for transformers")
     command.add_argument("--value-dtype", default="float32", choices=("float32", "bfloat16", "int8"))
     command.add_argument("--dense", action="store_true", help="a folder that needs no sparseprune")
     shared.device_option(command, "cpu")

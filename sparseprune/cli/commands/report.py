@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
+
+from ..._arguments import path_of
 
 ABOUT = "Show what a run or a checkpoint holds: tables, how each layer runs and why; or density and bytes per layer."
 EXAMPLE = "sparseprune report runs/demo"
@@ -12,7 +13,7 @@ PLACE = 4
 
 
 def options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("path", type=Path, help="a run's folder, its run.json, or a .safetensors file")
+    command.add_argument("path", type=path_of, help="a run's folder, its run.json, or a .safetensors file")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 

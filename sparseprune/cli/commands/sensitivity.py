@@ -6,10 +6,9 @@ import argparse
 import importlib.util
 import json
 import time
-from pathlib import Path
 from typing import Any
 
-from ..._arguments import check_file, real, whole
+from ..._arguments import check_file, path_of, real, whole
 from ..._files import write_text
 from .. import shared
 
@@ -20,7 +19,7 @@ PLACE = 7
 
 def options(command: argparse.ArgumentParser) -> None:
     shared.model_options(command)
-    command.add_argument("--text", required=True, type=Path, help="calibration text")
+    command.add_argument("--text", required=True, type=path_of, help="calibration text")
     command.add_argument("--sparsity", type=real("[0, 1)"), default=0.5, help="global fraction of zeros (default 0.5)")
     command.add_argument("--windows", type=whole(1), default=32, help="windows of calibration text (default 32)")
     command.add_argument(
@@ -32,7 +31,7 @@ def options(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     command.add_argument("--context", type=whole(2), default=512)
     shared.device_option(command)
-    command.add_argument("--out", type=Path, help="write the densities as JSON, and a plot beside it")
+    command.add_argument("--out", type=path_of, help="write the densities as JSON, and a plot beside it")
 
 
 def run(arguments: argparse.Namespace) -> int:

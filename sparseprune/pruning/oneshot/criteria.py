@@ -70,6 +70,8 @@ class OneShotCriterion(Criterion):
             raise ValueError(f"{self.name}: allocation expected one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
         if chunk_tokens < 1:
             raise ValueError(f"{self.name}: chunk_tokens expected at least 1, got {chunk_tokens}")
+        spill = os.path.expanduser(spill) if isinstance(spill, str | os.PathLike) else spill
+        state = os.path.expanduser(state) if isinstance(state, str | os.PathLike) else state
         for option, place in (("spill", None if isinstance(spill, bool) else spill), ("state", state)):
             if place is not None and (not isinstance(place, str | os.PathLike) or os.path.isfile(place)):
                 expected = "a folder, True, False or None" if option == "spill" else "a folder or None"
