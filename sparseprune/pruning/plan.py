@@ -144,7 +144,7 @@ class Plan:
         for m, s in zip(part.maps, scores):
             if tuple(s.shape) != m.shape:
                 raise ValueError(f"Plan: scores of {m.key} expected shape {list(m.shape)}, got {list(s.shape)}")
-            if bool(s.isnan().any()):
+            if bool(s.sum().isnan()) and bool(s.isnan().any()):  # one pass, but for infinities of both signs
                 raise ValueError(f"Plan: scores of {m.key} hold NaN, which has no rank; check the weights and the data")
         kept = part.granularity.choose(
             part.maps, scores, sparsity, self.scope, self.densities, selector or Selector(), self.floor

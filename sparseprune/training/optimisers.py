@@ -46,7 +46,8 @@ class Optimisers:
         else:
             fused = all(p.is_floating_point() for p in trained)
             weights = torch.optim.AdamW(groups, lr=lr, fused=fused)
-        return cls(weights, torch.optim.Adam(gates.scores.values(), lr=config.scores_lr), trained)
+        scores = torch.optim.Adam(gates.scores.values(), lr=config.scores_lr, fused=True)
+        return cls(weights, scores, trained)
 
     def zero_grad(self) -> None:
         self.weights.zero_grad(set_to_none=True)
