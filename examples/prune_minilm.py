@@ -30,7 +30,7 @@ for epoch in range(3):  # the teacher first: the dense model on this task
         model(**batch).loss.backward()
         optimizer.step()
 
-config = sp.DistillConfig(schedule=sp.RetentionSchedule(r0=0.1, z_min=0.1), epochs=5, lr=2e-4)
+config = sp.DistillConfig(density=0.1, epochs=5, lr=2e-4)
 pruner = sp.DistillPruner(model, config)
 pruner.fit(train, valid)
 model = pruner.finalize().eval()

@@ -12,8 +12,7 @@ from typing import Literal
 
 from .._config import Config
 
-__all__ = ["ConstantSchedule", "CubicSchedule", "LinearSchedule", "OneShotSchedule", "RetentionSchedule", "Schedule",
-           "retention_to"]  # fmt: skip
+__all__ = ["ConstantSchedule", "CubicSchedule", "LinearSchedule", "OneShotSchedule", "RetentionSchedule", "Schedule"]
 
 _MAX_STEPS = 100_000
 
@@ -41,7 +40,7 @@ class Schedule(Config):
 
 
 def _check_density(name: str, field: str, value: float, low: float = 0.0) -> None:
-    if not (isinstance(value, (int, float)) and low < value <= 1):
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) and low < value <= 1):
         raise ValueError(f"{name}: {field} expected in ({low:g}, 1], the share of the weights kept, got {value!r}")
 
 
@@ -241,12 +240,3 @@ class RetentionSchedule(Schedule):
         if share == 0:
             return knots[index]
         return math.exp((1 - share) * math.log(knots[index]) + share * math.log(knots[index + 1]))
-
-
-def retention_to(density: float) -> Schedule:
-    """The article's schedule, bounded, that ends at this density, a share of the weights in (0, 1]. ValueError on
-    another.
-    """
-    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
-        raise ValueError(f"density expected in (0, 1], the share of the weights kept, got {density!r}")
-    return ConstantSchedule(1.0) if density == 1 else RetentionSchedule(r0=min(0.1, 1 - density), z_min=density)

@@ -13,7 +13,7 @@ from .._config import Config
 from ..data import SETS, Augment
 from ..gan import GANConfig, GANPruner
 from ..pruning.granularity import make_granularity
-from ..pruning.schedules import Schedule, retention_to
+from ..pruning.schedules import CubicSchedule, Schedule
 from ..training import DistillConfig, DistillPruner
 from ..training.config import METHODS as TRAINING_METHODS
 
@@ -144,14 +144,14 @@ def pruner_of(config: DistillConfig) -> type[DistillPruner]:
 
 
 def schedule(density: float | None, granularity: Any) -> Schedule:
-    """The article's schedule ending at this density; None: at what the N:M ``granularity`` keeps, else at 0.1.
+    """The trainer's own schedule ending at this density; None: at what the N:M ``granularity`` keeps, else at 0.1.
 
     ValueError unless the density is in (0, 1], and where N:M keeps another.
     """
     fixed = _fixed(granularity)
     if density is None:
         density = DENSITY if fixed is None else fixed
-    found = retention_to(density)
+    found = CubicSchedule(density)
     if fixed is not None and not math.isclose(density, fixed, abs_tol=1e-9):
         raise ValueError(
             f"density {density:g}: granularity {granularity!r} keeps {fixed:g} of the weights; leave the density out"

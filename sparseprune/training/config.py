@@ -10,7 +10,7 @@ from .._config import Config
 from ..nn.simulated import check_dtypes
 from ..pruning.criteria import Criterion, criterion_names, make_criterion
 from ..pruning.granularity import Granularity
-from ..pruning.schedules import Schedule, retention_to
+from ..pruning.schedules import CubicSchedule, Schedule
 
 __all__ = ["METHODS", "MOST_EPOCHS", "DistillConfig", "at_least", "criterion_of", "one_of"]
 
@@ -18,7 +18,7 @@ __all__ = ["METHODS", "MOST_EPOCHS", "DistillConfig", "at_least", "criterion_of"
 METHODS = ("scores", "magnitude", "movement")
 #: A small set is read so often at the most to reach ``min_steps``.
 MOST_EPOCHS = 40
-_BY_DEFAULT = retention_to(0.1)
+_BY_DEFAULT = CubicSchedule(0.1)
 
 
 def at_least(owner: str, name: str, value: float, low: float) -> None:
@@ -63,7 +63,7 @@ class DistillConfig(Config):
     magnitude and elsewhere as much (docs/lab/gan.md); "magnitude" takes ``|W|``; "movement" sums -W dL/dW; any other
     name is a criterion's (:func:`~sparseprune.pruning.register_criterion`), which observes the gradients of each step,
     unclipped, and whose state is in the checkpoint. schedule: the density, a share of the weights in (0, 1], over the
-    pruning window; density: its last, checked against it, or in place of a schedule: then the default one ends there.
+    pruning window, by default the cubic one; density: its last, checked against it, or what the default one ends at.
     granularity: a name, a granularity, or a dict from name patterns (fnmatch) to them. scope: "global" or "layer";
     floor: the least density of a layer under "global", as a share of the density of all; None as in ``prune_``, so that
     no layer starves.
@@ -151,7 +151,7 @@ class DistillConfig(Config):
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"{name}: label_smoothing expected in [0, 1), got {self.label_smoothing!r}")
         if self.density is not None and self.schedule is _BY_DEFAULT:
-            object.__setattr__(self, "schedule", retention_to(self.density))
+            object.__setattr__(self, "schedule", CubicSchedule(self.density))
         if self.lr is not None:
             at_least(name, "lr", self.lr, 0)
         for key, low in (("scores_lr", 0), ("weight_decay", 0), ("ce", 0), ("kd", 0), ("hidden", 0),
