@@ -157,6 +157,23 @@ def test_label_names_from_a_file_are_counted_from_zero(tmp_path):
             read_names(write(tmp_path / "labels.txt", *lines))
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["x", "y", "x"], "each name once, got 'x' at places 0 and 2"),
+        ("xy", "a list of names"),
+        ([1, 0], "got 1 at place 0"),
+        (["x", ""], "got '' at place 1"),
+        ([], "got none"),
+    ],
+)
+def test_label_names_are_distinct_texts(tmp_path, names, said):
+    path = write(tmp_path / "a.tsv", "one\t1", "two\t0")
+    for read in (lambda: load_files(path, path, path, label_names=names), lambda: read_examples(path, names)):
+        with pytest.raises(ValueError, match=said):
+            read()
+
+
 def test_names_that_are_numbers_are_all_names_or_all_places(tmp_path):
     stars = ["1", "2", "3", "4", "5"]
 

@@ -107,7 +107,8 @@ def load_files(
     numbers in their order and names in code-point order (of a data set that names its labels those, in its order); a
     label that only another file has is an error.
 
-    Raises FileNotFoundError on a missing file, ValueError with file and line on anything else that is wrong in one.
+    Raises FileNotFoundError on a missing file, ValueError with file and line on anything else that is wrong in one, and
+    on names that are no texts or stand twice.
     """
     paths = {"train": Path(train), "valid": Path(valid), "test": Path(test)}
     tokens = any(is_conll(path) for path in paths.values())
@@ -125,8 +126,9 @@ def load_files(
                 raise ValueError(
                     f"{where}: expected {texts} text(s) as in the training file, got {len(found[0].texts)}"
                 )
-    names = list(label_names) if label_names is not None else read["train"][1] or _distinct(rows["train"])
-    index = _index(names, [row for found in rows.values() for row in found], label_names is not None and not tokens)
+    given = None if label_names is None else _checked_names(label_names)
+    names = given or read["train"][1] or _distinct(rows["train"])
+    index = _index(names, [row for found in rows.values() for row in found], given is not None and not tokens)
     splits = {split: _examples(found, index, names, str(paths[split]), tokens) for split, found in rows.items()}
     return TextData(name or paths["train"].stem, splits["train"], splits["valid"], splits["test"], names)
 
@@ -144,11 +146,29 @@ def read_examples(path: str | Path, label_names: Sequence[str]) -> Examples:
     """Reads one file whose labels are among ``label_names``, by name or place from 0 (CoNLL: by name), as
     :func:`load_files` has it.
     """
-    path, names = Path(path), list(label_names)
+    path, names = Path(path), _checked_names(label_names)
     tokens = is_conll(path)
     rows = read_sentences(path) if tokens else read_rows(path)[0]
     check_no_header({path: rows})
     return _examples(rows, _index(names, rows, not tokens), names, str(path), tokens)
+
+
+def _checked_names(given: Sequence[str]) -> list[str]:
+    """ValueError on names that labels in a file cannot be told apart by."""
+    if isinstance(given, str):
+        raise ValueError(f"label_names: expected a list of names, got the text {given!r}; pass [{given!r}, ...]")
+    names = list(given)
+    if not names:
+        raise ValueError("label_names: expected a name or more, got none; leave label_names out")
+    first: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"label_names: expected texts, got {name!r} at place {i}; write it as the files do")
+        if first.setdefault(name, i) != i:
+            raise ValueError(
+                f"label_names: expected each name once, got {name!r} at places {first[name]} and {i}; leave one out"
+            )
+    return names
 
 
 def _distinct(rows: list[Row]) -> list[str]:
