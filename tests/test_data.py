@@ -99,6 +99,8 @@ def test_names_indices_and_pairs(tmp_path):
         ("d.jsonl", '{"text": "a", "label": ' + "1" * 5000 + "}", ValueError, "d.jsonl:1: JSON that cannot be read"),
         ("k.jsonl", '{"text": "a", "premise": "b", "hypothesis": "c", "label": "pos"}\n', ValueError,
          "k.jsonl:1: expected one text or pair, got text and premise+hypothesis"),
+        ("k.jsonl", '{"text": "a", "label": "pos", "labels": "neg"}\n', ValueError,
+         "k.jsonl:1: expected one key label or labels, got both"),
         ("h.tsv", "sentence\tlabel\nb\tneg\n", ValueError, "h.tsv:1: expected an example, got what looks like"),
         ("i.tsv", "a\t99999999\n", ValueError, "i.tsv:1: label '99999999' is not among"),
     ],

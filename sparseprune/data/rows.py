@@ -205,6 +205,8 @@ def _json_row(line: str, where: str) -> tuple[tuple[str, ...], str]:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
     found = [keys for keys in TEXT_COLUMNS if all(key in row for key in keys)]
+    if {"label", "labels"} <= row.keys():
+        raise ValueError(f"{where}: expected one key label or labels, got both; leave one of them out")
     label = row.get("label", row.get("labels"))
     label = int(label) if isinstance(label, float) and label.is_integer() else label
     if not found or not {"label", "labels"} & row.keys():
