@@ -128,6 +128,8 @@ def test_a_row_without_a_text_or_a_label_is_named(tmp_path):
         ("text,sentence,label\na,b,1\n", "expected one text or pair"), ('text,label\n"open,1\n', "expected CSV, got"),
         ("text,label\nhello,\n", "row 1: label expected a name or a whole number, got ''"),
         ("text,label\n ,pos\n", "the text is empty"),
+        ("text,text,label\na,b,pos\n", "expected one column text, got 2; rename the others"),
+        ("text,label,label\na,pos,neg\n", "expected one column label, got 2"),
     ],
 )  # fmt: skip
 def test_wrong_tables_say_where(tmp_path, content, said):
@@ -136,6 +138,14 @@ def test_wrong_tables_say_where(tmp_path, content, said):
     with pytest.raises(ValueError, match=said) as caught:
         load_files(path, path, path)
     assert "train.csv" in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_a_csv_file_may_hold_long_texts_and_other_columns_twice(tmp_path):
+    path, before = tmp_path / "train.csv", csv.field_size_limit()
+    long = "word " * 40_000
+    path.write_text(f"note,text,note,label\n1,{long},2,pos\n3,short,4,neg\n")
+    assert load_files(path, path, path).train.texts == [(long,), ("short",)]
+    assert read_text(path) == f"{long}\nshort" and csv.field_size_limit() == before
 
 
 def test_folders_without_the_three_splits(tmp_path, capsys):
