@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .rows import Row, check_no_header, is_conll, read_names, read_rows, read_sentences
+from .rows import Row, check_no_header, is_conll, place_of, read_names, read_rows, read_sentences
 from .tables import find_splits
 
 __all__ = ["SETS", "Examples", "TextData", "load_files", "load_folder", "load_set", "read_examples"]
@@ -122,7 +122,7 @@ def load_files(
         texts = len(rows["train"][0].texts)
         for split, found in rows.items():
             if len(found[0].texts) != texts:
-                where = f"{paths[split]}:{found[0].numbers[0]}"
+                where = place_of(paths[split], found[0].numbers[0])
                 raise ValueError(
                     f"{where}: expected {texts} text(s) as in the training file, got {len(found[0].texts)}"
                 )
@@ -204,8 +204,8 @@ def _examples(rows: list[Row], index: dict[str, int], names: list[str], source: 
                 of = f" of {row.texts[i]!r}" if tokens else ""
                 known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
                 raise ValueError(
-                    f"{source}:{row.numbers[i]}: label {label!r}{of} is not among the {len(names)} known labels "
-                    f"({known})"
+                    f"{place_of(Path(source), row.numbers[i])}: label {label!r}{of} is not among the {len(names)} "
+                    f"known labels ({known})"
                 )
     labels = [[index[label] for label in row.labels] for row in rows]
     return Examples([row.texts for row in rows], labels if tokens else [own[0] for own in labels], source, tokens)
