@@ -12,6 +12,7 @@ from sparseprune.data import (
     TokenLoader,
     Vocabulary,
     detect_unit,
+    hashed_rows,
     load_files,
     load_set,
     read_examples,
@@ -259,6 +260,21 @@ def test_vocabulary_words_characters_and_round_trip():
     again = Vocabulary.from_json(words.to_json())
     assert again.tokens == words.tokens and again.unit == words.unit
     assert len(Vocabulary.build([("a a b b c",)], min_count=2, max_size=5)) == 5
+
+
+def test_texts_alone_are_what_tuples_of_one_are():
+    texts = ["play some music", "play the song", "\u64ad\u653e"]
+    tuples = [(text,) for text in texts]
+    assert Vocabulary.build(texts, min_count=1).tokens == Vocabulary.build(tuples, min_count=1).tokens
+    assert "play" in Vocabulary.build(texts).tokens and detect_unit(texts[2:]) == "character"
+    assert torch.equal(hashed_rows(texts, 64), hashed_rows(tuples, 64))
+    for read in (Vocabulary.build, detect_unit, hashed_rows):
+        with pytest.raises(ValueError, match="expected a list of them, got one text"):
+            read("play some music")
+    with pytest.raises(ValueError, match="width expected at least 1, got 0"):
+        hashed_rows(texts, 0)
+    with pytest.raises(ValueError, match="max_length expected at least 1, got -1"):
+        Vocabulary.build(texts).encode(texts[0], -1)
 
 
 def loader(**options):
