@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from .nn.modes import evaluating
 from .pruning.batches import device_of, logits_of
-from .pruning.intake import text_ids
+from .pruning.intake import positions_of, text_ids
 
-__all__ = ["Perplexity", "Speed", "perplexity", "speed_table", "token_windows", "tokens_per_second"]
+__all__ = ["Perplexity", "Speed", "check_length", "perplexity", "speed_table", "token_windows", "tokens_per_second"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def perplexity(
     several, or a data set with a column of text, read as one. Every window's first token is not predicted.
 
     batch_tokens: tokens in one forward pass. The model is put into eval mode and back. Raises ValueError on ids
-    outside the model's vocabulary, on a text shorter than a window, and where the loss is not finite.
+    outside the model's vocabulary, on a text shorter than a window, on windows longer than the model has positions, and
+    where the loss is not finite.
     """
     if tokenizer is not None:
         tokens = text_ids(tokens, tokenizer, "perplexity")
@@ -85,6 +86,7 @@ def perplexity(
     if windows.shape[0] == 0 or windows.shape[1] < 2:
         raise ValueError(f"perplexity: tokens expected [W, S] with W >= 1 and S >= 2, got {list(windows.shape)}")
     _check_vocabulary("perplexity", model, windows)
+    check_length("perplexity", model, windows.shape[1])
     device = device_of(model)
     total = 0.0
     with evaluating(model):
@@ -132,6 +134,14 @@ def _check_vocabulary(what: str, model: nn.Module, ids: Tensor) -> None:
             f"{what}: token ids reach from {int(ids.min())} to {int(ids.max())} but the vocabulary has {rows} "
             "entries; tokenise with this model's own tokenizer"
         )
+
+
+def check_length(what: str, model: nn.Module, tokens: int, new_tokens: int = 0) -> None:
+    """ValueError where a model that looks positions up in a table has none for so many tokens and those it writes."""
+    positions = positions_of(model)
+    if positions is not None and tokens + new_tokens > positions:
+        got = f"{tokens} tokens" + (f" and {new_tokens} new ones" if new_tokens else "")
+        raise ValueError(f"{what}: expected at most {positions} tokens, the model's positions, got {got}; take fewer")
 
 
 @dataclass(frozen=True)
@@ -213,6 +223,7 @@ def tokens_per_second(
     ids = ids.reshape(-1, ids.shape[-1])
     for model in models.values():
         _check_vocabulary("tokens_per_second", model, ids)
+        check_length("tokens_per_second", model, ids.shape[1], new_tokens)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     with evaluating(*models.values()):
         for model in models.values():

@@ -42,7 +42,7 @@ from .columns import (
 from .processes import Processes
 from .rows import Collate, RowBatches, labels_of, listed, share_of
 
-__all__ = ["calibration_data", "check_same_rows", "first_batches", "text_ids", "training_data"]
+__all__ = ["calibration_data", "check_same_rows", "first_batches", "positions_of", "text_ids", "training_data"]
 
 _OF_TOKENIZER = ("input_ids", "attention_mask", "token_type_ids")
 _POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
@@ -148,7 +148,7 @@ class _Form:
         self.collate = Collate(pad, masks="attention_mask" in self.names, who=who)
         embedding = token_embedding(model)
         self._vocabulary = None if embedding is None else embedding.num_embeddings
-        self._positions = _positions(model)
+        self._positions = positions_of(model)
 
     def batches(
         self, columns: dict[str, list[Any]], size: int, shuffle: bool = False, seed: int = 0, rank: int = 0,
@@ -247,7 +247,7 @@ class _Form:
         return {"truncation": True, "max_length": min(real)} if real else {}
 
 
-def _positions(model: nn.Module) -> int | None:
+def positions_of(model: nn.Module) -> int | None:
     """How many tokens a model takes that looks their positions up in a table beside that of its tokens; else None."""
     embedding = token_embedding(model)
     beside = (m._modules for m in model.modules() if embedding is not None and embedding in m._modules.values())

@@ -16,7 +16,7 @@ from ..bench import describe
 from ..data.tables import is_table, read_columns
 from ..integrations.folder import save_pretrained
 from ..integrations.transformers import language_model
-from ..language import Speed, perplexity, speed_table, token_windows, tokens_per_second
+from ..language import Speed, check_length, perplexity, speed_table, token_windows, tokens_per_second
 from ..nn import sparsify_
 from ..nn.copies import copy_of
 from ..pruning import make_granularity, prune_
@@ -32,6 +32,7 @@ _SHOWN = (
     ("perplexity", "perplexity"), ("loss", "loss"), ("bytes", "bytes on disk"),
     ("prompt_tokens_per_second", "prompt, tokens/s"), ("new_tokens_per_second", "generation, tokens/s"),
 )  # fmt: skip
+_PROMPT = 128  # tokens, at most, of the one that is timed
 _HELD_OUT = 0.2  # of the text, where none is given to judge on
 
 
@@ -106,6 +107,7 @@ def _run(
     dense.to(settings["device"]).requires_grad_(False)
     calibration, judged = _windows(tokenizer, material, others, settings)
     say(f"{settings['model']}: prunes with {calibration.numel():,} tokens, is judged on {judged.numel():,}")
+    check_length("the speed at the end", dense, min(_PROMPT, judged.shape[1]), settings["new_tokens"])
     before = perplexity(dense, judged)
     say(f"dense: {before}")
     model = copy_of(dense, "prune")
@@ -122,10 +124,11 @@ def _run(
     model.requires_grad_(False)
     sparse = sparsify_(model, layout=settings["layout"], tokens=(1, 128), value_dtype=settings["value_dtype"])
     runs_sparse = perplexity(model, judged)
-    speeds = tokens_per_second({"dense": dense, "pruned": model}, judged[0, :128], new_tokens=settings["new_tokens"])
-    say(speed_table(speeds))
     checkpoint.save(model, folder / "pruned.safetensors", settings["value_dtype"])
     _write_folder(model, tokenizer, folder / MODEL_FOLDER, settings["value_dtype"])
+    prompt = judged[0, :_PROMPT]
+    speeds = tokens_per_second({"dense": dense, "pruned": model}, prompt, new_tokens=settings["new_tokens"])
+    say(speed_table(speeds))
     stored = (folder / "pruned.safetensors").stat().st_size
     full = sum(p.numel() * p.element_size() for p in dense.parameters())
     record = {

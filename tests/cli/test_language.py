@@ -86,6 +86,35 @@ def test_a_pattern_and_other_text_to_judge_on(model, capsys):
     assert json.loads((model / "runs" / "nm" / "run.json").read_text())["density"] == 0.5
 
 
+def test_a_model_without_so_many_positions_is_refused_before_it_is_pruned(model, capsys, monkeypatch):
+    config = transformers.GPT2Config(
+        vocab_size=12, n_positions=20, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained("lm")
+    command = ["prune", "--model", "lm", "--text", "text.txt", "--criterion", "magnitude", *SMALL]
+    monkeypatch.setattr("sparseprune.runner.language.prune_", lambda *args, **settings: pytest.fail("it pruned"))
+    assert main([*command, "--new-tokens", "5"]) == 2
+    said = capsys.readouterr().err
+    assert "expected at most 20 tokens, the model's positions, got 16 tokens and 5 new ones; take fewer" in said
+    assert main([*command, "--context", "24"]) == 2
+    assert "expected at most 20 tokens, the model's positions, got 24 tokens" in capsys.readouterr().err
+    evaluated = ["eval", "--model", "lm", "--text", "text.txt", "--context", "24"]
+    assert main(evaluated) == 2
+    assert "perplexity: expected at most 20 tokens" in capsys.readouterr().err
+
+
+def test_what_was_pruned_is_kept_where_the_speed_cannot_be_measured(model, capsys, monkeypatch):
+    def failed(*args, **settings):
+        raise ValueError("no cache")
+
+    monkeypatch.setattr("sparseprune.runner.language.tokens_per_second", failed)
+    assert main(["prune", "--model", "lm", "--text", "text.txt", "--criterion", "magnitude", *SMALL]) == 2
+    assert "no cache" in capsys.readouterr().err
+    folder = model / "runs" / "language"
+    assert (folder / "pruned.safetensors").is_file() and (folder / "model" / "config.json").is_file()
+    assert not (folder / "run.json").exists()
+
+
 def test_a_folder_of_datasets(model):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": ["the cat", "a dog"]}).save_to_disk("rows")
