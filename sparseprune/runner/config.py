@@ -17,7 +17,8 @@ from ..pruning.schedules import Schedule, retention_to
 from ..training import DistillConfig, DistillPruner
 from ..training.config import METHODS as TRAINING_METHODS
 
-__all__ = ["METHODS", "RunConfig", "method_config", "method_name", "override", "pruner_of", "read_settings", "schedule"]
+__all__ = ["METHODS", "RunConfig", "final_density", "method_config", "method_name", "override", "pruner_of",
+           "read_settings", "schedule"]  # fmt: skip
 
 #: What a run can be asked to prune by: where learned scores come from, or learned scores with the adversary.
 METHODS = (*TRAINING_METHODS, "gan")
@@ -148,15 +149,21 @@ def schedule(density: float | None, granularity: Any) -> Schedule:
 
     ValueError unless the density is in (0, 1], and where N:M keeps another.
     """
+    return retention_to(final_density(density, granularity))
+
+
+def final_density(density: float | None, granularity: Any, default: float = DENSITY) -> float:
+    """``density``; None: what the N:M ``granularity`` keeps, else the default. Errors as :func:`schedule` has them."""
     fixed = _fixed(granularity)
     if density is None:
-        density = DENSITY if fixed is None else fixed
-    found = retention_to(density)
+        density = default if fixed is None else fixed
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
+        raise ValueError(f"density expected in (0, 1], the share of the weights kept, got {density!r}")
     if fixed is not None and not math.isclose(density, fixed, abs_tol=1e-9):
         raise ValueError(
             f"density {density:g}: granularity {granularity!r} keeps {fixed:g} of the weights; leave the density out"
         )
-    return found
+    return density
 
 
 def _fixed(granularity: Any) -> float | None:

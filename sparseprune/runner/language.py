@@ -20,6 +20,7 @@ from ..language import Speed, check_length, perplexity, speed_table, token_windo
 from ..nn import sparsify_
 from ..nn.copies import copy_of
 from ..pruning import make_granularity, prune_
+from .config import final_density
 from .devices import describe_device, find_device
 from .folder import check_place, occupied, write_json
 
@@ -32,6 +33,7 @@ _SHOWN = (
     ("perplexity", "perplexity"), ("loss", "loss"), ("bytes", "bytes on disk"),
     ("prompt_tokens_per_second", "prompt, tokens/s"), ("new_tokens_per_second", "generation, tokens/s"),
 )  # fmt: skip
+_DENSITY = 0.5
 _PROMPT = 128  # tokens, at most, of the one that is timed
 _HELD_OUT = 0.2  # of the text, where none is given to judge on
 
@@ -64,7 +66,7 @@ def read_text(path: str | Path) -> str:
 
 def prune_language_model(
     model: str, text: str | Path, *, judged_on: str | Path | None = None, out: str | Path = "runs",
-    name: str = "language", gguf_file: str | None = None, criterion: str = "admm", density: float = 0.5,
+    name: str = "language", gguf_file: str | None = None, criterion: str = "admm", density: float | None = None,
     granularity: str = "element", context: int = 256, windows: int = 32, judged_windows: int = 32,
     value_dtype: str = "float32", layout: str = "auto", device: str = "auto", new_tokens: int = 32, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
@@ -72,11 +74,13 @@ def prune_language_model(
     and leaves in ``out/name``: ``pruned.safetensors``, ``model/`` for transformers, ``run.json`` with perplexity, speed
     and bytes, dense and pruned, and a picture. Returns the record.
 
-    judged_on: text for the perplexity; without it the last fifth of ``text``, which is then not used to prune. An
-    unfinished run of the same folder starts again, and says so. Errors as those of the parts.
+    density: None for what N:M keeps, else 0.5. judged_on: text for the perplexity; without it the last fifth of
+    ``text``, which is then not used to prune. An unfinished run of the same folder starts again, and says so. Errors as
+    those of the parts.
     """
     say: Callable[[str], None] = (lambda line: None) if quiet else lambda line: print(line, flush=True)
     folder, where = check_place(out, name), find_device(device)
+    density = final_density(density, granularity, _DENSITY)
     material, others = read_text(text), None if judged_on is None else read_text(judged_on)
     settings = {
         "kind": KIND, "model": str(model), "text": str(text),
@@ -114,11 +118,8 @@ def _run(
     needs_data = settings["criterion"] not in ("magnitude", "random")
     batches = list(calibration.to(settings["device"]).split(4)) if needs_data else None
     granularity: Any = make_granularity(settings["granularity"])
-    fixed = settings["granularity"][:1].isdigit() and ":" in settings["granularity"]
-    report = prune_(
-        model, None if fixed else 1 - settings["density"], criterion=settings["criterion"], granularity=granularity,
-        data=batches,
-    )  # fmt: skip
+    sparsity = 1 - settings["density"] if granularity.fixed_sparsity is None else None
+    report = prune_(model, sparsity, criterion=settings["criterion"], granularity=granularity, data=batches)
     after = perplexity(model, judged)
     say(f"pruned: {after}")
     model.requires_grad_(False)

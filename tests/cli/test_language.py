@@ -86,6 +86,16 @@ def test_a_pattern_and_other_text_to_judge_on(model, capsys):
     assert json.loads((model / "runs" / "nm" / "run.json").read_text())["density"] == 0.5
 
 
+def test_a_density_that_the_pattern_does_not_keep_is_refused(model, capsys):
+    command = ["prune", "--model", "lm", "--text", "text.txt", "--criterion", "magnitude", *SMALL]
+    assert main([*command, "--granularity", "2:4", "--density", "0.9"]) == 2
+    assert "density 0.9: granularity '2:4' keeps 0.5 of the weights; leave the density out" in capsys.readouterr().err
+    assert not (model / "runs").exists()
+    assert main([*command, "--granularity", "1:4"]) == 0
+    record = json.loads((model / "runs" / "language" / "run.json").read_text())
+    assert record["settings"]["density"] == record["density"] == 0.25
+
+
 def test_a_model_without_so_many_positions_is_refused_before_it_is_pruned(model, capsys, monkeypatch):
     config = transformers.GPT2Config(
         vocab_size=12, n_positions=20, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
