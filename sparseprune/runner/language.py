@@ -110,12 +110,13 @@ def _run(
     dense, tokenizer = language_model(settings["model"], settings["gguf_file"])
     dense.to(settings["device"]).requires_grad_(False)
     calibration, judged = _windows(tokenizer, material, others, settings)
-    say(f"{settings['model']}: prunes with {calibration.numel():,} tokens, is judged on {judged.numel():,}")
+    needs_data = settings["criterion"] not in ("magnitude", "random")
+    material = f"prunes with {calibration.numel():,} tokens" if needs_data else "prunes by its weights alone"
+    say(f"{settings['model']}: {material}, is judged on {judged.numel():,}{'' if needs_data else ' tokens'}")
     check_length("the speed at the end", dense, min(_PROMPT, judged.shape[1]), settings["new_tokens"])
     before = perplexity(dense, judged)
     say(f"dense: {before}")
     model = copy_of(dense, "prune")
-    needs_data = settings["criterion"] not in ("magnitude", "random")
     batches = list(calibration.to(settings["device"]).split(4)) if needs_data else None
     granularity: Any = make_granularity(settings["granularity"])
     sparsity = 1 - settings["density"] if granularity.fixed_sparsity is None else None

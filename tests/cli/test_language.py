@@ -92,6 +92,7 @@ def test_a_density_that_the_pattern_does_not_keep_is_refused(model, capsys):
     assert "density 0.9: granularity '2:4' keeps 0.5 of the weights; leave the density out" in capsys.readouterr().err
     assert not (model / "runs").exists()
     assert main([*command, "--granularity", "1:4"]) == 0
+    assert "lm: prunes by its weights alone, is judged on 64 tokens" in capsys.readouterr().out
     record = json.loads((model / "runs" / "language" / "run.json").read_text())
     assert record["settings"]["density"] == record["density"] == 0.25
 
