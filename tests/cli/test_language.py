@@ -173,6 +173,32 @@ def test_export_for_transformers(model, capsys):
     ).stat().st_size
 
 
+def test_export_takes_the_model_of_the_run_that_is_there(model, capsys):
+    """Not one that a run before it in the same folder left behind."""
+    command = ["prune", "--model", "lm", "--text", "text.txt", "--criterion", "magnitude", *SMALL]
+    assert main([*command, "--name", "same"]) == 0
+    folder = model / "runs" / "same"
+    record = (folder / "run.json").read_text()
+    (folder / "run.json").unlink()
+    assert main(["export", "runs/same", "there"]) == 2
+    said = capsys.readouterr().err
+    assert "got one that is not finished" in said and "or name runs/same/model" in said
+    assert not (model / "there").exists() and main(["export", "runs/same/model", "there"]) == 0
+    (folder / "run.json").write_text(record)
+    assert main(["export", "runs/same", "again"]) == 0
+
+    settings = transformers.BertConfig(
+        vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    classifier = transformers.BertForSequenceClassification(settings)
+    settings.architectures = ["BertForSequenceClassification"]
+    settings.save_pretrained(folder)
+    sp.save(classifier, folder / "pruned.safetensors")
+    (folder / "run.json").write_text(json.dumps({"name": "same"}))
+    assert main(["export", "runs/same", "classifier"]) == 0
+    assert "BertForSequenceClassification" in (model / "classifier" / "config.json").read_text()
+
+
 def test_export_takes_all_files_of_the_tokenizer(model, capsys):
     tokenizer = transformers.AutoTokenizer.from_pretrained("lm")
     tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool": "none"}
