@@ -146,6 +146,8 @@ def test_mistakes_are_one_line(model, capsys):
         (["export", "lm", "lm"], "expected another folder than the source"),
         (["export", "none", "there"], "no such file or folder"),
         (["export", "lm", "no/such/folder/m.onnx"], "there is no folder"),
+        (["export", "lm", "there", "--dense", "--value-dtype", "int8"], "expected none with --dense, got int8"),
+        (["export", "lm", "m.onnx", "--value-dtype", "bfloat16"], "expected none with .onnx, got bfloat16"),
     ):
         assert main(arguments) == 2, arguments
         said = capsys.readouterr().err

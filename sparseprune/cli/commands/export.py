@@ -31,7 +31,13 @@ def run(arguments: argparse.Namespace) -> int:
     from ...nn import SparseLinear, densify_
 
     source = _model_folder(arguments.source)
-    if arguments.target.suffix == ".onnx":
+    onnx = arguments.target.suffix == ".onnx"
+    if arguments.value_dtype != "float32" and (onnx or arguments.dense):
+        raise ValueError(
+            f"--value-dtype rounds weights that are held sparse, expected none with {'.onnx' if onnx else '--dense'}, "
+            f"got {arguments.value_dtype}; leave it out"
+        )
+    if onnx:
         check_file(arguments.target, "target")
         return _to_onnx(load_folder(source).to(device), arguments.target)
     check_folder(arguments.target, "target")
