@@ -17,8 +17,8 @@ from ..pruning.schedules import Schedule, retention_to
 from ..training import DistillConfig, DistillPruner
 from ..training.config import METHODS as TRAINING_METHODS
 
-__all__ = ["METHODS", "RunConfig", "final_density", "method_config", "method_name", "override", "pruner_of",
-           "read_settings", "schedule"]  # fmt: skip
+__all__ = ["METHODS", "RunConfig", "check_dense_epochs", "final_density", "method_config", "method_name", "override",
+           "pruner_of", "read_settings", "schedule"]  # fmt: skip
 
 #: What a run can be asked to prune by: where learned scores come from, or learned scores with the adversary.
 METHODS = (*TRAINING_METHODS, "gan")
@@ -105,6 +105,9 @@ class RunConfig(Config):
             )
         if self.layout not in LAYOUTS:
             raise ValueError(f"RunConfig: layout expected one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+        if self.layout == "dense" and self.pruning.rounds:
+            got = f"value_dtype {self.pruning.value_dtype!r}, activations {self.pruning.activations!r}"
+            raise ValueError(f"RunConfig: layout 'dense' leaves Linears in float32, expected no rounding, got {got}")
         for name in ("hidden", "ffn", "layers", "heads", "batch_size", "latency_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"RunConfig: {name} expected >= 1, got {getattr(self, name)!r}")
@@ -219,7 +222,17 @@ def override(config: RunConfig, given: Mapping[str, Any]) -> tuple[RunConfig, li
     elif "data" in changes:
         changes |= _FILES
     changed = replace(config, pruning=pruning, **changes)
+    check_dense_epochs(given.get("dense_epochs"), changed.teacher)
     return changed, differences(config, changed)
+
+
+def check_dense_epochs(epochs: int | None, teacher: str | None) -> None:
+    """ValueError where epochs of dense training are asked for that a teacher saves."""
+    if epochs and teacher is not None:
+        raise ValueError(
+            f"dense_epochs: expected none with the teacher {teacher}, which is fine-tuned already, got {epochs}; leave "
+            "one of the two out"
+        )
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

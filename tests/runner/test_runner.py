@@ -227,6 +227,12 @@ def test_own_files_and_a_transformers_classifier(tmp_path):
             "no such file",
         ),
         (lambda p: run_prune(str(p / "no-model"), *files_of(p, ".t.tsv"), out=p), ValueError, "loaded.*config.json"),
+        (
+            lambda p: run_prune("m", *files_of(p, ".t.tsv"), out=p, teacher="t", dense_epochs=2),
+            ValueError,
+            "dense_epochs: expected none with the teacher t, .* got 2",
+        ),
+        (lambda p: run_demo(out=p, layout="dense", value_dtype="int8"), ValueError, "expected no rounding, got .*int8"),
         (lambda p: RunConfig.from_json('{"densty": 1}'), ValueError, "unknown key 'densty'"),
     ],
 )
