@@ -160,6 +160,8 @@ class _Form:
         if not columns or not next(iter(sizes.values())):
             raise ValueError(f"{self.who}: data is empty; expected a row or more")
         inputs, labels = self.parts(columns)
+        if "TokenClassification" in self._kind and labels is not None and "input_ids" in inputs:
+            self._check_of_tokens(inputs["input_ids"], labels)
         return RowBatches(inputs, labels, self.collate, size, shuffle, seed, rank, world)
 
     def parts(self, columns: dict[str, list[Any]]) -> tuple[dict[str, list[Any]] | list[Any], list[Any] | None]:
@@ -236,6 +238,16 @@ class _Form:
                     "(truncation=True, max_length=... of the tokenizer)"
                 )
         return inputs
+
+    def _check_of_tokens(self, ids: list[Any], labels: list[Any]) -> None:
+        """ValueError where a row has not as many labels as tokens."""
+        for number, (tokens, own) in enumerate(zip(ids, labels)):
+            if is_scalar(own) or len(own) != len(tokens):
+                got = type(own).__name__ if is_scalar(own) else str(len(own))
+                raise ValueError(
+                    f"{self.who}: the labels of row {number} expected one a token, {len(tokens)}, got {got}; those of "
+                    "special tokens and of the rest of a word are -100"
+                )
 
     def _limit(self) -> dict[str, Any]:
         """No text longer than tokenizer and model can take."""

@@ -84,7 +84,7 @@ def task_loss(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets:
             "number, such as nn.MSELoss or nn.BCEWithLogitsLoss"
         )
     if is_classification(logits, targets):
-        keep = counted(targets, loss)
+        keep, given = counted(targets, loss), targets
         if not bool(keep.any()):
             return logits.sum() * 0.0
         if hasattr(loss, "ignore_index"):
@@ -94,10 +94,11 @@ def task_loss(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets:
         try:
             return loss(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
         except IndexError:
+            low, high = int(given[keep].min()), int(given[keep].max())
             raise ValueError(
                 f"labels: expected classes from 0 to {logits.shape[-1] - 1}, as many as the model has outputs, or "
-                f"{IGNORED} for what counts for nothing, got from {int(targets.min())} to {int(targets.max())}; number "
-                "them so, or give the model more outputs"
+                f"{IGNORED} for what counts for nothing, got from {low} to {high}; number them so, or "
+                "give the model more outputs"
             ) from None
     if logits.shape == (*targets.shape, 1):  # side by side they would be compared each with each
         return loss(logits.squeeze(-1), targets.to(logits.dtype))
