@@ -160,8 +160,8 @@ class _Form:
         if not columns or not next(iter(sizes.values())):
             raise ValueError(f"{self.who}: data is empty; expected a row or more")
         inputs, labels = self.parts(columns)
-        if "TokenClassification" in self._kind and labels is not None and "input_ids" in inputs:
-            self._check_of_tokens(inputs["input_ids"], labels)
+        if "TokenClassification" in self._kind and labels is not None and isinstance(inputs, dict):
+            self._check_of_tokens(inputs.get("input_ids", []), labels)
         return RowBatches(inputs, labels, self.collate, size, shuffle, seed, rank, world)
 
     def parts(self, columns: dict[str, list[Any]]) -> tuple[dict[str, list[Any]] | list[Any], list[Any] | None]:
