@@ -114,6 +114,21 @@ def test_a_model_without_so_many_positions_is_refused_before_it_is_pruned(model,
     assert "perplexity: expected at most 20 tokens" in capsys.readouterr().err
 
 
+def test_eval_takes_a_model_whose_weights_no_linear_holds(model, capsys):
+    config = transformers.GPT2Config(
+        vocab_size=12, n_positions=40, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    gpt2 = transformers.GPT2LMHeadModel(config)
+    gpt2.save_pretrained("lm")
+    command = ["eval", "--model", "lm", "--text", "text.txt", "--context", "16", "--windows", "2", "--new-tokens", "2"]
+    assert main(command) == 0 and "sparse" not in capsys.readouterr().out
+    sp.prune_(gpt2, 0.5)
+    sp.save(gpt2, "pruned.safetensors")
+    gpt2.save_pretrained("lm")
+    assert main([*command, "--value-dtype", "bfloat16"]) == 0 and "sparse (bfloat16)" in capsys.readouterr().out
+    assert main([*command, "--checkpoint", "pruned.safetensors"]) == 0 and "pruned: " in capsys.readouterr().out
+
+
 def test_what_was_pruned_is_kept_where_the_speed_cannot_be_measured(model, capsys, monkeypatch):
     def failed(*args, **settings):
         raise ValueError("no cache")
