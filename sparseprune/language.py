@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from .nn.modes import evaluating
 from .pruning.batches import device_of, logits_of
-from .pruning.intake import text_ids
+from .pruning.intake import positions_of, text_ids
 
-__all__ = ["Perplexity", "Speed", "perplexity", "speed_table", "token_windows", "tokens_per_second"]
+__all__ = ["Perplexity", "Speed", "check_length", "perplexity", "speed_table", "token_windows", "tokens_per_second"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def token_windows(tokens: Tensor | Sequence[int], context: int, windows: int | N
         raise ValueError(f"token_windows: context expected at least 2, got {context}")
     if windows is not None and windows < 1:
         raise ValueError(f"token_windows: windows expected at least 1, or None for all, got {windows}")
-    given = torch.as_tensor(tokens)
+    given = _ids("token_windows", tokens)
     if given.dim() > 2:
         raise ValueError(f"token_windows: tokens expected [T], the ids of one text, got {list(given.shape)}")
     _check_whole("token_windows", given)
@@ -75,20 +75,23 @@ def perplexity(
     several, or a data set with a column of text, read as one. Every window's first token is not predicted.
 
     batch_tokens: tokens in one forward pass. The model is put into eval mode and back. Raises ValueError on ids
-    outside the model's vocabulary, on a text shorter than a window, and where the loss is not finite.
+    outside the model's vocabulary, on a text shorter than a window, on windows longer than the model has positions, and
+    where the loss is not finite.
     """
     if tokenizer is not None:
         tokens = text_ids(tokens, tokenizer, "perplexity")
-    windows = tokens if isinstance(tokens, Tensor) and tokens.dim() == 2 else token_windows(tokens, context)
+    given = _ids("perplexity", tokens)
+    windows = given if given.dim() == 2 else token_windows(given, context)
     _check_whole("perplexity", windows)
     if windows.shape[0] == 0 or windows.shape[1] < 2:
         raise ValueError(f"perplexity: tokens expected [W, S] with W >= 1 and S >= 2, got {list(windows.shape)}")
     _check_vocabulary("perplexity", model, windows)
+    check_length("perplexity", model, windows.shape[1])
     device = device_of(model)
     total = 0.0
     with evaluating(model):
         for chunk in windows.split(max(1, batch_tokens // windows.shape[1])):
-            ids = chunk.to(device)
+            ids = chunk.to(device, torch.int64)
             logits = logits_of(model(ids))[:, :-1].float()
             total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
     count = windows.shape[0] * (windows.shape[1] - 1)
@@ -96,6 +99,25 @@ def perplexity(
     if not math.isfinite(loss):
         raise ValueError(f"perplexity: the loss is {loss}; the model returns NaN or infinite logits")
     return Perplexity(math.exp(min(loss, 700.0)), loss, count, windows.shape[1], windows.shape[0])
+
+
+def _ids(what: str, tokens: Any) -> Tensor:
+    """Ids as a tensor; ValueError on what holds none, and on texts of unlike length, which are no windows."""
+    if isinstance(tokens, Tensor):
+        return tokens
+    first = tokens
+    while isinstance(first, list | tuple) and first:
+        first = first[0]
+    if isinstance(first, str | Mapping):
+        remedy = "pass tokenizer=, or its input_ids" if isinstance(first, str) else "pass its input_ids"
+        raise ValueError(f"{what}: tokens expected ids, got {type(first).__name__}; {remedy}")
+    try:
+        return torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{what}: tokens expected ids [T], or [N, T] of texts of one length, got {type(tokens).__name__} "
+            f"({error}); join the texts into one list of ids"
+        ) from None
 
 
 def _check_whole(what: str, ids: Tensor) -> None:
@@ -112,6 +134,14 @@ def _check_vocabulary(what: str, model: nn.Module, ids: Tensor) -> None:
             f"{what}: token ids reach from {int(ids.min())} to {int(ids.max())} but the vocabulary has {rows} "
             "entries; tokenise with this model's own tokenizer"
         )
+
+
+def check_length(what: str, model: nn.Module, tokens: int, new_tokens: int = 0) -> None:
+    """ValueError where a model that looks positions up in a table has none for so many tokens and those it writes."""
+    positions = positions_of(model)
+    if positions is not None and tokens + new_tokens > positions:
+        got = f"{tokens} tokens" + (f" and {new_tokens} new ones" if new_tokens else "")
+        raise ValueError(f"{what}: expected at most {positions} tokens, the model's positions, got {got}; take fewer")
 
 
 @dataclass(frozen=True)
@@ -183,7 +213,7 @@ def tokens_per_second(
         raise ValueError("tokens_per_second: models expected at least one entry, got none")
     if new_tokens < 1 or repeats < 1:
         raise ValueError(f"tokens_per_second: new_tokens and repeats expected at least 1, got {new_tokens}, {repeats}")
-    ids = torch.as_tensor(prompt)
+    ids = _ids("tokens_per_second", prompt)
     _check_whole("tokens_per_second", ids)
     ids = ids.to(torch.int64)
     if ids.dim() not in (1, 2):
@@ -193,6 +223,7 @@ def tokens_per_second(
     ids = ids.reshape(-1, ids.shape[-1])
     for model in models.values():
         _check_vocabulary("tokens_per_second", model, ids)
+        check_length("tokens_per_second", model, ids.shape[1], new_tokens)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     with evaluating(*models.values()):
         for model in models.values():

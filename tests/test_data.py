@@ -12,6 +12,7 @@ from sparseprune.data import (
     TokenLoader,
     Vocabulary,
     detect_unit,
+    hashed_rows,
     load_files,
     load_set,
     read_examples,
@@ -99,6 +100,8 @@ def test_names_indices_and_pairs(tmp_path):
         ("d.jsonl", '{"text": "a", "label": ' + "1" * 5000 + "}", ValueError, "d.jsonl:1: JSON that cannot be read"),
         ("k.jsonl", '{"text": "a", "premise": "b", "hypothesis": "c", "label": "pos"}\n', ValueError,
          "k.jsonl:1: expected one text or pair, got text and premise+hypothesis"),
+        ("k.jsonl", '{"text": "a", "label": "pos", "labels": "neg"}\n', ValueError,
+         "k.jsonl:1: expected one key label or labels, got both"),
         ("h.tsv", "sentence\tlabel\nb\tneg\n", ValueError, "h.tsv:1: expected an example, got what looks like"),
         ("i.tsv", "a\t99999999\n", ValueError, "i.tsv:1: label '99999999' is not among"),
     ],
@@ -155,6 +158,23 @@ def test_label_names_from_a_file_are_counted_from_zero(tmp_path):
     for lines, said in ((["x", "", "y"], "labels.txt:2: expected a label name"), (["x", "x"], "line 1 already")):
         with pytest.raises(ValueError, match=said):
             read_names(write(tmp_path / "labels.txt", *lines))
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["x", "y", "x"], "each name once, got 'x' at places 0 and 2"),
+        ("xy", "a list of names"),
+        ([1, 0], "got 1 at place 0"),
+        (["x", ""], "got '' at place 1"),
+        ([], "got none"),
+    ],
+)
+def test_label_names_are_distinct_texts(tmp_path, names, said):
+    path = write(tmp_path / "a.tsv", "one\t1", "two\t0")
+    for read in (lambda: load_files(path, path, path, label_names=names), lambda: read_examples(path, names)):
+        with pytest.raises(ValueError, match=said):
+            read()
 
 
 def test_names_that_are_numbers_are_all_names_or_all_places(tmp_path):
@@ -240,6 +260,21 @@ def test_vocabulary_words_characters_and_round_trip():
     again = Vocabulary.from_json(words.to_json())
     assert again.tokens == words.tokens and again.unit == words.unit
     assert len(Vocabulary.build([("a a b b c",)], min_count=2, max_size=5)) == 5
+
+
+def test_texts_alone_are_what_tuples_of_one_are():
+    texts = ["play some music", "play the song", "\u64ad\u653e"]
+    tuples = [(text,) for text in texts]
+    assert Vocabulary.build(texts, min_count=1).tokens == Vocabulary.build(tuples, min_count=1).tokens
+    assert "play" in Vocabulary.build(texts).tokens and detect_unit(texts[2:]) == "character"
+    assert torch.equal(hashed_rows(texts, 64), hashed_rows(tuples, 64))
+    for read in (Vocabulary.build, detect_unit, hashed_rows):
+        with pytest.raises(ValueError, match="expected a list of them, got one text"):
+            read("play some music")
+    with pytest.raises(ValueError, match="width expected at least 1, got 0"):
+        hashed_rows(texts, 0)
+    with pytest.raises(ValueError, match="max_length expected at least 1, got -1"):
+        Vocabulary.build(texts).encode(texts[0], -1)
 
 
 def loader(**options):

@@ -127,7 +127,9 @@ def test_a_row_without_a_text_or_a_label_is_named(tmp_path):
         ("text,label\nhello\n", r"row 1 expected 2 fields \(text, label\), got 1"),
         ("text,sentence,label\na,b,1\n", "expected one text or pair"), ('text,label\n"open,1\n', "expected CSV, got"),
         ("text,label\nhello,\n", "row 1: label expected a name or a whole number, got ''"),
-        ("text,label\n ,pos\n", "the text is empty"),
+        ("text,label\n ,pos\n", "train.csv: row 1: the text is empty; remove the row"),
+        ("text,text,label\na,b,pos\n", "expected one column text, got 2; rename the others"),
+        ("text,label,label\na,pos,neg\n", "expected one column label, got 2"),
     ],
 )  # fmt: skip
 def test_wrong_tables_say_where(tmp_path, content, said):
@@ -136,6 +138,22 @@ def test_wrong_tables_say_where(tmp_path, content, said):
     with pytest.raises(ValueError, match=said) as caught:
         load_files(path, path, path)
     assert "train.csv" in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_a_label_that_only_another_table_has_is_named_by_its_row(tmp_path):
+    train, valid = tmp_path / "train.csv", tmp_path / "valid.csv"
+    train.write_text("text,label\na,pos\nb,neg\n")
+    valid.write_text('text,label\n"two\nlines",pos\n\nb,other\n')
+    with pytest.raises(ValueError, match=r"valid.csv: row 2: label 'other' is not among the 2 known labels"):
+        load_files(train, valid, train)
+
+
+def test_a_csv_file_may_hold_long_texts_and_other_columns_twice(tmp_path):
+    path, before = tmp_path / "train.csv", csv.field_size_limit()
+    long = "word " * 40_000
+    path.write_text(f"note,text,note,label\n1,{long},2,pos\n3,short,4,neg\n")
+    assert load_files(path, path, path).train.texts == [(long,), ("short",)]
+    assert read_text(path) == f"{long}\nshort" and csv.field_size_limit() == before
 
 
 def test_folders_without_the_three_splits(tmp_path, capsys):

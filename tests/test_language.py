@@ -64,6 +64,26 @@ def test_perplexity_is_the_mean_over_all_predicted_tokens() -> None:
     assert model.training
 
 
+def test_windows_are_taken_as_they_are_in_any_form() -> None:
+    model, windows = Bigram(), torch.randint(0, 5, (6, 12))
+    wanted = language.perplexity(model, windows, context=8)
+    assert (wanted.tokens, wanted.windows, wanted.context) == (66, 6, 12)
+    for given in (windows.tolist(), windows.numpy(), windows.int(), windows.numpy().astype("int32")):
+        assert language.perplexity(model, given, context=8) == wanted
+    for bad, message in (
+        ("a text", r"tokens expected ids, got str; pass tokenizer=, or its input_ids"),
+        (["a", "b"], r"tokens expected ids, got str"),
+        ({"input_ids": windows}, r"tokens expected ids, got dict; pass its input_ids"),
+        ([[1, 2, 3], [4]], r"expected ids \[T\], or \[N, T\] of texts of one length, got list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            language.perplexity(model, bad, context=2)
+        with pytest.raises(ValueError, match=message):
+            language.token_windows(bad, 2)
+        with pytest.raises(ValueError, match=message):
+            language.tokens_per_second({"one": model}, bad)
+
+
 def test_perplexity_refuses_other_vocabularies_and_nan() -> None:
     model = Bigram()
     with pytest.raises(ValueError, match="vocabulary has 5"):

@@ -82,9 +82,14 @@ def convert(
     source: str | os.PathLike[str], target: str | os.PathLike[str], value_dtype: str = "float32", dense: bool = False
 ) -> None:
     """Rewrites a .safetensors file: a dense state dict with zeros becomes a sparse checkpoint, or, with ``dense``, a
-    checkpoint becomes a plain dense state dict. ``value_dtype`` as in :func:`save`. Takes memory for the dense tensors.
-    Raises CheckpointError as :func:`save` and :func:`load`, and where that is more than the machine has.
+    checkpoint becomes a plain dense state dict. ``value_dtype`` as in :func:`save`, and "float32" with ``dense``. Takes
+    memory for the dense tensors. Raises CheckpointError as :func:`save` and :func:`load`, and where that is more than
+    the machine has.
     """
+    if dense and value_dtype != "float32":
+        raise CheckpointError(
+            f"convert: value_dtype rounds weights that are held sparse, expected none with dense, got {value_dtype!r}"
+        )
     content = read(source, plain=True)
     with about(source):
         _check_memory(sum(content.nbytes(name) for name in content.names()))

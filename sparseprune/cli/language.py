@@ -27,7 +27,9 @@ def parser() -> Parser:
         "--judged-on", type=path_of, metavar="FILE", help="text for the perplexity (default: its last fifth)"
     )
     command.add_argument("--criterion", default="admm", choices=criteria, help="default admm")
-    command.add_argument("--density", type=real("(0, 1)"), default=0.5, help="share of the weights kept (default 0.5)")
+    command.add_argument(
+        "--density", type=real("(0, 1)"), help="share of the weights kept (default 0.5, or what N:M keeps)"
+    )
     command.add_argument("--granularity", default="element", help="element, 16x1, 2:4 ... (default element)")
     command.add_argument("--context", type=whole(2), default=256, help="tokens a window (default 256)")
     command.add_argument("--windows", type=whole(1), default=32, help="windows to prune with (default 32)")

@@ -8,17 +8,22 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .vocabulary import in_parts
+
 __all__ = ["RowLoader", "hashed_rows"]
 
 
-def hashed_rows(texts: Sequence[tuple[str, ...]], width: int = 128) -> Tensor:
-    """texts of N examples; returns float32 `[N, width]`: counts of what hashes to each column, in unit rows.
+def hashed_rows(texts: Sequence[Sequence[str] | str], width: int = 128) -> Tensor:
+    """texts of N examples, each a text or a tuple of them; returns float32 `[N, width]`: counts of what hashes to each
+    column, in unit rows.
 
     Counted are the words, and in runs without a space beyond ASCII (Chinese, Japanese) characters and their pairs. A
     text without any is a row of zeros.
     """
+    if width < 1:
+        raise ValueError(f"hashed_rows: width expected at least 1, got {width}")
     rows, columns = [], []
-    for row, parts in enumerate(texts):
+    for row, parts in enumerate(in_parts(texts, "hashed_rows")):
         for piece in _pieces(" ".join(parts).lower()):
             rows.append(row)
             columns.append(zlib.crc32(piece.encode()) % width)

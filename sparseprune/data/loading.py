@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .rows import Row, check_no_header, is_conll, read_names, read_rows, read_sentences
+from .rows import Row, check_no_header, is_conll, place_of, read_names, read_rows, read_sentences
 from .tables import find_splits
 
 __all__ = ["SETS", "Examples", "TextData", "load_files", "load_folder", "load_set", "read_examples"]
@@ -107,7 +107,8 @@ def load_files(
     numbers in their order and names in code-point order (of a data set that names its labels those, in its order); a
     label that only another file has is an error.
 
-    Raises FileNotFoundError on a missing file, ValueError with file and line on anything else that is wrong in one.
+    Raises FileNotFoundError on a missing file, ValueError with file and line on anything else that is wrong in one, and
+    on names that are no texts or stand twice.
     """
     paths = {"train": Path(train), "valid": Path(valid), "test": Path(test)}
     tokens = any(is_conll(path) for path in paths.values())
@@ -121,12 +122,13 @@ def load_files(
         texts = len(rows["train"][0].texts)
         for split, found in rows.items():
             if len(found[0].texts) != texts:
-                where = f"{paths[split]}:{found[0].numbers[0]}"
+                where = place_of(paths[split], found[0].numbers[0])
                 raise ValueError(
                     f"{where}: expected {texts} text(s) as in the training file, got {len(found[0].texts)}"
                 )
-    names = list(label_names) if label_names is not None else read["train"][1] or _distinct(rows["train"])
-    index = _index(names, [row for found in rows.values() for row in found], label_names is not None and not tokens)
+    given = None if label_names is None else _checked_names(label_names)
+    names = given or read["train"][1] or _distinct(rows["train"])
+    index = _index(names, [row for found in rows.values() for row in found], given is not None and not tokens)
     splits = {split: _examples(found, index, names, str(paths[split]), tokens) for split, found in rows.items()}
     return TextData(name or paths["train"].stem, splits["train"], splits["valid"], splits["test"], names)
 
@@ -144,11 +146,29 @@ def read_examples(path: str | Path, label_names: Sequence[str]) -> Examples:
     """Reads one file whose labels are among ``label_names``, by name or place from 0 (CoNLL: by name), as
     :func:`load_files` has it.
     """
-    path, names = Path(path), list(label_names)
+    path, names = Path(path), _checked_names(label_names)
     tokens = is_conll(path)
     rows = read_sentences(path) if tokens else read_rows(path)[0]
     check_no_header({path: rows})
     return _examples(rows, _index(names, rows, not tokens), names, str(path), tokens)
+
+
+def _checked_names(given: Sequence[str]) -> list[str]:
+    """ValueError on names that labels in a file cannot be told apart by."""
+    if isinstance(given, str):
+        raise ValueError(f"label_names: expected a list of names, got the text {given!r}; pass [{given!r}, ...]")
+    names = list(given)
+    if not names:
+        raise ValueError("label_names: expected a name or more, got none; leave label_names out")
+    first: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"label_names: expected texts, got {name!r} at place {i}; write it as the files do")
+        if first.setdefault(name, i) != i:
+            raise ValueError(
+                f"label_names: expected each name once, got {name!r} at places {first[name]} and {i}; leave one out"
+            )
+    return names
 
 
 def _distinct(rows: list[Row]) -> list[str]:
@@ -184,8 +204,8 @@ def _examples(rows: list[Row], index: dict[str, int], names: list[str], source: 
                 of = f" of {row.texts[i]!r}" if tokens else ""
                 known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
                 raise ValueError(
-                    f"{source}:{row.numbers[i]}: label {label!r}{of} is not among the {len(names)} known labels "
-                    f"({known})"
+                    f"{place_of(Path(source), row.numbers[i])}: label {label!r}{of} is not among the {len(names)} "
+                    f"known labels ({known})"
                 )
     labels = [[index[label] for label in row.labels] for row in rows]
     return Examples([row.texts for row in rows], labels if tokens else [own[0] for own in labels], source, tokens)

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..pruning.columns import TEXT_COLUMNS
 from .tables import is_table, table_rows
 
-__all__ = ["Row", "check_no_header", "is_conll", "read_names", "read_rows", "read_sentences"]
+__all__ = ["Row", "check_no_header", "is_conll", "place_of", "read_names", "read_rows", "read_sentences"]
 
 _LABEL_COLUMNS = {"label", "labels", "class", "category", "target", "intent", "gold_label", "label_id", "y"}
 _TEXT_COLUMNS = {key for keys in TEXT_COLUMNS for key in keys} | {"utterance", "query", "review", "content", "x"}
@@ -38,6 +38,11 @@ def is_conll(path: Path) -> bool:
     return path.suffix.lower() in _CONLL
 
 
+def place_of(path: Path, number: int) -> str:
+    """Where a fault is: the line of a file, or the row of a table, whose first is the one below the columns' names."""
+    return f"{path}: row {number}" if is_table(path) else f"{path}:{number}"
+
+
 def read_rows(path: Path) -> tuple[list[Row], list[str] | None]:
     """(the examples of a TSV or JSONL file or of a table (:mod:`.tables`), as many texts in each; the names of the
     labels in their order, where the file gives them).
@@ -55,15 +60,16 @@ def read_rows(path: Path) -> tuple[list[Row], list[str] | None]:
 
 
 def _checked(rows: list[Row], path: Path) -> list[Row]:
+    unit = "row" if is_table(path) else "line"
     for row in rows:
-        where = f"{path}:{row.numbers[0]}"
+        where = place_of(path, row.numbers[0])
         for part in (*row.texts, *row.labels):
             _check_characters(part, where)
         if not all(text.strip() for text in row.texts):
-            raise ValueError(f"{where}: the text is empty; remove the line or give it a text")
+            raise ValueError(f"{where}: the text is empty; remove the {unit} or give it a text")
         if len(row.texts) != len(rows[0].texts):
             raise ValueError(
-                f"{where}: expected {len(rows[0].texts)} text(s) as in line {rows[0].numbers[0]}, got "
+                f"{where}: expected {len(rows[0].texts)} text(s) as in {unit} {rows[0].numbers[0]}, got "
                 f"{len(row.texts)}; one text or pairs, not both"
             )
     if not rows:
@@ -205,6 +211,8 @@ def _json_row(line: str, where: str) -> tuple[tuple[str, ...], str]:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
     found = [keys for keys in TEXT_COLUMNS if all(key in row for key in keys)]
+    if {"label", "labels"} <= row.keys():
+        raise ValueError(f"{where}: expected one key label or labels, got both; leave one of them out")
     label = row.get("label", row.get("labels"))
     label = int(label) if isinstance(label, float) and label.is_integer() else label
     if not found or not {"label", "labels"} & row.keys():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..pruning.columns import TEXT_COLUMNS
 
@@ -16,6 +17,9 @@ __all__ = ["TABLES", "find_splits", "is_table", "read_columns", "table_rows"]
 TABLES = (".csv", ".parquet", ".arrow")
 _KNOWN = (*TABLES, ".tsv", ".jsonl", ".json", ".ndjson", ".conll", ".bio", ".iob")
 _LABELS = ("label", "labels")
+#: Columns that are read; another may stand twice.
+_USED = {*_LABELS, *(key for keys in TEXT_COLUMNS for key in keys)}
+_LONGEST_FIELD = 2**31 - 1
 _SPLITS = {"train": ("train",), "valid": ("validation", "valid", "dev", "val"), "test": ("test",)}
 
 
@@ -103,7 +107,7 @@ def _csv(path: Path) -> tuple[dict[str, list[Any]], None]:
     """As RFC 4180: the first row names the columns, quotes hold commas and line ends."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.reader(file, strict=True))
+            rows = list(_fields(file))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text, got an invalid byte at offset {error.start}") from None
     except csv.Error as error:
@@ -112,10 +116,26 @@ def _csv(path: Path) -> tuple[dict[str, list[Any]], None]:
     if not rows:
         raise ValueError(f"{path}: the file is empty; expected the names of the columns, then one example a row")
     names, body = [name.strip() for name in rows[0]], rows[1:]
+    _check_once(names, path)
     for number, row in enumerate(body, 1):
         if len(row) != len(names):
             raise ValueError(f"{path}: row {number} expected {len(names)} fields ({', '.join(names)}), got {len(row)}")
     return {name: [row[i] for row in body] for i, name in enumerate(names)}, None
+
+
+def _fields(file: TextIO) -> Iterator[list[str]]:
+    """The rows of a CSV file, whose fields may be as long as they like: the reader's limit is one of the process."""
+    before = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        yield from csv.reader(file, strict=True)
+    finally:
+        csv.field_size_limit(before)
+
+
+def _check_once(names: Sequence[str], path: Path) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1 and name in _USED]
+    if twice:
+        raise ValueError(f"{path}: expected one column {twice[0]}, got {names.count(twice[0])}; rename the others")
 
 
 def _arrow(path: Path) -> tuple[dict[str, list[Any]], list[str] | None]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
-__all__ = ["Vocabulary", "detect_unit"]
+__all__ = ["Vocabulary", "detect_unit", "in_parts"]
 
 Unit = Literal["word", "character"]
 
@@ -16,10 +16,17 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 _HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
 
 
-def detect_unit(texts: Iterable[Sequence[str]]) -> Unit:
+def in_parts(texts: Iterable[Sequence[str] | str], who: str) -> Iterator[tuple[str, ...]]:
+    """Each example as a tuple of its texts; a text alone is a tuple of one."""
+    if isinstance(texts, str):
+        raise ValueError(f"{who}: texts expected a list of them, got one text; pass [text]")
+    return ((parts,) if isinstance(parts, str) else tuple(parts) for parts in texts)
+
+
+def detect_unit(texts: Iterable[Sequence[str] | str]) -> Unit:
     """``"character"`` where more than a fifth of the non-space characters are Han characters, else ``"word"``."""
     han = total = 0
-    for parts in texts:
+    for parts in in_parts(texts, "detect_unit"):
         for text in parts:
             han += len(_HAN.findall(text))
             total += sum(not c.isspace() for c in text)
@@ -42,10 +49,12 @@ class Vocabulary:
 
     @classmethod
     def build(
-        cls, texts: Sequence[Sequence[str]], unit: Unit | None = None, min_count: int = 2, max_size: int | None = 20000
-    ) -> Vocabulary:
-        """Counts the tokens of ``texts`` (tuples of one or two texts); keeps those seen ``min_count`` times, most
+        cls, texts: Sequence[Sequence[str] | str], unit: Unit | None = None, min_count: int = 2,
+        max_size: int | None = 20000,
+    ) -> Vocabulary:  # fmt: skip
+        """Counts the tokens of ``texts`` (texts, or tuples of one or two); keeps those seen ``min_count`` times, most
         frequent first, ties in code-point order."""
+        texts = list(in_parts(texts, "Vocabulary.build"))
         chosen: Unit = unit if unit is not None else detect_unit(texts)
         counts: Counter[str] = Counter()
         for parts in texts:
@@ -60,6 +69,8 @@ class Vocabulary:
 
     def encode(self, texts: Sequence[str] | str, max_length: int = 64) -> list[int]:
         """The ids of one text, or of two with a separator between them; at least one id, at most ``max_length``."""
+        if max_length < 1:
+            raise ValueError(f"Vocabulary.encode: max_length expected at least 1, got {max_length}")
         ids: list[int] = []
         for i, text in enumerate((texts,) if isinstance(texts, str) else texts):
             if i:

@@ -42,7 +42,7 @@ from .columns import (
 from .processes import Processes
 from .rows import Collate, RowBatches, labels_of, listed, share_of
 
-__all__ = ["calibration_data", "check_same_rows", "first_batches", "text_ids", "training_data"]
+__all__ = ["calibration_data", "check_same_rows", "first_batches", "positions_of", "text_ids", "training_data"]
 
 _OF_TOKENIZER = ("input_ids", "attention_mask", "token_type_ids")
 _POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
@@ -148,7 +148,7 @@ class _Form:
         self.collate = Collate(pad, masks="attention_mask" in self.names, who=who)
         embedding = token_embedding(model)
         self._vocabulary = None if embedding is None else embedding.num_embeddings
-        self._positions = _positions(model)
+        self._positions = positions_of(model)
 
     def batches(
         self, columns: dict[str, list[Any]], size: int, shuffle: bool = False, seed: int = 0, rank: int = 0,
@@ -160,6 +160,8 @@ class _Form:
         if not columns or not next(iter(sizes.values())):
             raise ValueError(f"{self.who}: data is empty; expected a row or more")
         inputs, labels = self.parts(columns)
+        if "TokenClassification" in self._kind and labels is not None and isinstance(inputs, dict):
+            self._check_of_tokens(inputs.get("input_ids", []), labels)
         return RowBatches(inputs, labels, self.collate, size, shuffle, seed, rank, world)
 
     def parts(self, columns: dict[str, list[Any]]) -> tuple[dict[str, list[Any]] | list[Any], list[Any] | None]:
@@ -237,6 +239,16 @@ class _Form:
                 )
         return inputs
 
+    def _check_of_tokens(self, ids: list[Any], labels: list[Any]) -> None:
+        """ValueError where a row has not as many labels as tokens."""
+        for number, (tokens, own) in enumerate(zip(ids, labels)):
+            if is_scalar(own) or len(own) != len(tokens):
+                got = type(own).__name__ if is_scalar(own) else str(len(own))
+                raise ValueError(
+                    f"{self.who}: the labels of row {number} expected one a token, {len(tokens)}, got {got}; those of "
+                    "special tokens and of the rest of a word are -100"
+                )
+
     def _limit(self) -> dict[str, Any]:
         """No text longer than tokenizer and model can take."""
         limits = [
@@ -247,7 +259,7 @@ class _Form:
         return {"truncation": True, "max_length": min(real)} if real else {}
 
 
-def _positions(model: nn.Module) -> int | None:
+def positions_of(model: nn.Module) -> int | None:
     """How many tokens a model takes that looks their positions up in a table beside that of its tokens; else None."""
     embedding = token_embedding(model)
     beside = (m._modules for m in model.modules() if embedding is not None and embedding in m._modules.values())

@@ -23,7 +23,16 @@ from ..nn.filters import matching_filter, prunable_linears
 from ..pruning.masks import MaskSet
 from ..pruning.plan import Plan
 from ..training import DistillConfig
-from .config import RunConfig, method_config, method_name, override, pruner_of, read_settings, schedule
+from .config import (
+    RunConfig,
+    check_dense_epochs,
+    method_config,
+    method_name,
+    override,
+    pruner_of,
+    read_settings,
+    schedule,
+)
 from .dense import fine_tune
 from .devices import find_device
 from .display import Display
@@ -114,6 +123,7 @@ def run_prune(
     too. config: replaces density, granularity, method, compensation, epochs, lr, max_seconds, dtypes and seed
     of the pruning.
     """
+    check_dense_epochs(dense_epochs, teacher)
     built_in = model == "encoder"
     rate = (1e-3 if built_in else default_rate(teacher or model)) if lr is None else lr
     dense_rate = max(3e-5, rate / 2) if lr is None and not built_in else rate

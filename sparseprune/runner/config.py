@@ -17,7 +17,8 @@ from ..pruning.schedules import CubicSchedule, Schedule
 from ..training import DistillConfig, DistillPruner
 from ..training.config import METHODS as TRAINING_METHODS
 
-__all__ = ["METHODS", "RunConfig", "method_config", "method_name", "override", "pruner_of", "read_settings", "schedule"]
+__all__ = ["METHODS", "RunConfig", "check_dense_epochs", "final_density", "method_config", "method_name", "override",
+           "pruner_of", "read_settings", "schedule"]  # fmt: skip
 
 #: What a run can be asked to prune by: where learned scores come from, or learned scores with the adversary.
 METHODS = (*TRAINING_METHODS, "gan")
@@ -104,6 +105,9 @@ class RunConfig(Config):
             )
         if self.layout not in LAYOUTS:
             raise ValueError(f"RunConfig: layout expected one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+        if self.layout == "dense" and self.pruning.rounds:
+            got = f"value_dtype {self.pruning.value_dtype!r}, activations {self.pruning.activations!r}"
+            raise ValueError(f"RunConfig: layout 'dense' leaves Linears in float32, expected no rounding, got {got}")
         for name in ("hidden", "ffn", "layers", "heads", "batch_size", "latency_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"RunConfig: {name} expected >= 1, got {getattr(self, name)!r}")
@@ -148,15 +152,21 @@ def schedule(density: float | None, granularity: Any) -> Schedule:
 
     ValueError unless the density is in (0, 1], and where N:M keeps another.
     """
+    return CubicSchedule(final_density(density, granularity))
+
+
+def final_density(density: float | None, granularity: Any, default: float = DENSITY) -> float:
+    """``density``; None: what the N:M ``granularity`` keeps, else the default. Errors as :func:`schedule` has them."""
     fixed = _fixed(granularity)
     if density is None:
-        density = DENSITY if fixed is None else fixed
-    found = CubicSchedule(density)
+        density = default if fixed is None else fixed
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
+        raise ValueError(f"density expected in (0, 1], the share of the weights kept, got {density!r}")
     if fixed is not None and not math.isclose(density, fixed, abs_tol=1e-9):
         raise ValueError(
             f"density {density:g}: granularity {granularity!r} keeps {fixed:g} of the weights; leave the density out"
         )
-    return found
+    return density
 
 
 def _fixed(granularity: Any) -> float | None:
@@ -212,7 +222,17 @@ def override(config: RunConfig, given: Mapping[str, Any]) -> tuple[RunConfig, li
     elif "data" in changes:
         changes |= _FILES
     changed = replace(config, pruning=pruning, **changes)
+    check_dense_epochs(given.get("dense_epochs"), changed.teacher)
     return changed, differences(config, changed)
+
+
+def check_dense_epochs(epochs: int | None, teacher: str | None) -> None:
+    """ValueError where epochs of dense training are asked for that a teacher saves."""
+    if epochs and teacher is not None:
+        raise ValueError(
+            f"dense_epochs: expected none with the teacher {teacher}, which is fine-tuned already, got {epochs}; leave "
+            "one of the two out"
+        )
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

@@ -28,7 +28,7 @@ _MOST_EPOCHS = 20
 
 def fine_tune(model: nn.Module, setup: Source, config: RunConfig, folder: Path, display: Display) -> None:
     """AdamW with a linear rise and fall of the rate; the epoch of the best accuracy on the validation split is kept, of
-    equal ones that of the lowest loss. Resumes by epoch.
+    equal ones that of the lowest loss. Resumes by epoch. RuntimeError where a loss is not finite.
     """
     if setup.fine_tuned or config.dense_epochs == 0:
         return
@@ -52,6 +52,7 @@ def fine_tune(model: nn.Module, setup: Source, config: RunConfig, folder: Path, 
             with autocasting(config.pruning.autocast, device):
                 logits = batch.run(model)
             loss = task_loss(nn.functional.cross_entropy, logits, batch.targets)
+            shown = _finite(loss.item(), f"step {step + 1}", config)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -59,9 +60,10 @@ def fine_tune(model: nn.Module, setup: Source, config: RunConfig, folder: Path, 
             for group in optimiser.param_groups:
                 group["lr"] = config.dense_lr * factor
             optimiser.step()
-            display.step({"step": step, "epoch": epoch, "loss": loss.item(), "density": 1.0, "sparsity": 0.0})
+            display.step({"step": step, "epoch": epoch, "loss": shown, "density": 1.0, "sparsity": 0.0})
             step += 1
         found = evaluate(model, valid)
+        _finite(found["loss"], f"the end of epoch {epoch + 1}", config)
         if (found["accuracy"], -found["loss"]) > (best["accuracy"], -best["loss"]):
             best = {**found, "epoch": epoch + 1, "state": copy.deepcopy(model.state_dict())}
         state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "epoch": epoch + 1, "best": best,
@@ -74,6 +76,15 @@ def fine_tune(model: nn.Module, setup: Source, config: RunConfig, folder: Path, 
         f"dense: epoch {best['epoch']} of {epochs} kept (validation accuracy {best['accuracy']:.4f}, loss "
         f"{best['loss']:.4f})"
     )
+
+
+def _finite(loss: float, where: str, config: RunConfig) -> float:
+    if not math.isfinite(loss):
+        raise RuntimeError(
+            f"dense training: expected a finite loss, got {loss} at {where}; lower the learning rate, now "
+            f"{config.dense_lr:g}"
+        )
+    return loss
 
 
 def _load(

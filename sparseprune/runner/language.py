@@ -16,10 +16,11 @@ from ..bench import describe
 from ..data.tables import is_table, read_columns
 from ..integrations.folder import save_pretrained
 from ..integrations.transformers import language_model
-from ..language import Speed, perplexity, speed_table, token_windows, tokens_per_second
+from ..language import Speed, check_length, perplexity, speed_table, token_windows, tokens_per_second
 from ..nn import sparsify_
 from ..nn.copies import copy_of
 from ..pruning import make_granularity, prune_
+from .config import final_density
 from .devices import describe_device, find_device
 from .folder import check_place, occupied, write_json
 
@@ -32,6 +33,8 @@ _SHOWN = (
     ("perplexity", "perplexity"), ("loss", "loss"), ("bytes", "bytes on disk"),
     ("prompt_tokens_per_second", "prompt, tokens/s"), ("new_tokens_per_second", "generation, tokens/s"),
 )  # fmt: skip
+_DENSITY = 0.5
+_PROMPT = 128  # tokens, at most, of the one that is timed
 _HELD_OUT = 0.2  # of the text, where none is given to judge on
 
 
@@ -63,7 +66,7 @@ def read_text(path: str | Path) -> str:
 
 def prune_language_model(
     model: str, text: str | Path, *, judged_on: str | Path | None = None, out: str | Path = "runs",
-    name: str = "language", gguf_file: str | None = None, criterion: str = "admm", density: float = 0.5,
+    name: str = "language", gguf_file: str | None = None, criterion: str = "admm", density: float | None = None,
     granularity: str = "element", context: int = 256, windows: int = 32, judged_windows: int = 32,
     value_dtype: str = "float32", layout: str = "auto", device: str = "auto", new_tokens: int = 32, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
@@ -71,11 +74,13 @@ def prune_language_model(
     and leaves in ``out/name``: ``pruned.safetensors``, ``model/`` for transformers, ``run.json`` with perplexity, speed
     and bytes, dense and pruned, and a picture. Returns the record.
 
-    judged_on: text for the perplexity; without it the last fifth of ``text``, which is then not used to prune. An
-    unfinished run of the same folder starts again, and says so. Errors as those of the parts.
+    density: None for what N:M keeps, else 0.5. judged_on: text for the perplexity; without it the last fifth of
+    ``text``, which is then not used to prune. An unfinished run of the same folder starts again, and says so. Errors as
+    those of the parts.
     """
     say: Callable[[str], None] = (lambda line: None) if quiet else lambda line: print(line, flush=True)
     folder, where = check_place(out, name), find_device(device)
+    density = final_density(density, granularity, _DENSITY)
     material, others = read_text(text), None if judged_on is None else read_text(judged_on)
     settings = {
         "kind": KIND, "model": str(model), "text": str(text),
@@ -105,27 +110,27 @@ def _run(
     dense, tokenizer = language_model(settings["model"], settings["gguf_file"])
     dense.to(settings["device"]).requires_grad_(False)
     calibration, judged = _windows(tokenizer, material, others, settings)
-    say(f"{settings['model']}: prunes with {calibration.numel():,} tokens, is judged on {judged.numel():,}")
+    needs_data = settings["criterion"] not in ("magnitude", "random")
+    material = f"prunes with {calibration.numel():,} tokens" if needs_data else "prunes by its weights alone"
+    say(f"{settings['model']}: {material}, is judged on {judged.numel():,}{'' if needs_data else ' tokens'}")
+    check_length("the speed at the end", dense, min(_PROMPT, judged.shape[1]), settings["new_tokens"])
     before = perplexity(dense, judged)
     say(f"dense: {before}")
     model = copy_of(dense, "prune")
-    needs_data = settings["criterion"] not in ("magnitude", "random")
     batches = list(calibration.to(settings["device"]).split(4)) if needs_data else None
     granularity: Any = make_granularity(settings["granularity"])
-    fixed = settings["granularity"][:1].isdigit() and ":" in settings["granularity"]
-    report = prune_(
-        model, None if fixed else 1 - settings["density"], criterion=settings["criterion"], granularity=granularity,
-        data=batches,
-    )  # fmt: skip
+    sparsity = 1 - settings["density"] if granularity.fixed_sparsity is None else None
+    report = prune_(model, sparsity, criterion=settings["criterion"], granularity=granularity, data=batches)
     after = perplexity(model, judged)
     say(f"pruned: {after}")
     model.requires_grad_(False)
     sparse = sparsify_(model, layout=settings["layout"], tokens=(1, 128), value_dtype=settings["value_dtype"])
     runs_sparse = perplexity(model, judged)
-    speeds = tokens_per_second({"dense": dense, "pruned": model}, judged[0, :128], new_tokens=settings["new_tokens"])
-    say(speed_table(speeds))
     checkpoint.save(model, folder / "pruned.safetensors", settings["value_dtype"])
     _write_folder(model, tokenizer, folder / MODEL_FOLDER, settings["value_dtype"])
+    prompt = judged[0, :_PROMPT]
+    speeds = tokens_per_second({"dense": dense, "pruned": model}, prompt, new_tokens=settings["new_tokens"])
+    say(speed_table(speeds))
     stored = (folder / "pruned.safetensors").stat().st_size
     full = sum(p.numel() * p.element_size() for p in dense.parameters())
     record = {

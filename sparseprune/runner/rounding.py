@@ -88,10 +88,11 @@ def forms_table(record: dict[str, Any]) -> list[str]:
     for name in ("dense float32", "dense int8", "sparse float32", "sparse int8"):
         row = rows[name]
         valid, test = row["valid"], row["test"]
-        kept, speed = test["accuracy"] / base["test"]["accuracy"], base["latency_ms"] / row["latency_ms"]
+        dense, speed = base["test"]["accuracy"], base["latency_ms"] / row["latency_ms"]
+        kept = f"{test['accuracy'] / dense:.1%}" if dense else "-"
         lines.append(
             f"{name:<14}  {valid['loss']:10.4f}  {valid['accuracy']:10.4f}  {test['loss']:9.4f}  "
-            f"{test['accuracy']:9.4f}  {kept:7.1%}  {row['latency_ms']:6.2f}  {speed:13.2f}"
+            f"{test['accuracy']:9.4f}  {kept:>7}  {row['latency_ms']:6.2f}  {speed:13.2f}"
         )
     rounding = record.get("rounding") or {}
     lines.append(f"layers kept in float32: {', '.join(rounding.get('exact', ())) or 'none'}")

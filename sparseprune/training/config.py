@@ -172,7 +172,7 @@ class DistillConfig(Config):
                 f"{name}: expected 0 <= warmup < prune_until <= freeze_at <= 1, "
                 f"got {self.warmup!r}, {self.prune_until!r}, {self.freeze_at!r}"
             )
-        if self.density is not None and abs(self.density - self.schedule.final_density) > 1e-12:
+        if self.density is not None and not abs(self.density - self.schedule.final_density) <= 1e-12:
             raise ValueError(
                 f"{name}: density {self.density!r} differs from the schedule's final density "
                 f"{self.schedule.final_density!r}; give one of them"

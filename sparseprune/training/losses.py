@@ -22,6 +22,7 @@ __all__ = [
     "real_rows",
     "smoothed",
     "task_loss",
+    "weight_of",
 ]
 
 LossLike = type[nn.Module] | Callable[[Tensor, Tensor], Tensor]
@@ -83,17 +84,35 @@ def task_loss(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets:
             "number, such as nn.MSELoss or nn.BCEWithLogitsLoss"
         )
     if is_classification(logits, targets):
-        keep = counted(targets, loss)
+        keep, given = counted(targets, loss), targets
         if not bool(keep.any()):
             return logits.sum() * 0.0
         if hasattr(loss, "ignore_index"):
             targets = targets.masked_fill(~keep, loss.ignore_index)
         elif not bool(keep.all()):
             logits, targets = logits[keep], targets[keep]
-        return loss(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+        try:
+            return loss(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+        except IndexError:
+            low, high = int(given[keep].min()), int(given[keep].max())
+            raise ValueError(
+                f"labels: expected classes from 0 to {logits.shape[-1] - 1}, as many as the model has outputs, or "
+                f"{IGNORED} for what counts for nothing, got from {low} to {high}; number them so, or "
+                "give the model more outputs"
+            ) from None
     if logits.shape == (*targets.shape, 1):  # side by side they would be compared each with each
         return loss(logits.squeeze(-1), targets.to(logits.dtype))
     return loss(logits, targets)
+
+
+def weight_of(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor) -> float:
+    """What the mean that :func:`task_loss` gives was divided by: rows, classes that count, or the weights of those."""
+    if not is_classification(logits, targets):
+        return float(len(targets))
+    keep = counted(targets, loss)
+    if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and loss.weight is not None:
+        return float(loss.weight.double()[targets[keep]].sum())
+    return float(keep.sum())
 
 
 def counted(targets: Tensor, loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:

@@ -174,6 +174,7 @@ def test_convert_there_and_back(tmp_path, capsys):
 
     dense = load_file(back)
     assert all(torch.equal(dense[name], tensor) for name, tensor in model.state_dict().items())
+    fails(capsys, ["convert", source, back, "--dense", "--value-dtype", "int8"], "expected none with dense, got 'int8'")
     assert main(["report", str(small), "--json"]) == 0
     text = capsys.readouterr().out
     assert json.loads(text[text.index("{") :])
@@ -312,6 +313,8 @@ def test_eval_runs_the_zeros_of_the_model_itself_sparse(language_model, tmp_path
     argv = [str(a) for a in ["eval", "--model", folder, "--text", text, "--context", "64", "--new-tokens", "4"]]
     assert main(argv) == 0
     assert "sparse" not in capsys.readouterr().out
+    for option in ("--value-dtype", "--dense-value-dtype"):
+        fails(capsys, [*argv, option, "int8"], "expected neither --value-dtype nor --dense-value-dtype")
     sp.prune_(model, sparsity=0.5)
     model.save_pretrained(folder)
     assert main(argv) == 0

@@ -86,6 +86,61 @@ def test_a_pattern_and_other_text_to_judge_on(model, capsys):
     assert json.loads((model / "runs" / "nm" / "run.json").read_text())["density"] == 0.5
 
 
+def test_a_density_that_the_pattern_does_not_keep_is_refused(model, capsys):
+    command = ["prune", "--model", "lm", "--text", "text.txt", "--criterion", "magnitude", *SMALL]
+    assert main([*command, "--granularity", "2:4", "--density", "0.9"]) == 2
+    assert "density 0.9: granularity '2:4' keeps 0.5 of the weights; leave the density out" in capsys.readouterr().err
+    assert not (model / "runs").exists()
+    assert main([*command, "--granularity", "1:4"]) == 0
+    assert "lm: prunes by its weights alone, is judged on 64 tokens" in capsys.readouterr().out
+    record = json.loads((model / "runs" / "language" / "run.json").read_text())
+    assert record["settings"]["density"] == record["density"] == 0.25
+
+
+def test_a_model_without_so_many_positions_is_refused_before_it_is_pruned(model, capsys, monkeypatch):
+    config = transformers.GPT2Config(
+        vocab_size=12, n_positions=20, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained("lm")
+    command = ["prune", "--model", "lm", "--text", "text.txt", "--criterion", "magnitude", *SMALL]
+    monkeypatch.setattr("sparseprune.runner.language.prune_", lambda *args, **settings: pytest.fail("it pruned"))
+    assert main([*command, "--new-tokens", "5"]) == 2
+    said = capsys.readouterr().err
+    assert "expected at most 20 tokens, the model's positions, got 16 tokens and 5 new ones; take fewer" in said
+    assert main([*command, "--context", "24"]) == 2
+    assert "expected at most 20 tokens, the model's positions, got 24 tokens" in capsys.readouterr().err
+    evaluated = ["eval", "--model", "lm", "--text", "text.txt", "--context", "24"]
+    assert main(evaluated) == 2
+    assert "perplexity: expected at most 20 tokens" in capsys.readouterr().err
+
+
+def test_eval_takes_a_model_whose_weights_no_linear_holds(model, capsys):
+    config = transformers.GPT2Config(
+        vocab_size=12, n_positions=40, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    gpt2 = transformers.GPT2LMHeadModel(config)
+    gpt2.save_pretrained("lm")
+    command = ["eval", "--model", "lm", "--text", "text.txt", "--context", "16", "--windows", "2", "--new-tokens", "2"]
+    assert main(command) == 0 and "sparse" not in capsys.readouterr().out
+    sp.prune_(gpt2, 0.5)
+    sp.save(gpt2, "pruned.safetensors")
+    gpt2.save_pretrained("lm")
+    assert main([*command, "--value-dtype", "bfloat16"]) == 0 and "sparse (bfloat16)" in capsys.readouterr().out
+    assert main([*command, "--checkpoint", "pruned.safetensors"]) == 0 and "pruned: " in capsys.readouterr().out
+
+
+def test_what_was_pruned_is_kept_where_the_speed_cannot_be_measured(model, capsys, monkeypatch):
+    def failed(*args, **settings):
+        raise ValueError("no cache")
+
+    monkeypatch.setattr("sparseprune.runner.language.tokens_per_second", failed)
+    assert main(["prune", "--model", "lm", "--text", "text.txt", "--criterion", "magnitude", *SMALL]) == 2
+    assert "no cache" in capsys.readouterr().err
+    folder = model / "runs" / "language"
+    assert (folder / "pruned.safetensors").is_file() and (folder / "model" / "config.json").is_file()
+    assert not (folder / "run.json").exists()
+
+
 def test_a_folder_of_datasets(model):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": ["the cat", "a dog"]}).save_to_disk("rows")
@@ -106,6 +161,8 @@ def test_mistakes_are_one_line(model, capsys):
         (["export", "lm", "lm"], "expected another folder than the source"),
         (["export", "none", "there"], "no such file or folder"),
         (["export", "lm", "no/such/folder/m.onnx"], "there is no folder"),
+        (["export", "lm", "there", "--dense", "--value-dtype", "int8"], "expected none with --dense, got int8"),
+        (["export", "lm", "m.onnx", "--value-dtype", "bfloat16"], "expected none with .onnx, got bfloat16"),
     ):
         assert main(arguments) == 2, arguments
         said = capsys.readouterr().err
@@ -131,6 +188,32 @@ def test_export_for_transformers(model, capsys):
     assert (model / "small" / "model.safetensors").stat().st_size < (
         model / "sparse" / "model.safetensors"
     ).stat().st_size
+
+
+def test_export_takes_the_model_of_the_run_that_is_there(model, capsys):
+    """Not one that a run before it in the same folder left behind."""
+    command = ["prune", "--model", "lm", "--text", "text.txt", "--criterion", "magnitude", *SMALL]
+    assert main([*command, "--name", "same"]) == 0
+    folder = model / "runs" / "same"
+    record = (folder / "run.json").read_text()
+    (folder / "run.json").unlink()
+    assert main(["export", "runs/same", "there"]) == 2
+    said = capsys.readouterr().err
+    assert "got one that is not finished" in said and "or name runs/same/model" in said
+    assert not (model / "there").exists() and main(["export", "runs/same/model", "there"]) == 0
+    (folder / "run.json").write_text(record)
+    assert main(["export", "runs/same", "again"]) == 0
+
+    settings = transformers.BertConfig(
+        vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    classifier = transformers.BertForSequenceClassification(settings)
+    settings.architectures = ["BertForSequenceClassification"]
+    settings.save_pretrained(folder)
+    sp.save(classifier, folder / "pruned.safetensors")
+    (folder / "run.json").write_text(json.dumps({"name": "same"}))
+    assert main(["export", "runs/same", "classifier"]) == 0
+    assert "BertForSequenceClassification" in (model / "classifier" / "config.json").read_text()
 
 
 def test_export_takes_all_files_of_the_tokenizer(model, capsys):

@@ -199,6 +199,12 @@ def test_every_method_can_be_asked_for():
     assert all(DistillConfig(method=name).scored == (name != "magnitude") for name in TRAINING)
 
 
+def test_dense_epochs_are_refused_where_a_teacher_saves_them(settings, given, capsys):
+    path, _ = settings
+    refused(capsys, ["prune", "--config", path, "--teacher", "t", "--dense-epochs", "2"], "dense_epochs", "teacher t")
+    assert main(["prune", "--config", str(path), "--teacher", "t", "--dense-epochs", "0"]) == 0
+
+
 def test_a_teacher_alone_says_which_model(monkeypatch):
     asked = []
     monkeypatch.setattr("sparseprune.runner.run_prune", lambda *args, **settings: asked.append((args[0], settings)))

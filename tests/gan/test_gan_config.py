@@ -31,6 +31,7 @@ def test_json_both_ways():
             {"density": 0.2, "schedule": RetentionSchedule(r0=0.1, z_min=0.1)},
             "density 0.2 differs from the schedule's final density 0.1",
         ),
+        ({"density": float("nan"), "schedule": CubicSchedule(0.1)}, "density nan differs from the schedule's final"),
         ({"density": 1.5}, r"density expected in \(0, 1\], the share of the weights kept, got 1.5"),
         ({"steps": 40.5}, "steps expected a whole number, got 40.5"),
         ({"accumulate": True}, "accumulate expected a whole number, got True"),

@@ -203,6 +203,14 @@ def test_labels_of_tokens_and_of_several_classes(tokenizer):
     assert batch["labels"].tolist() == [0.5, -1.5]
 
 
+def test_labels_of_tokens_are_as_many_as_they():
+    model = transformers.BertForTokenClassification(bert().config).eval()
+    for labels in ([[1, 0, 1], [1, 0]], [[1, 0, 1], 0]):
+        with pytest.raises(ValueError, match=r"labels of row 1 expected one a token, 3, got (2|int); those of"):
+            evaluate(model, {"input_ids": [[1, 2, 3], [4, 5, 6]], "labels": labels})
+    assert evaluate(model, {"input_ids": [[1, 2, 3], [4, 5]], "labels": [[1, 0, 1], [1, 0]]})["accuracy"] <= 1
+
+
 def test_tensors_and_their_data_sets():
     x, y = torch.randn(10, 4), torch.arange(10) % 3
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))

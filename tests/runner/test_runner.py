@@ -107,6 +107,16 @@ def test_of_equally_accurate_dense_epochs_the_one_of_the_lowest_loss_is_kept(tmp
     assert any(not torch.equal(value, states[3][name]) for name, value in model.state_dict().items())
 
 
+def test_a_dense_training_that_is_not_finite_ends_the_run(tmp_path, capsys):
+    files = [str(path) for path in files_of(tmp_path, ".tsv")]
+    command = ["prune", "--model", "encoder", "--lr", "1e30", "--out", str(tmp_path / "runs"), "--quiet"]
+    given = [text for pair in zip(("--train", "--valid", "--test"), files) for text in pair]
+    assert main([*command, *given, "--dense-epochs", "3", "--epochs", "1"]) == 1
+    said = capsys.readouterr().err
+    assert "dense training: expected a finite loss, got nan at" in said and "now 1e+30" in said
+    assert not (tmp_path / "runs" / "prune" / "run.json").exists()
+
+
 def test_low_rank_terms_are_counted_saved_and_measured(tmp_path, monkeypatch):
     from sparseprune.training import gates
 
@@ -227,6 +237,12 @@ def test_own_files_and_a_transformers_classifier(tmp_path):
             "no such file",
         ),
         (lambda p: run_prune(str(p / "no-model"), *files_of(p, ".t.tsv"), out=p), ValueError, "loaded.*config.json"),
+        (
+            lambda p: run_prune("m", *files_of(p, ".t.tsv"), out=p, teacher="t", dense_epochs=2),
+            ValueError,
+            "dense_epochs: expected none with the teacher t, .* got 2",
+        ),
+        (lambda p: run_demo(out=p, layout="dense", value_dtype="int8"), ValueError, "expected no rounding, got .*int8"),
         (lambda p: RunConfig.from_json('{"densty": 1}'), ValueError, "unknown key 'densty'"),
     ],
 )

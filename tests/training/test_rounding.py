@@ -13,6 +13,7 @@ from sparseprune import _native
 from sparseprune.data import RowLoader
 from sparseprune.nn.simulated import SimulatedLinear, simulated
 from sparseprune.pruning import criterion_names
+from sparseprune.runner.rounding import forms_table
 from sparseprune.training import DistillConfig, evaluate
 
 INT8 = {"value_dtype": "int8", "activations": "int8"}
@@ -251,6 +252,16 @@ def test_data_that_can_be_read_once_is_refused(make):
     with pytest.raises(ValueError, match=r"read again and again.*which can be read only once; pass list"):
         sp.choose_exact_layers(model, make(list(loader)), tolerance=0.02)
     assert sp.choose_exact_layers(model, list(loader), tolerance=0.02).exact == ["2"]
+
+
+def test_a_dense_model_that_is_never_right_has_a_table_of_forms_too():
+    row = {"valid": {"loss": 1.0, "accuracy": 0.5}, "test": {"loss": 1.0, "accuracy": 0.5}, "latency_ms": 2.0}
+    wrong = {**row, "test": {"loss": 9.0, "accuracy": 0.0}, "latency_ms": 4.0}
+    lines = forms_table({"forms": {"dense int8": row, "sparse float32": row}, "dense": wrong, "pruned": row})
+    cells = {line[:14].strip(): line[14:].split() for line in lines}
+    assert cells["dense float32"][-3:] == ["-", "4.00", "1.00"] and cells["sparse int8"][-3:] == ["-", "2.00", "2.00"]
+    lines = forms_table({"forms": {"dense int8": row, "sparse float32": wrong}, "dense": row, "pruned": row})
+    assert lines[4].split()[-3:] == ["0.0%", "4.00", "0.50"]
 
 
 def test_errors():

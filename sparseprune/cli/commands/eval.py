@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ...language import perplexity, speed_table, tokens_per_second
     from ...nn import prunable_linears, sparsify_
     from ...nn.copies import copy_of
+    from ...nn.matrices import shared_linears
 
     device = shared.find_device(arguments)
     shared.read_text(arguments.text)
@@ -43,6 +44,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise FileNotFoundError(f"{arguments.checkpoint}: no such file; expected a checkpoint by sp.save")
     model, tokenizer = shared.language_model(arguments)
     model.to(device)
+    zeros = arguments.checkpoint is None and any(
+        bool((linear.weight == 0).any()) for linear in prunable_linears(shared_linears(model)).values()
+    )
+    rounded_to = (arguments.value_dtype, arguments.dense_value_dtype)
+    if arguments.checkpoint is None and not zeros and rounded_to != ("float32", "float32"):
+        raise ValueError(
+            f"--model {arguments.model}: no weight of it is zero, so that nothing runs sparse and rounded; expected "
+            "neither --value-dtype nor --dense-value-dtype, or a --checkpoint"
+        )
     windows = shared.text_windows(arguments, tokenizer)
     models = {"dense": model}
     print(f"dense: {perplexity(model, windows)}")
@@ -54,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         checkpoint.load(pruned, arguments.checkpoint)
         pruned.to(device)
         print(f"pruned: {perplexity(pruned, windows)}")
-    elif any(bool((linear.weight == 0).any()) for linear in prunable_linears(model).values()):
+    elif zeros:
         pruned = copy_of(model, "eval")
     if pruned is not None:
         pruned.requires_grad_(False)  # a frozen weight is not compared with what was packed at every call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,15 @@ def run(arguments: argparse.Namespace) -> int:
     device = shared.find_device(arguments)
     from ...integrations.folder import load_folder, save_pretrained
     from ...nn import SparseLinear, densify_
-    from ...runner.language import MODEL_FOLDER
 
-    inside = arguments.source / MODEL_FOLDER
-    source = inside if (inside / "config.json").is_file() else arguments.source
-    if arguments.target.suffix == ".onnx":
+    source = _model_folder(arguments.source)
+    onnx = arguments.target.suffix == ".onnx"
+    if arguments.value_dtype != "float32" and (onnx or arguments.dense):
+        raise ValueError(
+            f"--value-dtype rounds weights that are held sparse, expected none with {'.onnx' if onnx else '--dense'}, "
+            f"got {arguments.value_dtype}; leave it out"
+        )
+    if onnx:
         check_file(arguments.target, "target")
         return _to_onnx(load_folder(source).to(device), arguments.target)
     check_folder(arguments.target, "target")
@@ -53,6 +58,33 @@ def run(arguments: argparse.Namespace) -> int:
     sparse = sum(isinstance(m, SparseLinear) for m in model.modules())
     print(f"{arguments.target}: a folder for transformers, {sparse} layers run sparse")
     return 0
+
+
+def _model_folder(source: Path) -> Path:
+    """Where the model of ``source`` is: of a language model's run its folder inside. ValueError for a run that is not
+    finished: what is there may be the run's before.
+    """
+    from ...runner.language import KIND, MODEL_FOLDER
+
+    inside, record = source / MODEL_FOLDER, source / "run.json"
+    if not record.is_file() and _kind(source / "settings.json") in (KIND, "RunConfig"):
+        named = f", or name {inside}" if inside.is_dir() else ""
+        raise ValueError(
+            f"{source}: expected the folder of a finished run, got one that is not finished, whose files may be those "
+            f"of the run before; finish it{named}"
+        )
+    if not (inside / "config.json").is_file() or (record.is_file() and _kind(record) != KIND):
+        return source
+    return inside
+
+
+def _kind(path: Path) -> str | None:
+    """What a JSON file says it is of; None where it says nothing."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found.get("kind") if isinstance(found, dict) else None
 
 
 def _to_onnx(model: Any, target: Path) -> int:
