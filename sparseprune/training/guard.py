@@ -43,6 +43,11 @@ class Guard:
         self.bad = 0
         return self.snapshot
 
+    def check_stepped(self, stepped: bool, who: str) -> None:
+        """At the end of a run: RuntimeError where no step was finite, for fewer than it takes to give up."""
+        if not stepped:
+            raise RuntimeError(f"{who}.fit: not finite in every step of the run; check the data, lower lr or clip")
+
     def state_dict(self) -> dict[str, Any]:
         """Without the snapshot, which a checkpoint holds as the state itself."""
         return {name: getattr(self, name) for name in ("bad", "restores", "lr_scale")}

@@ -382,6 +382,7 @@ class DistillPruner:
         self._processes.mean_([b for b in self.model.buffers() if b.is_floating_point()])
 
     def _finish(self) -> None:
+        self._guard.check_stepped(bool(self.history.steps), self._who)
         self._finished = True
         if (cut := self._clock.cut_short()) is not None:
             self._note(cut)

@@ -507,6 +507,13 @@ def test_endless_nan_ends_with_a_report(trained):
         pruner.fit(loader(), loss=Poisoned(set(range(5, 1000))))
 
 
+def test_a_run_too_short_to_give_up_says_that_no_step_counted():
+    batches = [(torch.full((4, 8), float("nan")), torch.zeros(4, dtype=torch.long))] * 2
+    pruner = pruner_for(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), config(steps=4))
+    with pytest.raises(RuntimeError, match="not finite in every step of the run"):
+        pruner.fit(batches)
+
+
 def test_loss_as_class_or_instance_and_tuple_batches():
     torch.manual_seed(0)
     x = torch.randn(64, 8)
