@@ -160,7 +160,7 @@ class Gates:
             self.masters[name].grad = None if stepped is None else grad
         if self.config.scored:
             for key, value in self._reduce(dense).items():
-                self.scores[key].grad = value
+                self.scores[key].grad = value.contiguous()  # as the scores lie: torch's fused Adam does not look
 
     @torch.no_grad()
     def step_scores(self, optimiser: torch.optim.Optimizer) -> None:

@@ -72,7 +72,8 @@ def test_sparsify_gives_what_healing_saw(granularity, layout, heal):
     assert sparse[0].activations == sparse[2].activations == "int8"
     torch.testing.assert_close(sparse(x), expected, rtol=1e-5, atol=1e-6)
     found = evaluate(sparse, loader)["loss"]
-    assert abs(found - seen["loss"]) < 0.1 * abs(exact - seen["loss"])
+    least = 2e-7  # what float32 tells apart at such a loss
+    assert abs(found - seen["loss"]) < max(0.1 * abs(exact - seen["loss"]), least)
 
 
 @needs_core
