@@ -134,6 +134,36 @@ def test_gradient_criteria_take_the_gradients_that_are_there():
         assert scores[report.masks[fqn]].min() >= scores[~report.masks[fqn]].max()
 
 
+@pytest.mark.parametrize("criterion", ["movement", "uncertainty", "instance"])
+def test_gradients_of_weights_that_hide_are_found(criterion):
+    """The packed attention of torch and GPT-2's Conv1D: their gradients lie in the parameters that hold them."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    torch.manual_seed(0)
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.conv = nn.MultiheadAttention(16, 4, batch_first=True), conv1d(24, 16)
+
+        def forward(self, x):
+            return self.conv(self.attention(x, x, x, need_weights=False)[0].contiguous())
+
+    model = Both()
+    model(torch.randn(2, 3, 16)).pow(2).sum().backward()
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(model.state_dict())
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    report = sp.prune_(model, 0.5, criterion=make_criterion("movement") if criterion == "instance" else criterion)
+    assert report.total == 4 * 256 + 16 * 24 and report.kept == report.total // 2
+    assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters())
+    if criterion != "uncertainty":
+        moved = -gradients["attention.in_proj_weight"] * twin.attention.in_proj_weight
+        kept = torch.cat([report.masks[f"attention.{part}_proj"] for part in "qkv"])
+        assert moved[kept].mean() > moved[~kept].mean()
+        moved, kept = -(gradients["conv.weight"] * twin.conv.weight).T, report.masks["conv"]
+        assert moved[kept].mean() > moved[~kept].mean()
+
+
 def test_a_registered_criterion_without_gradients_says_so(monkeypatch):
     class Own(Criterion):
         name = "own"
