@@ -207,6 +207,20 @@ def test_densities_are_relative_and_exact_in_total():
     assert set(erk_densities({"a": (4, 4), "b": (2, 8)})) == {"a", "b"}
 
 
+@pytest.mark.parametrize(("granularity", "first"), [(Heads(), "*query"), (Neurons(), "*expand")])
+def test_layers_that_share_units_have_one_density(granularity, first):
+    """Each block went by the density of its first layer, whatever the others were given."""
+    with pytest.raises(ValueError, match=r"densities: 'layers.0.* share the units of 'layers.0.*got 1 and 0.1; use"):
+        planned(small(), granularity, densities={first: 1, "*": 0.1})
+    plan, scores = planned(small(), granularity, densities={"layers.0.*": 1, "*": 0.5})
+    masks = plan.masks(scores, 0.25)
+    kept = [sum(int(m.sum()) for fqn, m in masks.items() if fqn.startswith(f"layers.{i}.")) for i in range(2)]
+    assert kept[0] == 2 * kept[1] > 0  # all units of one block, half of the other's
+    both = Mixture(granularity, Element())  # the first stage has its own density, the second goes by the layer
+    plan, scores = planned(small(), both, densities={first: 1, "*": 0.5})
+    assert count(plan.masks(scores, 0.9)) == round(0.1 * sum(s.numel() for s in scores.values()))
+
+
 def starving(model, scale=1e-3):
     """The same model, with one layer whose weights are all smaller than those of the others."""
     with torch.no_grad():
