@@ -172,6 +172,9 @@ def test_a_mixture_is_exact_and_drops_whole_heads_first():
         planned(model, Mixture(Heads(), Element(), first_density=0.2), "layer")[0].masks(scores, 0.2)
     with pytest.raises(ValueError, match="Heads, Neurons or Block first"):
         Mixture(Element(), Element())
+    for rescaled in (Heads(trim_rescale=True), make_granularity("neurons/axes")):  # nothing was rescaled
+        with pytest.raises(ValueError, match="Mixture: first expected without trim_rescale, got"):
+            Mixture(rescaled)
 
 
 def test_patterns_choose_by_name():
