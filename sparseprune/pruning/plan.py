@@ -61,7 +61,7 @@ class Plan:
         """
         if scope not in ("global", "layer"):
             raise ValueError(f"scope: expected 'global' or 'layer', got {scope!r}")
-        if floor is not None and not (isinstance(floor, int | float) and 0 <= floor <= 1):
+        if isinstance(floor, bool) or (floor is not None and not (isinstance(floor, int | float) and 0 <= floor <= 1)):
             raise ValueError(f"floor: expected a share in [0, 1] or None, got {floor!r}")
         if floor and (scope != "global" or densities is not None):
             raise ValueError("floor: expected scope='global' and no densities, which fix every layer's count")

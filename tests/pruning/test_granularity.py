@@ -285,7 +285,7 @@ def test_a_floor_is_refused_where_it_would_mean_nothing():
     for options in ({"scope": "layer"}, {"densities": {"*": 1.0}}):
         with pytest.raises(ValueError, match="floor: expected scope='global' and no densities"):
             planned(small(), "element", floor=0.5, **options)
-    for floor in (-0.1, 1.1, "half"):
+    for floor in (-0.1, 1.1, "half", True):
         with pytest.raises(ValueError, match=r"floor: expected a share in \[0, 1\]"):
             planned(small(), "element", floor=floor)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -242,12 +243,17 @@ def test_a_criterion_that_needs_data_says_so_and_may_update_survivors():
         prune_(two(), 0.5, Wrong())
 
 
-@pytest.mark.parametrize("sparsity", [-0.1, 1.1, float("nan"), None, "half"])
+@pytest.mark.parametrize("sparsity", [-0.1, 1.1, float("nan"), None, "half", True])
 def test_a_bad_sparsity_changes_nothing(sparsity):
     model = two()
     with pytest.raises(ValueError, match="sparsity expected in"):
         prune_(model, sparsity)
     assert sum(zeros(model).values()) == 0
+
+
+@pytest.mark.parametrize("sparsity", [np.float32(0.5), np.float64(0.5), Fraction(1, 2)])
+def test_a_sparsity_is_any_number(sparsity):
+    assert prune_(two(), sparsity).kept == 84
 
 
 def test_weights_that_are_nan_name_their_layer():
