@@ -316,6 +316,24 @@ def test_odd_weights_are_counted_exactly(sparsity, dtype):
     assert found == report.kept - report.zeros and not model["transposed"].weight.is_contiguous()
 
 
+def test_mask_sets_and_reports_can_be_compared():
+    masks = prune_(two(), 0.7).masks
+    assert masks == MaskSet(dict(reversed(list(masks.items())))) and masks != {**masks} and masks != None  # noqa: E711
+    assert masks != MaskSet({**masks, "0": ~masks["0"]}) and masks != MaskSet({"0": masks["0"]})
+    assert prune_(two(), 0.7) == prune_(two(), 0.7) != prune_(two(), 0.6)
+
+
+def test_files_that_hold_no_masks_are_named(tmp_path):
+    path = tmp_path / "masks.safetensors"
+    prune_(two(), 0.7).masks.save(path)
+    for text in (path.read_bytes()[:-3], b"hello", b""):
+        (tmp_path / "other").write_bytes(text)
+        with pytest.raises(ValueError, match=r"other expected to be a file that MaskSet\.save wrote"):
+            MaskSet.load(tmp_path / "other")
+    with pytest.raises(IsADirectoryError, match="got the folder"):
+        MaskSet.load(tmp_path)
+
+
 def test_mask_sets(tmp_path):
     model = two()
     masks = prune_(model, 0.7).masks
