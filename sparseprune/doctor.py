@@ -10,7 +10,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 
-from . import __version__, _native
+from . import __version__, _native, backends
 from .bench.machine import cpu_model
 
 __all__ = ["Finding", "examine", "render"]
@@ -67,6 +67,21 @@ def _core() -> list[Finding]:
     ]
 
 
+def _setting(variable: str, value: str) -> Finding:
+    """An environment variable that is set, and what is wrong with it or passed over because of it."""
+    reason = _native.why_no_c() or ""
+    if variable == "SPARSEPRUNE_CPU" and variable in reason:
+        return Finding(variable, value, False, "names no tier that can run here, so the core is not loaded; unset it")
+    if variable == "SPARSEPRUNE_BACKEND":
+        try:
+            forced = backends.forced_backend()
+        except ValueError as error:
+            return Finding(variable, value, False, f"{error}; every op raises until it is unset")
+        if forced != "native":
+            return Finding(variable, value, False, f"every op runs in {forced} or raises: no other runs; unset it")
+    return Finding(variable, value)
+
+
 def examine() -> list[Finding]:
     """The findings, in the order in which :func:`render` prints them."""
     import torch
@@ -104,7 +119,7 @@ def examine() -> list[Finding]:
         "TRITON_INTERPRET",
     ):
         if os.environ.get(variable):
-            findings.append(Finding(variable, os.environ[variable]))
+            findings.append(_setting(variable, os.environ[variable]))
     return findings
 
 

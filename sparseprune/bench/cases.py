@@ -14,7 +14,7 @@ from .linear import build_linear, build_training
 from .masking import build_adamw, build_mask, build_threshold
 from .selection import build_selection, build_topk
 
-__all__ = ["SUITES"]
+__all__ = ["SUITES", "WITH_PEERS"]
 
 #: (out_features, in_features): attention and feed-forward of a BERT base, and a square layer of a larger
 #: model.
@@ -108,3 +108,6 @@ SUITES: dict[str, Suite] = {
         Suite("adamw", "masked AdamW step", build_adamw, lambda: _grid("adamw", _FLAT, (0,), {"element": (0.9,)})),
     )
 }
+
+#: The suites whose contestants are the peers asked for; those of the others are fixed.
+WITH_PEERS = tuple(name for name, suite in SUITES.items() if suite.build is build_linear)

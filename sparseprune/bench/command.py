@@ -13,7 +13,7 @@ import torch
 
 from .._arguments import Parser, check_folder, one_line, path_of, real, whole
 from . import machine, plots, tables
-from .cases import SUITES
+from .cases import SUITES, WITH_PEERS
 from .contest import BASELINE, Case
 from .peaks import measure_peaks
 from .peers import PEERS
@@ -46,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--peers",
         type=_list,
-        default=list(_QUICK_PEERS),
-        help=f"all, none, or some of: {', '.join(PEERS)} (default: {', '.join(_QUICK_PEERS)})",
+        help=f"all, none, or some of: {', '.join(PEERS)} (default: {', '.join(_QUICK_PEERS)}); "
+        f"in the suites {', '.join(WITH_PEERS)}",
     )
     result.add_argument("--threads", type=whole(1, 4096), help="torch.set_num_threads (default: torch's own)")
     result.add_argument("--rounds", type=whole(1), default=9, help="samples of each contestant (default 9)")
@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         cases = list(select_cases(arguments))
-        peers = select_peers(arguments.peers)
+        peers = select_peers(_QUICK_PEERS if arguments.peers is None else arguments.peers)
+        _check_used(arguments, cases)
         refuse_reference(arguments.allow_reference)
         _check_outputs(arguments)
     except (ValueError, RuntimeError, OSError) as error:
@@ -88,6 +89,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     finally:
         torch.set_num_threads(before)
+
+
+def _check_used(arguments: argparse.Namespace, cases: Sequence[Case]) -> None:
+    """ValueError on what is asked for and would change nothing."""
+    for option in ("shapes", "structures", "peers"):
+        if getattr(arguments, option) == []:
+            raise ValueError(f"--{option} expected at least one, got nothing; leave it out for the suite's own")
+    suites = dict.fromkeys(case.suite for case in cases)
+    shown = ", ".join(suites)
+    for option, found in (
+        ("shapes", {case.shape for case in cases}),
+        ("tokens", {case.tokens for case in cases}),
+        ("structures", {case.structure for case in cases}),
+        ("sparsities", {case.sparsity for case in cases}),
+    ):
+        for value in getattr(arguments, option) or []:
+            if value not in found:
+                text = "x".join(map(str, value)) if option == "shapes" else value
+                why = "N:M has one sparsity alone, and flat tensors have no shapes, tokens and structures"
+                raise ValueError(f"--{option} {text} would be in no case of the suites asked for ({shown}): {why}")
+    if arguments.peers is not None and not suites.keys() & set(WITH_PEERS):
+        raise ValueError(f"--peers goes with the suites {', '.join(WITH_PEERS)}, got {shown}; leave it out")
+    if arguments.plots is not None and not any(case.tokens for case in cases):
+        raise ValueError(f"--plots draws what has tokens, got the suites {shown}; leave it out")
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:
@@ -115,7 +140,7 @@ def _run(arguments: argparse.Namespace, cases: list[Case], peers: list[str]) -> 
         )
 
     def show(record: dict[str, Any]) -> None:
-        if arguments.details or record["case"]["suite"] not in ("linear", "minilm", "curve", "tokens"):
+        if arguments.details or record["case"]["suite"] not in WITH_PEERS:
             print(tables.record_table(record) + "\n", flush=True)
 
     records = run_cases(
@@ -147,7 +172,7 @@ def _run(arguments: argparse.Namespace, cases: list[Case], peers: list[str]) -> 
         plots.speedup(linear, arguments.plots / "speedup.png", about)
         if peaks is not None:
             plots.roofline(linear, peaks.to_dict(), arguments.plots / "roofline.png", about)
-        print(f"drew {arguments.plots}/speedup.png and roofline.png")
+        print(f"drew {arguments.plots}/speedup.png" + (" and roofline.png" if peaks is not None else ""))
     return 1 if wrong else 0
 
 

@@ -45,9 +45,15 @@ class DiscriminatorConfig(Config):
 
     def __post_init__(self) -> None:
         name = "DiscriminatorConfig"
+        for key in ("depth", "width", "projection", "rows", "patience"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name}: {key} expected a whole number, got {value!r}")
         for key, low in (("depth", 0), ("width", 1), ("projection", 1), ("rows", 2), ("noise", 0), ("penalty", 0),
                          ("lr", 0), ("patience", 1)):  # fmt: skip
             at_least(name, key, getattr(self, key), low)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"{name}: betas expected two numbers in [0, 1), got {self.betas!r}")
         one_of(name, "norm", self.norm, ("spectral", "layer", "none"))
         one_of(name, "loss", self.loss, tuple(LOSSES))
         one_of(name, "mode", self.mode, ("trained", "frozen", "shuffled"))

@@ -35,7 +35,7 @@ def null_test(
         raise ValueError(f'null_test: cue expected None, "dropout" or "pad", got {cue!r}')
     twin = copy_of(pruner.teacher, "null_test")
     twin.train(cue == "dropout")
-    return _accuracy(pruner, twin, loader, steps, cue == "pad", discriminator, tokenizer)
+    return _accuracy("null_test", pruner, twin, loader, steps, cue == "pad", discriminator, tokenizer)
 
 
 def probe(
@@ -46,15 +46,21 @@ def probe(
 
     The mechanism check: whatever the run did, how much of its difference from the teacher is left to be seen.
     """
+    training = pruner.model.training
     pruner.model.eval()
-    return _accuracy(pruner, pruner.model, loader, steps, False, discriminator, tokenizer)
+    try:
+        return _accuracy("probe", pruner, pruner.model, loader, steps, False, discriminator, tokenizer)
+    finally:
+        pruner.model.train(training)
 
 
 def _accuracy(
-    pruner: DistillPruner, twin: nn.Module, loader: Any, steps: int, pad: bool,
+    who: str, pruner: DistillPruner, twin: nn.Module, loader: Any, steps: int, pad: bool,
     discriminator: DiscriminatorConfig | None, tokenizer: Any,
 ) -> float:  # fmt: skip
-    batches = _forever(training_data(loader, pruner.model, tokenizer, "probe"))
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{who}: steps expected a whole number >= 1, got {steps!r}; an untrained verdict says nothing")
+    batches = _forever(training_data(loader, pruner.model, tokenizer, who), who)
     settings = dataclasses.replace(discriminator or DiscriminatorConfig(), mode="trained")
     seed, device = pruner.config.seed, pruner.device
     game: Game | None = None
@@ -86,11 +92,13 @@ def _accuracy(
     return sum(verdicts) / len(verdicts)
 
 
-def _forever(loader: Iterable[Any]) -> Iterator[Any]:
+def _forever(loader: Iterable[Any], who: str) -> Iterator[Any]:
+    count = 0
     while True:
-        empty = True
+        before = count
         for batch in loader:
-            empty = False
+            count += 1
             yield batch
-        if empty:
-            raise ValueError("null_test: the loader is empty")
+        if count == before:
+            got = f"one that ended after {count}, as an iterator does; pass a list or a DataLoader" if count else "none"
+            raise ValueError(f"{who}: expected batches that can be read again and again, got {got}")

@@ -28,7 +28,7 @@ def explain(layer: nn.Module, input: Tensor | None = None, *more: Any, **options
     layer: a :class:`SparseLinear`, a :class:`RoundedLinear` or any other ``nn.Linear``, which is dense, input: `[...,
     K]`; or the module that loops over a stack of layers (``report.stacks`` names it), and, where it has a program, all
     that it is called with. Returns lines of text: the layer, the kernel that runs, and the reasons against each other
-    one. Nothing is computed. TypeError on another module.
+    one. Nothing is computed. TypeError on another module, ValueError on an input that the layer does not take.
     """
     stack = stack_of(layer)
     if stack is not None:
@@ -38,8 +38,14 @@ def explain(layer: nn.Module, input: Tensor | None = None, *more: Any, **options
         return f"{type(layer).__name__}: this stack runs layer by layer because {why}"
     if not isinstance(layer, SparseLinear | nn.Linear) or input is None or more or options:
         raise TypeError(
-            f"explain: expected a SparseLinear or an nn.Linear and its input, got {type(layer).__name__}; give a layer "
-            "of the model, as model.get_submodule(name), or the module that loops over a stack of layers"
+            "explain: expected a SparseLinear or an nn.Linear and its input, got "
+            f"{_given(layer, input, len(more) + len(options))}; give a layer of the model, as "
+            "model.get_submodule(name), or the module that loops over a stack of layers"
+        )
+    if input.dim() == 0 or input.shape[-1] != layer.in_features or not input.dtype.is_floating_point:
+        raise ValueError(
+            f"explain: input expected [..., {layer.in_features}] in floating point, got {list(input.shape)} in "
+            f"{input.dtype}: the call is an error"
         )
     about = f" on x {list(input.shape)} {input.dtype} {input.device}"
     if isinstance(layer, SparseLinear):
@@ -58,6 +64,13 @@ def explain(layer: nn.Module, input: Tensor | None = None, *more: Any, **options
     tier = _native.require_c().tier()
     lines.append(f"direct call, past torch's dispatcher: native.rounded.rounded_linear, tier {tier}")
     return "\n".join([*lines, _checked(layer.weight)])
+
+
+def _given(layer: nn.Module, input: Tensor | None, more: int) -> str:
+    name = type(layer).__name__
+    if not isinstance(layer, SparseLinear | nn.Linear):
+        return name
+    return f"{name} alone" if input is None else f"{name}, its input and {more} more"
 
 
 def _stack(stack: StackForward, inputs: tuple[Any, ...], options: dict[str, Any]) -> str:

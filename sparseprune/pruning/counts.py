@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any, TypeVar
 
 __all__ = ["erk_densities", "kept_count", "match_patterns", "weighted_counts"]
@@ -14,9 +15,9 @@ V = TypeVar("V")
 
 def kept_count(units: int, sparsity: float) -> int:
     """``units - round(sparsity * units)``: how many of so many units stay."""
-    if not (isinstance(sparsity, (int, float)) and 0 <= sparsity <= 1):
+    if isinstance(sparsity, bool) or not (isinstance(sparsity, Real) and 0 <= sparsity <= 1):
         raise ValueError(f"sparsity expected in [0, 1], the share of the weights set to zero, got {sparsity!r}")
-    return units - round(sparsity * units)
+    return units - round(float(sparsity) * units)
 
 
 def weighted_counts(units: Sequence[int], sparsity: float, densities: Sequence[float]) -> list[int]:

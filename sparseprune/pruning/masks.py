@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -80,6 +82,14 @@ class MaskSet(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._masks)
+
+    def __eq__(self, other: object) -> bool:
+        """The same names, shapes and masks, on whatever devices they came from."""
+        if not isinstance(other, MaskSet):
+            return NotImplemented
+        return self._masks.keys() == other._masks.keys() and self.mask_hash() == other.mask_hash()
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"MaskSet({len(self)} layers, {self.kept} of {self.total} kept)"
@@ -158,8 +168,8 @@ class MaskSet(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MaskSet:
-        """Reads what :meth:`save` wrote. ValueError on another file, version, shape, or a mask_hash that differs."""
-        with safe_open(os.path.expanduser(path), framework="pt") as file:
+        """Reads what :meth:`save` wrote. ValueError on another file, version or shape, and on a damaged file."""
+        with _opened(path) as file:
             header = file.metadata() or {}
             if header.get("format") != "sparseprune-masks" or header.get("version") != str(_VERSION):
                 raise ValueError(f"MaskSet.load: {path} is no mask file of version {_VERSION}, got {dict(header)}")
@@ -175,3 +185,19 @@ class MaskSet(Mapping[str, Tensor]):
                     raise ValueError(f"MaskSet.load: {fqn!r} has bits set behind its last weight")
                 loaded._masks[fqn] = _Packed(bits, torch.Size(shape), torch.device("cpu"))
         return loaded
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """The file, open; what safetensors says of it names it."""
+    place = os.path.expanduser(path)
+    if os.path.isdir(place):
+        raise IsADirectoryError(f"MaskSet.load: expected a file that MaskSet.save wrote, got the folder {path}")
+    try:
+        with safe_open(place, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"MaskSet.load: {path} expected to be a file that MaskSet.save wrote, whole, got another or a damaged one: "
+            f"{error}"
+        ) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class Plan:
         """
         if scope not in ("global", "layer"):
             raise ValueError(f"scope: expected 'global' or 'layer', got {scope!r}")
-        if floor is not None and not (isinstance(floor, int | float) and 0 <= floor <= 1):
+        if isinstance(floor, bool) or (floor is not None and not (isinstance(floor, int | float) and 0 <= floor <= 1)):
             raise ValueError(f"floor: expected a share in [0, 1] or None, got {floor!r}")
         if floor and (scope != "global" or densities is not None):
             raise ValueError("floor: expected scope='global' and no densities, which fix every layer's count")
@@ -93,6 +93,7 @@ class Plan:
             missing = [fqn for fqn in covered if fqn not in relative]
             if missing:
                 raise ValueError(f"densities: no pattern fits {', '.join(missing[:10])}; add '*' as the last pattern")
+            _check_shared(parts, relative)
         return cls(tuple(parts), skipped, scope, relative, None if floor is None else float(floor))
 
     @property
@@ -150,3 +151,17 @@ class Plan:
             part.maps, scores, sparsity, self.scope, self.densities, selector or Selector(), self.floor
         )
         return combine(part.maps, kept)
+
+
+def _check_shared(parts: Sequence[Part], densities: Mapping[str, float]) -> None:
+    """ValueError where layers that go by the same units (heads, neurons) were given unlike densities. The first stage
+    of a mixture has a density of its own.
+    """
+    for m in (m for part in parts if not any(m.stage for m in part.maps) for m in part.maps):
+        first = m.layers[0]
+        for fqn in m.layers:
+            if densities[fqn] != densities[first]:
+                raise ValueError(
+                    f"densities: {first!r} and {fqn!r} share the units of {m.key!r}, expected one density for both, "
+                    f"got {densities[first]:g} and {densities[fqn]:g}; use patterns that fit all layers of a block"
+                )

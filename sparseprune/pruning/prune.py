@@ -16,6 +16,7 @@ from .. import ops
 from ..nn.filters import FilterFn, select_linears
 from ..nn.matrices import shared_linears
 from ..nn.other_weights import count_parameters, other_weights
+from ..nn.views import LinearViews
 from .criteria import Criterion, PruneContext, ScoreFn, make_criterion
 from .granularity import Granularity, Heads, Neurons
 from .intake import calibration_data
@@ -171,7 +172,8 @@ def prune_(
     (inference mode, autocast); scores that are NaN name their layer. Warns, naming them, of layers that end nearly
     empty.
     """
-    model = shared_linears(model)
+    views = LinearViews(model)
+    model = views.model()
     selection = select_linears(model, filter_fn)
     made = make_criterion(criterion, criterion_options)
     _check_modes(made, selection.selected)
@@ -186,7 +188,8 @@ def prune_(
     layers = {fqn: selection.selected[fqn] for fqn in plan.layers}
     weights: dict[str, Tensor] = {fqn: linear.weight.detach() for fqn, linear in layers.items()}
     if made.needs_gradients:
-        gradients = {fqn: linear.weight.grad for fqn, linear in layers.items() if linear.weight.grad is not None}
+        found = {fqn: views.gradient(linear) for fqn, linear in layers.items()}
+        gradients = {fqn: gradient for fqn, gradient in found.items() if gradient is not None}
         missing = [fqn or "(the model)" for fqn in layers if fqn not in gradients]
         if missing and made is not criterion:  # made from a name a moment ago, so it has seen nothing else
             more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""

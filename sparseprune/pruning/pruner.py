@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -46,8 +48,8 @@ class PruneConfig(Config):
     ``value_dtype``, ``activations``: those that ``sparsify_`` will be given; from ``end`` to ``finalize`` the pruned
     Linears round as its kernels will, and gradients pass straight through.
 
-    ValueError on a ``density`` that is not the schedule's, on steps outside these ranges, on another scope, and on
-    dtypes that do not go together.
+    ValueError on a ``density`` that is not the schedule's, on steps outside these ranges or not whole, on another
+    scope, and on dtypes that do not go together.
     """
 
     schedule: Schedule = field(default_factory=lambda: _BY_DEFAULT)
@@ -81,6 +83,11 @@ class PruneConfig(Config):
             )
         if self.scope not in ("global", "layer"):
             raise ValueError(f"PruneConfig: scope expected 'global' or 'layer', got {self.scope!r}")
+        for name in ("begin", "end", "every"):
+            steps = getattr(self, name)
+            if isinstance(steps, bool) or not isinstance(steps, Real) or steps % 1:
+                raise ValueError(f"PruneConfig: {name} expected a whole number of steps, got {steps!r}; round it")
+            object.__setattr__(self, name, math.floor(steps))
         if not 0 <= self.begin < self.end:
             raise ValueError(f"PruneConfig: expected 0 <= begin < end, got begin={self.begin!r}, end={self.end!r}")
         if not self.every >= 1:

@@ -117,6 +117,15 @@ def test_the_command_fails_on_a_wrong_result(monkeypatch, capsys):
     assert status == 1 and "WRONG, not timed: 2x2 N=1 element 50%: ours csr: 3 instead of 4" in captured.err
 
 
+def test_what_some_suite_takes_is_not_refused():
+    asked = "--suite kth,linear --shapes 64x64 --tokens 4 --structures element,2:4 --sparsities 0.5,0.9 --peers none"
+    arguments = command.parser().parse_args(asked.split())
+    cases = list(command.select_cases(arguments))
+    command._check_used(arguments, cases)
+    kinds = {(case.structure, case.sparsity) for case in cases if case.suite == "linear"}
+    assert kinds == {("element", 0.5), ("element", 0.9), ("2:4", 0.5)}
+
+
 def test_refuses_the_reference(monkeypatch, capsys):
     monkeypatch.setenv("SPARSEPRUNE_BACKEND", "reference")
     assert bench.main(["--shapes", "8x8"]) == 2
@@ -135,9 +144,19 @@ def test_refuses_the_reference(monkeypatch, capsys):
         ("--shapes 30x8 --structures 16x1", "must divide"),
         ("--structures 2x", "element, RxC or N:M"),
         ("--structures 2:4 --sparsities 0.9", "no case is left"),
+        ("--structures element,2:4 --sparsities 0.8,0.9", "--structures 2:4 would be in no case"),
+        ("--structures 2:4 --sparsities 0.5,0.9", "--sparsities 0.9 would be in no case"),
+        ("--suite training --structures element,2:4", "--structures 2:4 would be in no case"),
+        ("--suite kth --shapes 64x64", "--shapes 64x64 would be in no case of the suites asked for (kth)"),
+        ("--suite kth,mask --tokens 4", "--tokens 4 would be in no case of the suites asked for (kth, mask)"),
+        ("--suite kth --structures 16x1", "--structures 16x1 would be in no case"),
+        ("--suite kth,decoding --peers all", "--peers goes with the suites linear, minilm, curve, tokens, got"),
+        ("--suite kth --plots p", "--plots draws what has tokens"),
+        ("--structures ,", "--structures expected at least one, got nothing"),
     ],
 )
-def test_bad_options_get_one_line(asked, said, capsys):
+def test_bad_options_get_one_line(asked, said, capsys, monkeypatch):
+    monkeypatch.setattr(command, "run_cases", lambda *args, **options: pytest.fail("it ran"))
     assert bench.main(asked.split(" ")) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and said in lines[0]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import sparseprune as sp
+from sparseprune import _native
 from sparseprune.cli import main, parser
 from sparseprune.doctor import Finding, render
 
@@ -187,6 +188,25 @@ def test_doctor_says_what_is_there(capsys):
     assert not [line for line in text.splitlines() if line.startswith("ok") and "not built" in line]
     findings = [Finding("a", "there"), Finding("b", "not built", False, "build it"), Finding("c", "not built", None)]
     assert render(findings) == "ok  a: there\n--  b: not built\n      build it\n    c: not built"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("SPARSEPRUNE_BACKEND", "nonsense", "expected one of .* every op raises until it is unset"),
+        ("SPARSEPRUNE_BACKEND", "reference", "every op runs in reference or raises"),
+        ("SPARSEPRUNE_CPU", "nonsense", "names no tier that can run here, so the core is not loaded; unset it"),
+    ],
+)
+def test_doctor_does_not_call_a_setting_good_that_turns_the_core_off(variable, value, said, monkeypatch, capsys):
+    monkeypatch.setenv(variable, value)
+    if variable == "SPARSEPRUNE_CPU":  # the core reads it as it is loaded
+        monkeypatch.setattr(_native, "C", None)
+        monkeypatch.setattr(_native, "_c_error", f"{variable}={value}: expected one of generic, avx2")
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if f"{variable}:" in line)
+    assert lines[at].startswith("--") and value in lines[at] and re.search(said, lines[at + 1])
 
 
 def test_the_installed_command_exists():

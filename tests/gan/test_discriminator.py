@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
-from sparseprune.gan import DiscriminatorConfig
+from sparseprune.gan import DiscriminatorConfig, GANConfig, GANPruner
 from sparseprune.gan.discriminator import Discriminator
 from sparseprune.gan.game import Game, orthonormal
 from sparseprune.gan.losses import LOSSES, adversarial_loss, discriminator_loss, gradient_penalty, pair_accuracy
 from sparseprune.gan.monitor import Balance, Monitor
 from sparseprune.gan.seeds import seeded
 from sparseprune.pruning.batches import real_rows_of as rows_of
+from sparseprune.runner.text_encoder import TextEncoder
 from sparseprune.training.features import normalise
 
 
@@ -171,3 +173,21 @@ def test_a_probe_borrows_the_random_state(monkeypatch):
         first = torch.rand(3)
     assert torch.equal(torch.get_rng_state(), before) and seeds == []
     assert torch.equal(first, torch.rand(3, generator=torch.Generator().manual_seed(4)))
+
+
+@pytest.mark.parametrize("who", ["probe", "null_test"])
+def test_a_probe_asks_for_what_it_needs_and_leaves_the_mode(who):
+    dense = TextEncoder(30, 3, hidden=16, ffn=24, layers=2, heads=4).eval()
+    pruner = GANPruner(copy.deepcopy(dense), GANConfig(epochs=1), teacher=dense)
+    batches = [(torch.randint(1, 30, (8, 6)), torch.randint(0, 3, (8,))) for _ in range(3)]
+    ask = getattr(pruner, who)
+    for steps in (0, -9, 2.5, True):  # with none the answer was 0.5, as if nothing had been found
+        with pytest.raises(ValueError, match=f"{who}: steps expected a whole number >= 1, got"):
+            ask(batches, steps=steps)
+    with pytest.raises(ValueError, match=f"{who}: expected batches that can be read again and again, got none"):
+        ask([], steps=2)
+    with pytest.raises(ValueError, match=f"{who}: expected batches .* got one that ended after 3, as an iterator"):
+        ask(iter(batches), steps=9)
+    for training in (True, False):
+        pruner.model.train(training)
+        assert 0 <= ask(batches, steps=2) <= 1 and pruner.model.training is training

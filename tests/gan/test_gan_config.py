@@ -54,6 +54,17 @@ def test_spectral_norm_and_a_gradient_penalty_do_not_go_together():
         DiscriminatorConfig(loss="wgan-gp")
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [(({name: value}), f"{name} expected a whole number, got {value}")
+     for name in ("depth", "width", "projection", "rows", "patience") for value in (2.5, True)]
+    + [({"betas": betas}, "betas expected two numbers") for betas in ((2, 0.9), (0.5,), (0.0, 1.0))],
+)  # fmt: skip
+def test_bad_settings_of_the_discriminator_are_said_before_the_run(settings, said):
+    with pytest.raises(ValueError, match=f"DiscriminatorConfig: {said}"):
+        DiscriminatorConfig(**settings)
+
+
 @pytest.mark.parametrize("density", [0.2, 0.95, 1, 0.01])
 def test_a_density_alone_is_where_the_default_schedule_ends(density):
     config = GANConfig(density=density)

@@ -215,6 +215,21 @@ def test_explain_tells_what_runs():
 
 
 @pytest.mark.skipif(_native.C is None, reason="needs the compiled core")
+@pytest.mark.parametrize("dense", [True, False])
+def test_explain_names_no_kernel_for_a_call_that_is_an_error(dense):
+    linear = half_pruned().requires_grad_(False)
+    layer = linear if dense else SparseLinear.from_linear(linear)
+    for x in (torch.randn(4, 11), torch.tensor(1.0), torch.ones(4, 12, dtype=torch.int64)):
+        with pytest.raises((ValueError, RuntimeError)):
+            layer(x)
+        with pytest.raises(ValueError, match=r"explain: input expected \[..., 12\] in floating point, got \["):
+            explain(layer, x)
+    with pytest.raises(TypeError, match=r"and its input, got (Sparse)?Linear alone; give a layer"):
+        explain(layer)
+    with pytest.raises(TypeError, match=r"and its input, got (Sparse)?Linear, its input and 1 more; give a layer"):
+        explain(layer, torch.randn(4, 12), None)
+
+
 def test_explain_answers_for_what_stayed_dense():
     x = torch.randn(3, 12)
     model = nn.Sequential(half_pruned(), nn.Linear(12, 8), nn.ModuleDict({"classifier": nn.Linear(12, 8)}))

@@ -52,8 +52,52 @@ def test_without_ranks_the_masks_and_the_modules_stay():
     assert model[2].bias is None
 
 
+def layer_error(model, dense, name, x):
+    """Of one layer on its own inputs, as a share of what the dense one gives, the layer's bias taken off."""
+    own, twin = model.get_submodule(name), dense.get_submodule(name)
+    wanted = twin(x) - (0 if own.bias is None else own.bias)
+    return float((twin(x) - own(x)).square().mean() / wanted.square().mean())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changed", ["admm", "sparsegpt", "trained", "compensated"])
+def test_what_was_fitted_before_is_what_is_compensated(changed):
+    """Kept weights were those of the dense model again: what a criterion had refitted was lost, and a bias shift made
+    before was added twice.
+    """
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64, bias=False)).eval()
+    model, mix = copy.deepcopy(dense), torch.randn(64, 64) * torch.linspace(0.05, 0.6, 64)
+    data, judge = [torch.randn(64, 64) @ mix.T + 0.5 for _ in range(16)], torch.randn(1024, 64) @ mix.T + 0.5
+    sp.prune_(model, 0.7, criterion=changed if changed in ("admm", "sparsegpt") else "magnitude", data=data)
+    if changed == "trained":
+        sp.compensate_(model, dense, data, ranks=())
+        model[0].bias.add_(0.1)
+    elif changed == "compensated":
+        sp.compensate_(model, dense, data, ranks=())
+    before = layer_error(model, dense, "0", judge)
+    own = copy.deepcopy(model)
+    report = sp.compensate_(model, dense, data, ranks=())
+    assert report.layers["0"].errors["mask"] == pytest.approx(before, rel=0.2)
+    assert layer_error(model, dense, "0", judge) <= 1.05 * before
+    if report.layers["0"].chosen in ("mask", "bias"):
+        assert torch.equal(model[0].weight, own[0].weight)
+
+
 def test_bad_input():
     dense = low_rank_model()
+    with pytest.raises(ValueError, match="got the pruned model; keep a copy"):
+        sp.compensate_(dense, dense, [torch.randn(64, 64)])
+    sparse = copy.deepcopy(dense)
+    sp.prune_(sparse, sparsity=0.5)
+    sp.sparsify_(sparse, layout="csr", tokens=8)
+    with pytest.raises(ValueError, match=r"none with zeros; call it before sparsify_"):
+        sp.compensate_(sparse, dense, [torch.randn(64, 64)])
+    broken, model = low_rank_model(), copy.deepcopy(dense)
+    sp.prune_(model, sparsity=0.5)
+    broken[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="outputs expected finite"):
+        sp.compensate_(model, broken, [torch.randn(64, 64)])
     with pytest.raises(ValueError, match="none with zeros"):
         sp.compensate_(copy.deepcopy(dense), dense, [torch.randn(64, 64)])
     model = copy.deepcopy(dense)

@@ -172,6 +172,9 @@ def test_a_mixture_is_exact_and_drops_whole_heads_first():
         planned(model, Mixture(Heads(), Element(), first_density=0.2), "layer")[0].masks(scores, 0.2)
     with pytest.raises(ValueError, match="Heads, Neurons or Block first"):
         Mixture(Element(), Element())
+    for rescaled in (Heads(trim_rescale=True), make_granularity("neurons/axes")):  # nothing was rescaled
+        with pytest.raises(ValueError, match="Mixture: first expected without trim_rescale, got"):
+            Mixture(rescaled)
 
 
 def test_patterns_choose_by_name():
@@ -205,6 +208,20 @@ def test_densities_are_relative_and_exact_in_total():
     with pytest.raises(ValueError, match=r"densities: no pattern fits 1, 2"):
         planned(model, "element", densities={"0": 0.1})
     assert set(erk_densities({"a": (4, 4), "b": (2, 8)})) == {"a", "b"}
+
+
+@pytest.mark.parametrize(("granularity", "first"), [(Heads(), "*query"), (Neurons(), "*expand")])
+def test_layers_that_share_units_have_one_density(granularity, first):
+    """Each block went by the density of its first layer, whatever the others were given."""
+    with pytest.raises(ValueError, match=r"densities: 'layers.0.* share the units of 'layers.0.*got 1 and 0.1; use"):
+        planned(small(), granularity, densities={first: 1, "*": 0.1})
+    plan, scores = planned(small(), granularity, densities={"layers.0.*": 1, "*": 0.5})
+    masks = plan.masks(scores, 0.25)
+    kept = [sum(int(m.sum()) for fqn, m in masks.items() if fqn.startswith(f"layers.{i}.")) for i in range(2)]
+    assert kept[0] == 2 * kept[1] > 0  # all units of one block, half of the other's
+    both = Mixture(granularity, Element())  # the first stage has its own density, the second goes by the layer
+    plan, scores = planned(small(), both, densities={first: 1, "*": 0.5})
+    assert count(plan.masks(scores, 0.9)) == round(0.1 * sum(s.numel() for s in scores.values()))
 
 
 def starving(model, scale=1e-3):
@@ -268,7 +285,7 @@ def test_a_floor_is_refused_where_it_would_mean_nothing():
     for options in ({"scope": "layer"}, {"densities": {"*": 1.0}}):
         with pytest.raises(ValueError, match="floor: expected scope='global' and no densities"):
             planned(small(), "element", floor=0.5, **options)
-    for floor in (-0.1, 1.1, "half"):
+    for floor in (-0.1, 1.1, "half", True):
         with pytest.raises(ValueError, match=r"floor: expected a share in \[0, 1\]"):
             planned(small(), "element", floor=floor)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -134,6 +135,36 @@ def test_gradient_criteria_take_the_gradients_that_are_there():
         assert scores[report.masks[fqn]].min() >= scores[~report.masks[fqn]].max()
 
 
+@pytest.mark.parametrize("criterion", ["movement", "uncertainty", "instance"])
+def test_gradients_of_weights_that_hide_are_found(criterion):
+    """The packed attention of torch and GPT-2's Conv1D: their gradients lie in the parameters that hold them."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    torch.manual_seed(0)
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.conv = nn.MultiheadAttention(16, 4, batch_first=True), conv1d(24, 16)
+
+        def forward(self, x):
+            return self.conv(self.attention(x, x, x, need_weights=False)[0].contiguous())
+
+    model = Both()
+    model(torch.randn(2, 3, 16)).pow(2).sum().backward()
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(model.state_dict())
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    report = sp.prune_(model, 0.5, criterion=make_criterion("movement") if criterion == "instance" else criterion)
+    assert report.total == 4 * 256 + 16 * 24 and report.kept == report.total // 2
+    assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters())
+    if criterion != "uncertainty":
+        moved = -gradients["attention.in_proj_weight"] * twin.attention.in_proj_weight
+        kept = torch.cat([report.masks[f"attention.{part}_proj"] for part in "qkv"])
+        assert moved[kept].mean() > moved[~kept].mean()
+        moved, kept = -(gradients["conv.weight"] * twin.conv.weight).T, report.masks["conv"]
+        assert moved[kept].mean() > moved[~kept].mean()
+
+
 def test_a_registered_criterion_without_gradients_says_so(monkeypatch):
     class Own(Criterion):
         name = "own"
@@ -212,12 +243,17 @@ def test_a_criterion_that_needs_data_says_so_and_may_update_survivors():
         prune_(two(), 0.5, Wrong())
 
 
-@pytest.mark.parametrize("sparsity", [-0.1, 1.1, float("nan"), None, "half"])
+@pytest.mark.parametrize("sparsity", [-0.1, 1.1, float("nan"), None, "half", True])
 def test_a_bad_sparsity_changes_nothing(sparsity):
     model = two()
     with pytest.raises(ValueError, match="sparsity expected in"):
         prune_(model, sparsity)
     assert sum(zeros(model).values()) == 0
+
+
+@pytest.mark.parametrize("sparsity", [np.float32(0.5), np.float64(0.5), Fraction(1, 2)])
+def test_a_sparsity_is_any_number(sparsity):
+    assert prune_(two(), sparsity).kept == 84
 
 
 def test_weights_that_are_nan_name_their_layer():
@@ -278,6 +314,24 @@ def test_odd_weights_are_counted_exactly(sparsity, dtype):
     assert [row.name for row in report.layers] == ["transposed", "strided", "frozen", "shared", "single", "hollow"]
     found = sum(int(model[row.name].weight.count_nonzero()) for row in report.layers)
     assert found == report.kept - report.zeros and not model["transposed"].weight.is_contiguous()
+
+
+def test_mask_sets_and_reports_can_be_compared():
+    masks = prune_(two(), 0.7).masks
+    assert masks == MaskSet(dict(reversed(list(masks.items())))) and masks != {**masks} and masks != None  # noqa: E711
+    assert masks != MaskSet({**masks, "0": ~masks["0"]}) and masks != MaskSet({"0": masks["0"]})
+    assert prune_(two(), 0.7) == prune_(two(), 0.7) != prune_(two(), 0.6)
+
+
+def test_files_that_hold_no_masks_are_named(tmp_path):
+    path = tmp_path / "masks.safetensors"
+    prune_(two(), 0.7).masks.save(path)
+    for text in (path.read_bytes()[:-3], b"hello", b""):
+        (tmp_path / "other").write_bytes(text)
+        with pytest.raises(ValueError, match=r"other expected to be a file that MaskSet\.save wrote"):
+            MaskSet.load(tmp_path / "other")
+    with pytest.raises(IsADirectoryError, match="got the folder"):
+        MaskSet.load(tmp_path)
 
 
 def test_mask_sets(tmp_path):

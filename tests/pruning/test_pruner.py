@@ -6,6 +6,7 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -380,6 +381,19 @@ def test_zeros_stay_where_each_layer_has_an_optimiser_of_its_own(other):
         kept = {fqn: model.get_submodule(fqn).weight != 0 for fqn in ("0", "2")}
         assert all(not (kept[fqn] & ~mask).any() for fqn, mask in pruner.masks.items())
     assert pruner.frozen and sum(int(k.sum()) for k in kept.values()) <= pruner.masks.kept
+
+
+@pytest.mark.parametrize("name", ["begin", "end", "every"])
+@pytest.mark.parametrize("steps", [2.5, float("nan"), float("inf"), True, "3", None])
+def test_steps_are_whole(name, steps):
+    """With half a step in ``begin`` no step was its beginning, and nothing was pruned before the end."""
+    with pytest.raises(ValueError, match=f"PruneConfig: {name} expected a whole number of steps, got .*; round it"):
+        PruneConfig(**{name: steps})
+
+
+def test_a_share_of_the_steps_that_is_whole_will_do():
+    config = PruneConfig(begin=0.25 * 200, end=0.75 * 200, every=np.int64(5))
+    assert config == PruneConfig(begin=50, end=150, every=5) == PruneConfig.from_json(config.to_json())
 
 
 def test_misuse_says_what_to_do():

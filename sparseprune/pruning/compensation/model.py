@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ...nn.linear import SparseLinear
 from ...nn.matrices import shared_linears
@@ -54,7 +55,9 @@ def compensate_(
     the models are called with, as for :func:`collect_inputs`, text with the ``tokenizer``. Each pruned Linear gets what
     served it best on held-out inputs of its own: nothing, a bias shift (where it has a bias), refitted survivors, or a
     low-rank term paid for with kept weights; then it becomes a :class:`SparseLinear` with ``low_rank_a`` and
-    ``low_rank_b``. ``ranks``: those tried; ``()`` for none. ``rows``: input positions kept a layer.
+    ``low_rank_b``. Where kept weights or biases are not the dense model's any more, as after a criterion that refits
+    them or a training, they are what is compensated. ``ranks``: those tried; ``()`` for none. ``rows``: input positions
+    kept a layer.
 
     Conv1D (GPT-2), the packed ``nn.MultiheadAttention`` and a mixture's experts in one tensor are Linears here as in
     :func:`prune_`; those that get a low-rank term are given Linears for good, as by ``expose_linears_``.
@@ -62,6 +65,8 @@ def compensate_(
     Raises ValueError where nothing is pruned, where fewer than eight positions reach any of it, or the two models
     differ in shape. Warns, naming them, of layers that fewer reach, which stay as they are.
     """
+    if dense is model:
+        raise ValueError("compensate_: dense expected the model before pruning, got the pruned model; keep a copy")
     own = trainable_twin(model, "compensate_")
     twins = dict(shared_linears(dense).named_modules())
     pruned = {
@@ -70,7 +75,9 @@ def compensate_(
         if isinstance(module, nn.Linear) and not bool((module.weight != 0).all())
     }
     if not pruned:
-        raise ValueError("compensate_: expected a model with pruned Linears, got none with zeros; prune it first")
+        sparse = any(isinstance(module, SparseLinear) for module in own.modules())
+        remedy = "call it before sparsify_, or densify_ first" if sparse else "prune it first"
+        raise ValueError(f"compensate_: expected a model with pruned Linears, got none with zeros; {remedy}")
     for name, linear in pruned.items():
         twin = twins.get(name)
         if not isinstance(twin, nn.Linear) or twin.weight.shape != linear.weight.shape:
@@ -85,10 +92,15 @@ def compensate_(
         warnings.warn(f"{said}{more}, which stay as they are; give more batches", stacklevel=3)
     results: dict[str, Compensation] = {}
     for name, x in inputs.items():
-        linear = pruned[name]
-        weight, mask = twins[name].get_parameter("weight").detach(), linear.weight != 0
+        linear, twin = pruned[name], cast(nn.Linear, twins[name])
+        mask = linear.weight != 0
         tried = ranks if name else ()  # a model that is itself a Linear cannot be replaced in place
-        results[name] = compensate(weight, x, mask=mask, bias_shift=linear.bias is not None, ranks=tried)
+        weight, outputs = twin.weight.detach(), None
+        if not _as_pruned(linear, twin, mask):
+            weight, outputs = linear.weight.detach(), _missing(linear, twin, x)
+        results[name] = compensate(
+            weight, x, mask=mask, bias_shift=linear.bias is not None, ranks=tried, outputs=outputs
+        )
     for name, found in results.items():  # only now, so that an error leaves the model as it was
         linear = pruned[name]
         linear.weight.copy_(found.weight)
@@ -102,3 +114,18 @@ def compensate_(
         for name, c in low_rank.items()
     })  # fmt: skip
     return CompensationReport(results)
+
+
+def _as_pruned(linear: nn.Linear, twin: nn.Linear, mask: Tensor) -> bool:
+    """Whether the layer is the dense one with weights set to zero, and nothing else."""
+    if linear.bias is None or twin.bias is None:
+        biases = linear.bias is twin.bias
+    else:
+        biases = torch.equal(linear.bias, twin.bias.to(linear.bias))
+    return biases and torch.equal(linear.weight, (twin.weight * mask).to(linear.weight))
+
+
+def _missing(linear: nn.Linear, twin: nn.Linear, x: Tensor) -> Tensor:
+    """What the weight is to give for the inputs, so that with the layer's bias it gives what the dense layer does."""
+    wanted = F.linear(x.float(), twin.weight.float(), None if twin.bias is None else twin.bias.float())
+    return wanted if linear.bias is None else wanted - linear.bias.float()

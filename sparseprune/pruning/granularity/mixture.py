@@ -21,7 +21,7 @@ __all__ = ["Mixture", "shown"]
 class Mixture(Granularity):
     """Two stages: ``first`` (heads, neurons or blocks) keeps ``first_density``, then ``then`` (elements or blocks)
     keeps, of what is left, as many as make the total exact. first_density: default sqrt(density), the article's
-    per-axis reading.
+    per-axis reading. ValueError on other stages, and on a first one with ``trim_rescale``: its factor is of one stage.
     """
 
     first: Granularity
@@ -33,6 +33,11 @@ class Mixture(Granularity):
             raise ValueError(
                 "Mixture: expected Heads, Neurons or Block first and Element or Block then, "
                 f"got {self.first!r}, {self.then!r}"
+            )
+        if getattr(self.first, "trim_rescale", False):
+            raise ValueError(
+                f"Mixture: first expected without trim_rescale, got {self.first!r}; leave it out, or use "
+                f"{type(self.first).__name__}(trim_rescale=True) by itself"
             )
         if self.first_density is not None and not 0 < self.first_density <= 1:
             raise ValueError(f"Mixture: first_density expected in (0, 1], got {self.first_density!r}")
