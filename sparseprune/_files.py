@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 __all__ = [
-    "holding", "kind_of", "read_checkpoint", "remove_unfinished", "replacing", "save_checkpoint", "write_bytes",
-    "write_text",
+    "holding", "in_home", "kind_of", "read_checkpoint", "remove_unfinished", "replacing", "save_checkpoint",
+    "write_bytes", "write_text",
 ]  # fmt: skip
 
 _LOCK = "run.lock"
@@ -70,7 +70,7 @@ def holding(
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    path = place / (_LOCK if file_name is None else f"{file_name}.lock")
+    path = place / (_LOCK if file_name is None else f"{_cut(file_name, _LONGEST - len('.lock'))}.lock")
     held, what = (place, "folder") if file_name is None else (place / file_name, "file")
     file, why_not = _locked(path, held, remedy)
     try:
@@ -132,12 +132,17 @@ def kind_of(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "something else")
 
 
-def _resolved(path: str | os.PathLike[str]) -> Path:
+def in_home(path: str | os.PathLike[str]) -> Path:
+    """The path, ``~`` the home folder. FileNotFoundError where nobody has the name behind it."""
     try:
-        given = Path(path).expanduser()
+        return Path(path).expanduser()
     except RuntimeError as error:  # ~nobody
-        raise FileNotFoundError(errno.ENOENT, str(error), os.fspath(path)) from None
-    return Path(os.path.realpath(given))
+        what = f"{error} For a file of that name write ./ before it"
+        raise FileNotFoundError(errno.ENOENT, what, os.fspath(path)) from None
+
+
+def _resolved(path: str | os.PathLike[str]) -> Path:
+    return Path(os.path.realpath(in_home(path)))
 
 
 def _target(path: str | os.PathLike[str]) -> tuple[Path, os.stat_result | None]:
@@ -162,11 +167,14 @@ def _target(path: str | os.PathLike[str]) -> tuple[Path, os.stat_result | None]:
 
 def _start(target: Path, suffix: str) -> str:
     """What the names of temporary files for ``target`` begin with."""
-    room = _LONGEST - len("..") - 8 - len(os.fsencode(suffix))
-    name = target.name
+    return f".{_cut(target.name, _LONGEST - len('..') - 8 - len(os.fsencode(suffix)))}."
+
+
+def _cut(name: str, room: int) -> str:
+    """What of a file's name fits into so many bytes."""
     while len(os.fsencode(name)) > room:
         name = name[:-1]
-    return f".{name}."
+    return name
 
 
 def _created(target: Path, suffix: str) -> Path:

@@ -17,8 +17,12 @@ import torch
 import sparseprune as sp
 from sparseprune._arguments import path_of
 from sparseprune._files import holding, read_checkpoint, remove_unfinished, replacing, save_checkpoint, write_text
+from sparseprune.data import load_files
+from sparseprune.data.loading import read_examples
 from sparseprune.pruning.masks import MaskSet
+from sparseprune.pruning.processes import Processes
 from sparseprune.runner.folder import check_place
+from sparseprune.training.checkpoint import held
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
@@ -177,6 +181,13 @@ def test_what_begins_with_a_tilde_is_one_place_for_who_writes_and_who_reads(tmp_
     assert path_of("~/a") == home / "a" and path_of("b~") == Path("b~")
     with pytest.raises(argparse.ArgumentTypeError, match="~nobody-here"):
         path_of("~nobody-here/a")
+    with pytest.raises(FileNotFoundError, match=r"write \./ before it: '~nobody-here"):
+        check_place("~nobody-here", "own")
+    for split in ("train", "valid", "test"):
+        (home / f"{split}.tsv").write_text("one\ta\ntwo\tb\n")
+    (home / "labels.txt").write_text("a\nb\n")
+    assert load_files("~/train.tsv", "~/valid.tsv", "~/test.tsv").label_names == ["a", "b"]
+    assert read_examples("~/test.tsv", ["a", "b"]).labels == [0, 1]
     rows = [(torch.randn(4, 4), torch.zeros(4, dtype=torch.long)) for _ in range(2)]
     for step in (1, 3):  # the second goes on from the file of the first
 
@@ -203,6 +214,19 @@ def test_a_training_checkpoint_is_one_run_s(tmp_path):
     pruner = sp.DistillPruner(torch.nn.Sequential(torch.nn.Linear(4, 3)), sp.DistillConfig(steps=6, density=0.5))
     pruner.fit(rows, checkpoint=tmp_path / "run.pt", callback=another)
     assert os.listdir(tmp_path) == ["run.pt"]
+
+
+def test_a_training_checkpoint_is_held_by_whatever_name(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c.pt").symlink_to(tmp_path / "a" / "c.pt")
+    alone = Processes(active=False)
+    with held(tmp_path / "a" / "c.pt", alone):
+        with pytest.raises(BlockingIOError, match="another checkpoint"), held(tmp_path / "b" / "c.pt", alone):
+            pass
+        with held(tmp_path / ("n" * 255), alone), held(None, alone):
+            pass
+    assert os.listdir(tmp_path / "a") == []
 
 
 def test_a_folder_without_locks_is_used_and_it_is_said(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .._files import in_home
 from .rows import Row, check_no_header, is_conll, place_of, read_names, read_rows, read_sentences
 from .tables import find_splits
 
@@ -110,7 +111,7 @@ def load_files(
     Raises FileNotFoundError on a missing file, ValueError with file and line on anything else that is wrong in one, and
     on names that are no texts or stand twice.
     """
-    paths = {"train": Path(train), "valid": Path(valid), "test": Path(test)}
+    paths = {"train": in_home(train), "valid": in_home(valid), "test": in_home(test)}
     tokens = any(is_conll(path) for path in paths.values())
     for path in paths.values():
         if tokens and not is_conll(path):
@@ -137,7 +138,7 @@ def load_folder(folder: str | Path, label_names: Sequence[str] | None = None) ->
     """Reads a folder with three splits: of ``datasets.DatasetDict.save_to_disk``, or three files named train,
     validation and test, of any kind that :func:`load_files` and :mod:`.tables` read. Errors as there.
     """
-    place = Path(folder).expanduser()
+    place = in_home(folder)
     splits = find_splits(place)
     return load_files(splits["train"], splits["valid"], splits["test"], label_names, name=place.resolve().name)
 
@@ -146,7 +147,7 @@ def read_examples(path: str | Path, label_names: Sequence[str]) -> Examples:
     """Reads one file whose labels are among ``label_names``, by name or place from 0 (CoNLL: by name), as
     :func:`load_files` has it.
     """
-    path, names = Path(path), _checked_names(label_names)
+    path, names = in_home(path), _checked_names(label_names)
     tokens = is_conll(path)
     rows = read_sentences(path) if tokens else read_rows(path)[0]
     check_no_header({path: rows})

@@ -80,16 +80,17 @@ class SimulatedLinear(StandIn):
 
     def __init__(self, original: nn.Linear, value_dtype: str, activations: str) -> None:
         super().__init__(original)
-        self.value_dtype, self.activations = value_dtype, activations
+        self.__dict__["_with"] = (value_dtype, activations)
 
     def forward(self, input: Tensor) -> Tensor:
         """input: `[..., K]`; returns `[..., N]`."""
 
         def product(x: Tensor) -> Tensor:
+            value_dtype, activations = self.__dict__["_with"]
             rows = torch.arange(self.out_features, device=self.weight.device)
-            weight = rounded_values(self.weight.float(), rows, self.out_features, self.value_dtype, self.activations)
+            weight = rounded_values(self.weight.float(), rows, self.out_features, value_dtype, activations)
             bias = None if self.bias is None else self.bias.float()
-            return F.linear(rounded_input(x, self.activations), weight, bias)
+            return F.linear(rounded_input(x, activations), weight, bias)
 
         return in_float32(input, product)
 

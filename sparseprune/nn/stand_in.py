@@ -13,24 +13,26 @@ __all__ = ["StandIn", "put_back_"]
 
 # What would run the original in the stand-in's place.
 _LEFT = frozenset({"forward", "_compiled_call_impl"})
+# A stand-in's own: the Linear it stands for, and what its subclass computes with.
+_OWN = frozenset({"_of", "_with"})
 
 
 class StandIn(nn.Linear):
     """All that ``original`` has, Parameters, buffers, hooks and attributes, under the same names, but for the forward,
-    which subclasses have. The registers are shared: what is put into one is in both.
+    which subclasses have. The registers are shared: what is put into one is in both. What a subclass computes with is
+    in ``_with``, outside the module's own registers: neither saved nor moved.
     """
 
     def __init__(self, original: nn.Linear) -> None:
         super().__init__(original.in_features, original.out_features, original.bias is not None, device="meta")
         vars(self).update({name: value for name, value in vars(original).items() if name not in _LEFT})
-        self.__dict__["_of"] = original  # outside the module's own registers: neither saved nor moved
+        self.__dict__["_of"] = original
 
     @property
     def original(self) -> nn.Linear:
         """The Linear it stands in for, with the Parameters, the mode and the attributes of now."""
         original: nn.Linear = self.__dict__["_of"]
-        held = vars(original)
-        held.update({name: value for name, value in vars(self).items() if name in held})
+        vars(original).update({name: value for name, value in vars(self).items() if name not in _OWN | _LEFT})
         return original
 
 

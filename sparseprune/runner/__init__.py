@@ -26,6 +26,7 @@ from ..training import DistillConfig
 from .config import (
     RunConfig,
     check_dense_epochs,
+    check_rounding,
     method_config,
     method_name,
     override,
@@ -90,6 +91,7 @@ def run_demo(
             epochs=_DEMO_EPOCHS if epochs is None else epochs, value_dtype=value_dtype, activations=activations,
             autocast=autocast,
         )  # fmt: skip
+        check_rounding(layout, pruning)
         config = RunConfig(pruning=pruning, data=data, layout=layout, seed=seed, prune_layers=tuple(layers or ()),
                            data_check=data_check, robustness=robustness)  # fmt: skip
         if data == "crosswoz_zh":
@@ -134,6 +136,7 @@ def run_prune(
         max_seconds=max_seconds, value_dtype=value_dtype, activations=activations,
         autocast=autocast,
     )  # fmt: skip
+    check_rounding(layout, pruning)
     settings = RunConfig(
         pruning=pruning, data=_text(data), train=_text(train), valid=_text(valid), test=_text(test),
         model=None if built_in else model, teacher=teacher, batch_size=batch_size,

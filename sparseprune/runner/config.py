@@ -17,8 +17,8 @@ from ..pruning.schedules import CubicSchedule, Schedule
 from ..training import DistillConfig, DistillPruner
 from ..training.config import METHODS as TRAINING_METHODS
 
-__all__ = ["METHODS", "RunConfig", "check_dense_epochs", "final_density", "method_config", "method_name", "override",
-           "pruner_of", "read_settings", "schedule"]  # fmt: skip
+__all__ = ["METHODS", "RunConfig", "check_dense_epochs", "check_rounding", "final_density", "method_config",
+           "method_name", "override", "pruner_of", "read_settings", "schedule"]  # fmt: skip
 
 #: What a run can be asked to prune by: where learned scores come from, or learned scores with the adversary.
 METHODS = (*TRAINING_METHODS, "gan")
@@ -105,9 +105,6 @@ class RunConfig(Config):
             )
         if self.layout not in LAYOUTS:
             raise ValueError(f"RunConfig: layout expected one of {', '.join(LAYOUTS)}, got {self.layout!r}")
-        if self.layout == "dense" and self.pruning.rounds:
-            got = f"value_dtype {self.pruning.value_dtype!r}, activations {self.pruning.activations!r}"
-            raise ValueError(f"RunConfig: layout 'dense' leaves Linears in float32, expected no rounding, got {got}")
         for name in ("hidden", "ffn", "layers", "heads", "batch_size", "latency_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"RunConfig: {name} expected >= 1, got {getattr(self, name)!r}")
@@ -223,6 +220,8 @@ def override(config: RunConfig, given: Mapping[str, Any]) -> tuple[RunConfig, li
         changes |= _FILES
     changed = replace(config, pruning=pruning, **changes)
     check_dense_epochs(given.get("dense_epochs"), changed.teacher)
+    if given.keys() & {"layout", "value_dtype", "activations"}:
+        check_rounding(changed.layout, changed.pruning)
     return changed, differences(config, changed)
 
 
@@ -232,6 +231,16 @@ def check_dense_epochs(epochs: int | None, teacher: str | None) -> None:
         raise ValueError(
             f"dense_epochs: expected none with the teacher {teacher}, which is fine-tuned already, got {epochs}; leave "
             "one of the two out"
+        )
+
+
+def check_rounding(layout: str, pruning: DistillConfig) -> None:
+    """ValueError where rounding is asked for that no kernel of the layout does."""
+    if layout == "dense" and pruning.rounds:
+        got = f"value_dtype {pruning.value_dtype!r}, activations {pruning.activations!r}"
+        raise ValueError(
+            f"layout 'dense' leaves Linears in float32, expected no rounding, got {got}; leave these out, or take "
+            "another layout"
         )
 
 

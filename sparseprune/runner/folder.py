@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._arguments import check_folder
-from .._files import holding, remove_unfinished, write_text
+from .._files import holding, in_home, remove_unfinished, write_text
 from .config import RunConfig, differences
 
 __all__ = ["DENSE", "TRAINING", "check_place", "clear", "enter", "occupied", "write_json"]
@@ -28,7 +28,7 @@ def check_place(out: str | Path, name: str) -> Path:
     """
     if not name or name in (".", "..") or Path(name).name != name or "\0" in name:
         raise ValueError(f"run: name expected a plain folder name, without separators, got {name!r}")
-    folder = Path(out).expanduser() / name
+    folder = in_home(out) / name
     check_folder(folder, "out")
     return folder
 

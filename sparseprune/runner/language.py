@@ -111,8 +111,8 @@ def _run(
     dense.to(settings["device"]).requires_grad_(False)
     calibration, judged = _windows(tokenizer, material, others, settings)
     needs_data = settings["criterion"] not in ("magnitude", "random")
-    material = f"prunes with {calibration.numel():,} tokens" if needs_data else "prunes by its weights alone"
-    say(f"{settings['model']}: {material}, is judged on {judged.numel():,}{'' if needs_data else ' tokens'}")
+    reads = f"prunes with {calibration.numel():,} tokens" if needs_data else "prunes by its weights alone"
+    say(f"{settings['model']}: {reads}, is judged on {judged.numel():,}{'' if needs_data else ' tokens'}")
     check_length("the speed at the end", dense, min(_PROMPT, judged.shape[1]), settings["new_tokens"])
     before = perplexity(dense, judged)
     say(f"dense: {before}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._files import write_text
+from .._files import in_home, write_text
 from ..data import (
     SETS,
     Augment,
@@ -75,7 +75,7 @@ def default_rate(model: str) -> float:
 
 
 def _read(config: RunConfig) -> TextData:
-    names = None if config.labels is None else read_names(Path(config.labels))
+    names = None if config.labels is None else read_names(in_home(config.labels))
     if config.data is not None:
         data = load_set(config.data) if config.data in SETS else load_folder(config.data, names)
     else:

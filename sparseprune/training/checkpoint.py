@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,26 @@ def identity(config: Config, teacher: nn.Module) -> dict[str, Any]:
     return {"config": described(config), "teacher": digest(teacher.state_dict())}
 
 
-def held(path: Path | None, processes: Processes) -> AbstractContextManager[None]:
-    """Holds the file, which need not be there, for one run: two would write over one another's steps. BlockingIOError
-    where another run does. No file: nothing.
+@contextmanager
+def held(path: Path | None, processes: Processes) -> Iterator[None]:
+    """Holds the file, which need not be there, for one run: two would write over one another's steps. BlockingIOError,
+    in every process, where another run does. No file: nothing.
     """
-    if path is None or processes.index:
-        return nullcontext()
-    place = path.absolute()
-    return holding(place.parent, "wait for it, or give this run another checkpoint", warnings.warn, place.name)
+    with ExitStack() as ending:
+        refused: OSError | None = None
+        if path is not None and processes.index == 0:
+            place = Path(os.path.realpath(path))
+            remedy = "wait for it, or give this run another checkpoint"
+            try:
+                ending.enter_context(holding(place.parent, remedy, warnings.warn, place.name))
+            except OSError as error:
+                refused = error
+        told = None if path is None else processes.gather(None if refused is None else str(refused))[0]
+        if refused is not None:
+            raise refused
+        if told is not None:
+            raise BlockingIOError(told)
+        yield
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:

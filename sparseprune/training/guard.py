@@ -43,10 +43,13 @@ class Guard:
         self.bad = 0
         return self.snapshot
 
-    def check_stepped(self, stepped: bool, who: str) -> None:
-        """At the end of a run: RuntimeError where no step was finite, for fewer than it takes to give up."""
+    def check_stepped(self, stepped: bool, steps: int, who: str) -> None:
+        """At the end of a run: RuntimeError where no step was finite, of fewer than it takes to give up."""
         if not stepped:
-            raise RuntimeError(f"{who}.fit: not finite in every step of the run; check the data, lower lr or clip")
+            raise RuntimeError(
+                f"{who}.fit: expected a step whose losses are finite, got none in {steps}; check the data, lower lr or "
+                "clip"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Without the snapshot, which a checkpoint holds as the state itself."""

@@ -4,6 +4,8 @@ inference will, while they stay what they are for optimiser, state dict and chec
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,19 @@ DENSITY = 0.2
 _WEIGHTS = 1 << 15
 
 
+class _Parts(NamedTuple):
+    """The sparse structure; order: where in the flat weight each of its values is; row: of each value, or pair; quads:
+    whether its values are rounded in their blocks.
+    """
+
+    sparse: SparseLinear
+    order: Tensor
+    row: Tensor
+    quads: bool
+    value_dtype: str
+    activations: str
+
+
 class HealingLinear(StandIn):
     """``original``'s function, with its Parameters, read through ``mask`` (bool `[N, K]`) by a :class:`SparseLinear`:
     the gradient of ``weight`` is 0 outside the mask. value_dtype, activations: what kernels of inference will round,
@@ -44,32 +59,31 @@ class HealingLinear(StandIn):
         numbered.weight = nn.Parameter(places * mask, requires_grad=False)
         values = SparseLinear.from_linear(numbered, "bsr" if blocksize else "csr", blocksize).values
         order = (values.detach().reshape(-1) - 1).long()
-        self._quads = blocksize is not None and sparse.values.shape[-1] % 2 == 0  # neighbours of one lie in one block
-        if self._quads:
+        quads = blocksize is not None and sparse.values.shape[-1] % 2 == 0  # neighbours of one lie in one block
+        if quads:
             row = order.view(sparse.values.shape)[..., 0] // self.in_features
         else:
             row = torch.arange(self.out_features, device=mask.device)
-        # Outside the module's own registers: neither saved nor moved, and made anew from the mask.
-        self.__dict__["_parts"] = (sparse, order, row)
-        self.value_dtype, self.activations = value_dtype, activations
+        # Made anew from the mask where it is wanted again.
+        self.__dict__["_with"] = _Parts(sparse, order, row, quads, value_dtype, activations)
 
     def forward(self, input: Tensor) -> Tensor:
         """input: `[..., K]`; returns `[..., N]`."""
-        if self.value_dtype == "float32":
+        if self.__dict__["_with"].value_dtype == "float32":
             return self._product(input)
         return in_float32(input, self._product)
 
     def _product(self, x: Tensor) -> Tensor:
-        sparse, order, row = self.__dict__["_parts"]
+        sparse, order, row, quads, value_dtype, activations = self.__dict__["_with"]
         shape, rows = sparse.values.shape, self.out_features
-        if self._quads or self.value_dtype == "float32":
+        if quads or value_dtype == "float32":
             values = self.weight.reshape(-1).index_select(0, order).view(shape)
-            if self._quads:
-                values = rounded_values(values, row, rows, self.value_dtype, self.activations)
+            if quads:
+                values = rounded_values(values, row, rows, value_dtype, activations)
         else:
-            whole = rounded_values(self.weight, row, rows, self.value_dtype, self.activations)
+            whole = rounded_values(self.weight, row, rows, value_dtype, activations)
             values = whole.reshape(-1).index_select(0, order).view(shape)
-        return sparse.trained(rounded_input(x, self.activations), values, self.bias)
+        return sparse.trained(rounded_input(x, activations), values, self.bias)
 
 
 def heal_sparse_(model: nn.Module, gates: Gates) -> tuple[list[str], dict[str, str], dict[str, str]]:

@@ -93,13 +93,15 @@ def task_loss(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets:
             logits, targets = logits[keep], targets[keep]
         try:
             return loss(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
-        except IndexError:
+        except IndexError as error:
             low, high = int(given[keep].min()), int(given[keep].max())
+            if low >= 0 and high < logits.shape[-1]:  # the loss's own
+                raise
             raise ValueError(
                 f"labels: expected classes from 0 to {logits.shape[-1] - 1}, as many as the model has outputs, or "
                 f"{IGNORED} for what counts for nothing, got from {low} to {high}; number them so, or "
                 "give the model more outputs"
-            ) from None
+            ) from error
     if logits.shape == (*targets.shape, 1):  # side by side they would be compared each with each
         return loss(logits.squeeze(-1), targets.to(logits.dtype))
     return loss(logits, targets)

@@ -5,6 +5,7 @@ gone would change.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -28,20 +29,23 @@ class MovingLinear(StandIn):
 
     def __init__(self, original: nn.Linear) -> None:
         super().__init__(original)
-        self.__dict__["_step"] = None  # outside the module's own registers: neither saved nor moved
+        self.__dict__["_with"] = None
 
     def follow_(self, mask: Tensor | None) -> None:
         """The mask of this step, bool `[N, K]`; None: too much is kept for sparse products to pay."""
-        self.__dict__["_step"] = None if mask is None else (mask, self.weight, self.weight._version)
+        self.__dict__["_with"] = None if mask is None else (mask, self.weight, self.weight._version)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Copies and pickles are of the plain Linear: no step will tell them their mask."""
         return _itself, (self.original,)
 
+    def __copy__(self) -> nn.Linear:
+        return copy.copy(self.original)
+
     def forward(self, input: Tensor) -> Tensor:
         """input: `[..., K]`; returns `[..., N]`."""
         weight, mask = self.weight, None
-        step = None if torch.compiler.is_compiling() else self.__dict__["_step"]  # a graph outlives the step
+        step = None if torch.compiler.is_compiling() else self.__dict__["_with"]  # a graph outlives the step
         if step is not None and weight is step[1] and weight._version == step[2]:
             mask = step[0]
         if mask is None:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from .._files import in_home
 from ..nn.filters import FilterFn, prunable_linears
 from ..nn.stand_in import put_back_
 from ..nn.views import settle_, trainable_twin
@@ -134,8 +135,8 @@ class DistillPruner:
         the whole split, or shares of equal size. The first process writes the checkpoint, and alone needs the file;
         history and callbacks see the same figures everywhere.
 
-        Raises RuntimeError, with what was seen, when the loss stays non-finite after three restores, and ValueError
-        where the processes disagree on the length of the run, or are given unlike rows.
+        RuntimeError, with what was seen, when the loss stays non-finite after three restores, or was so in every step;
+        BlockingIOError where another run holds the checkpoint; ValueError where processes disagree on rows or length.
         """
         if self._finished:
             raise RuntimeError(f"{self._who}.fit: this run is over; make a new pruner to train again")
@@ -152,7 +153,7 @@ class DistillPruner:
             self.device, self._generator,
         )  # fmt: skip
         total = self._agreed_steps(train_loader)
-        path = None if checkpoint is None else Path(checkpoint).expanduser()
+        path = None if checkpoint is None else in_home(checkpoint)
         if clock.step == 0:
             self._share_first()
         with ExitStack() as ending:
@@ -382,7 +383,8 @@ class DistillPruner:
         self._processes.mean_([b for b in self.model.buffers() if b.is_floating_point()])
 
     def _finish(self) -> None:
-        self._guard.check_stepped(bool(self.history.steps), self._who)
+        put_back_(self.model)
+        self._guard.check_stepped(bool(self.history.steps), self._clock.step, self._who)
         self._finished = True
         if (cut := self._clock.cut_short()) is not None:
             self._note(cut)
@@ -391,7 +393,6 @@ class DistillPruner:
         if self._best.key is not None:
             self.model.load_state_dict(self._best.state)
             self._note(f"best state taken from step {self._best.step}")
-        put_back_(self.model)
 
     def _tensors(self) -> dict[str, Any]:
         """Everything that training moves, cloned."""
@@ -402,7 +403,6 @@ class DistillPruner:
         })  # fmt: skip
 
     def _restore_tensors(self, state: dict[str, Any]) -> None:
-        put_back_(self.model, MovingLinear)  # the masks they have are of another step
         was_frozen = self.gates.frozen
         if was_frozen and not state["gates"]["frozen"]:
             return  # the masks are decided; the weights heal from where they are with the smaller rate

@@ -249,3 +249,12 @@ def test_stand_ins_of_another_kind_stay():
     with simulated(model, ["1"]):
         assert isinstance(model[1], SimulatedLinear)
     assert model[0] is other and type(model[1]) is nn.Linear
+
+
+def test_a_stand_in_leaves_the_attributes_of_its_linear_alone_and_hands_on_new_ones():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].activations = "gelu"
+    with simulated(model, ["0"]):
+        model[0].added = 3
+    assert type(model[0]) is nn.Linear and model[0].activations == "gelu" and model[0].added == 3
+    assert not {"value_dtype", "_with", "_of"} & set(vars(model[0]))

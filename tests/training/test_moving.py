@@ -120,6 +120,9 @@ def test_a_copy_and_a_pickle_from_within_a_run_are_plain():
             torch.save(pruner.model, stored)
             stored.seek(0)
             found.extend([copy.deepcopy(pruner.model), torch.load(stored, weights_only=False)])
+            layer = pruner.model[0]
+            one = copy.copy(layer)
+            assert type(one) is nn.Linear and one is not layer.original and one.weight is layer.weight
 
     pruner = DistillPruner(model(), config())
     pruner.fit(data(), callback=take)

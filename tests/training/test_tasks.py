@@ -305,3 +305,13 @@ def test_the_built_in_encoder_says_that_it_labels_texts(tmp_path, capsys):
     arguments = ["--train", path, "--valid", path, "--test", path, "--out", str(tmp_path)]
     assert cli.main(["prune", "--model", "encoder", *arguments]) != 0
     assert "labels whole texts, not words" in capsys.readouterr().err
+
+
+def test_an_index_error_of_a_loss_s_own_is_its_own():
+    def broken(logits, targets):
+        return [0.0][3]
+
+    with pytest.raises(IndexError, match="list index"):
+        task_loss(broken, torch.randn(4, 4), torch.tensor([0, 1, 2, 3]))
+    with pytest.raises(ValueError, match=r"from 0 to 3, .* got from 0 to 4"):
+        task_loss(nn.CrossEntropyLoss(), torch.randn(4, 4), torch.tensor([0, 1, 2, 4]))

@@ -33,6 +33,8 @@ def options(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from torch import nn
+
     from ...language import perplexity, speed_table, tokens_per_second
     from ...nn import prunable_linears, sparsify_
     from ...nn.copies import copy_of
@@ -44,8 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise FileNotFoundError(f"{arguments.checkpoint}: no such file; expected a checkpoint by sp.save")
     model, tokenizer = shared.language_model(arguments)
     model.to(device)
+    # Of what is no Linear itself, those alone that sparsify_ gives Linears.
+    given = dict(shared_linears(model, pruned=True).named_modules())
     zeros = arguments.checkpoint is None and any(
-        bool((linear.weight == 0).any()) for linear in prunable_linears(shared_linears(model)).values()
+        isinstance(given.get(name), nn.Linear) and bool((linear.weight == 0).any())
+        for name, linear in prunable_linears(shared_linears(model)).items()
     )
     rounded_to = (arguments.value_dtype, arguments.dense_value_dtype)
     if arguments.checkpoint is None and not zeros and rounded_to != ("float32", "float32"):
