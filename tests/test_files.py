@@ -229,6 +229,19 @@ def test_a_training_checkpoint_is_held_by_whatever_name(tmp_path):
     assert os.listdir(tmp_path / "a") == []
 
 
+def test_every_process_is_told_that_a_training_checkpoint_is_held(tmp_path):
+    class Second:
+        index = 1
+
+        def gather(self, own):
+            assert own is None  # it has tried nothing itself
+            return ["run.pt: in use by process 7 on there; wait for it", own]
+
+    with pytest.raises(BlockingIOError, match="in use by process 7"), held(tmp_path / "run.pt", Second()):
+        pytest.fail("went on")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_without_locks_is_used_and_it_is_said(tmp_path, monkeypatch):
     def flock(file, how):
         raise OSError(errno.ENOLCK, "No locks available")

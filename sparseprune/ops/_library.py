@@ -110,5 +110,6 @@ def backward_kernels() -> Any:
 
 
 def bias_grad(dy: Tensor, bias_dtype: torch.dtype) -> Tensor:
+    """dy: `[..., N_out]`; returns its sum over tokens, `[N_out]`, added up in float32 or wider."""
     wide = torch.promote_types(dy.dtype, torch.float32)
     return (dy if dy.dim() == 1 else dy.flatten(0, -2).sum(0, dtype=wide)).to(bias_dtype)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from sparseprune import NM, Block, CubicSchedule, RetentionSchedule
+from sparseprune import NM, Block, CubicSchedule, DistillConfig, PruneConfig, RetentionSchedule
 from sparseprune.gan import DiscriminatorConfig, GANConfig
 
 
@@ -85,3 +85,9 @@ def test_density_is_one_before_the_window_and_final_after_it():
     assert config.density_at(config.prune_until) == config.final_density == pytest.approx(0.1)
     seen = [config.density_at(i / 100) for i in range(101)]
     assert seen == sorted(seen, reverse=True)
+
+
+@pytest.mark.parametrize("kind", [DistillConfig, GANConfig, PruneConfig])
+def test_the_density_falls_by_the_cubic_schedule_unless_another_is_asked_for(kind):
+    assert kind().schedule == CubicSchedule(0.1)
+    assert kind(density=0.05).schedule == CubicSchedule(0.05)
