@@ -150,6 +150,9 @@ class DistillConfig(Config):
         check_dtypes(name, self.value_dtype, self.activations)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"{name}: label_smoothing expected in [0, 1), got {self.label_smoothing!r}")
+        if not isinstance(self.schedule, Schedule):
+            got = repr(self.schedule)
+            raise ValueError(f"{name}: schedule expected a Schedule such as sp.CubicSchedule(0.1), got {got}")
         if self.density is not None and self.schedule is _BY_DEFAULT:
             object.__setattr__(self, "schedule", CubicSchedule(self.density))
         if self.lr is not None:

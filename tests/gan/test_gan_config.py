@@ -91,3 +91,10 @@ def test_density_is_one_before_the_window_and_final_after_it():
 def test_the_density_falls_by_the_cubic_schedule_unless_another_is_asked_for(kind):
     assert kind().schedule == CubicSchedule(0.1)
     assert kind(density=0.05).schedule == CubicSchedule(0.05)
+
+
+@pytest.mark.parametrize("wrong", ["cubic", 0.1, None, CubicSchedule])
+@pytest.mark.parametrize("kind", [DistillConfig, GANConfig, PruneConfig])
+def test_what_is_no_schedule_is_refused_before_the_run(kind, wrong):
+    with pytest.raises(ValueError, match=r"schedule expected a Schedule such as sp.CubicSchedule\(0.1\), got"):
+        kind(schedule=wrong)
