@@ -51,8 +51,10 @@ def load_folder(path: str | os.PathLike[str], keep: str = "canonical") -> nn.Mod
             with noting_failures() as failed:
                 try:
                     model, found = kind.from_pretrained(str(place), output_loading_info=True)
-                except (OSError, RuntimeError) as error:
-                    raise ValueError(f"cannot be loaded: {_told(failed) or error}") from None
+                except MemoryError:
+                    raise
+                except Exception as error:  # whatever transformers makes of files that are not what it expects
+                    raise ValueError(f"cannot be loaded: {_told(failed) or error}") from error
             if found["missing_keys"]:
                 raise ValueError(f"expected every weight, got none for {', '.join(sorted(found['missing_keys'])[:3])}")
             if keep == "packed":
@@ -64,13 +66,13 @@ def load_folder(path: str | os.PathLike[str], keep: str = "canonical") -> nn.Mod
         kind = _architecture(folder)
         from transformers.initialization import no_init_weights
 
-        with no_init_weights(), _parameters_on_meta():
+        with no_init_weights(), _parameters_on_meta(), _described():
             model = kind._from_config(require().AutoConfig.from_pretrained(str(folder)))
         if model.can_generate() and (folder / _GENERATION).is_file():
             try:
                 model.generation_config = model.generation_config_class.from_pretrained(str(folder))
-            except OSError as error:
-                raise ValueError(f"{_GENERATION} cannot be read: {error}") from None
+            except Exception as error:
+                raise ValueError(f"{_GENERATION} cannot be read: {error}") from error
         fill(model, content, keep)
     return model.eval()
 
@@ -78,6 +80,17 @@ def load_folder(path: str | os.PathLike[str], keep: str = "canonical") -> nn.Mod
 def _told(failed: list[str]) -> str:
     more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
     return f"{failed[0]}{more}; the folder is damaged, copy or save it again" if failed else ""
+
+
+@contextmanager
+def _described() -> Iterator[None]:
+    """Turns whatever transformers makes of a configuration that is none into a ValueError that names the file."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{_CONFIG} does not describe a model: {error}") from error
 
 
 @contextmanager

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-__all__ = ["language_model", "require"]
+__all__ = ["language_model", "loading", "require"]
 
 
 def require() -> Any:
@@ -19,6 +22,31 @@ def require() -> Any:
         raise ImportError(f"needs the package transformers ({error}); pip install 'sparseprune[hf]'") from None
 
 
+@contextmanager
+def loading(name: str, kind: str = "") -> Iterator[None]:
+    """Turns whatever transformers, on its way to the model ``name``, makes of files that are not what it expects into
+    one ValueError that says so; ``kind``: as what it is loaded, for the message.
+
+    FileNotFoundError where ``name`` looks like a path and is no folder, ValueError where it is a file.
+    """
+    place = Path(name).expanduser()
+    if place.is_file():
+        raise ValueError(f"model: expected a folder with config.json or a name on the hub, got the file {name!r}")
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not place.is_dir():
+        raise FileNotFoundError(f"model: no folder {name!r}")
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # a configuration alone ends in KeyError, TypeError and classes of its own
+        text = textwrap.shorten(str(error), 500, placeholder=" ...").rstrip(".") or type(error).__name__
+        if isinstance(error, OSError) and not place.is_dir():
+            text += "; without a network give a folder with config.json, or set HF_HUB_OFFLINE=1 to fail at once"
+        elif not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
+            text += "; its config.json is damaged, or of another kind: copy or save the model again"
+        raise ValueError(f"model {name!r} cannot be loaded{kind}: {text}") from error
+
+
 def language_model(name: str, gguf_file: str | None = None) -> tuple[nn.Module, Any]:
     """(causal language model in float32 and eval mode, its tokenizer), from a hub name or a folder.
 
@@ -27,16 +55,12 @@ def language_model(name: str, gguf_file: str | None = None) -> tuple[nn.Module, 
     """
     transformers = require()
     transformers.utils.logging.disable_progress_bar()
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
-        raise FileNotFoundError(f"model: no folder {name!r}")
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
-    try:
+    with loading(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype="float32", output_loading_info=True, **options
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {name!r} cannot be loaded: {error}") from None
     if found["missing_keys"]:
         lacking = sorted(found["missing_keys"])
         raise ValueError(

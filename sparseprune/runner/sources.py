@@ -24,6 +24,7 @@ from ..data import (
     load_set,
     read_names,
 )
+from ..integrations.transformers import loading
 from ..nn import expose_linears_
 from ..pruning.rows import IGNORED
 from ..training.rates import SMALLEST, rate_for
@@ -68,8 +69,9 @@ def default_rate(model: str) -> float:
     try:
         from transformers import AutoConfig
 
-        size = getattr(AutoConfig.from_pretrained(model), "hidden_size", None)
-    except (ImportError, OSError, ValueError, KeyError):
+        with loading(model):
+            size = getattr(AutoConfig.from_pretrained(model), "hidden_size", None)
+    except (ImportError, OSError, ValueError):
         size = None  # whatever is wrong with the model, open_source says it
     return rate_for(size) if isinstance(size, int) and size > 0 else SMALLEST
 
@@ -138,20 +140,11 @@ def _transformer(config: RunConfig) -> Source:
     labels = dict(enumerate(data.label_names))
     words = data.train.tokens
     kind = AutoModelForTokenClassification if words else AutoModelForSequenceClassification
-    try:
+    with loading(source, f" as a {'token' if words else 'sequence'} classifier of {len(labels)} labels"):
         tokenizer = AutoTokenizer.from_pretrained(source, **({"add_prefix_space": True} if words else {}))
         model = kind.from_pretrained(
             source, num_labels=len(labels), id2label=labels, label2id={n: i for i, n in labels.items()},
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if isinstance(error, OSError) and not Path(source).is_dir():
-            remedy = "without a network give a folder with config.json, or set HF_HUB_OFFLINE=1 to fail at once"
-            first = f"{first.rstrip('.')}; {remedy}"
-        raise ValueError(
-            f"model {source!r} cannot be loaded as a {'token' if words else 'sequence'} classifier of {len(labels)} "
-            f"labels: {first}"
-        ) from error
     if words and not tokenizer.is_fast:
         raise ValueError(f"model {source!r}: labels of words need a fast tokenizer, which knows where its tokens lie")
     expose_linears_(model)

@@ -82,6 +82,7 @@ def places(tmp_path, monkeypatch):
     for name in ("folder", "folder.json", "run"):
         (tmp_path / name).mkdir()
     (tmp_path / "run" / "settings.json").write_text(contents["settings.json"])
+    (tmp_path / "folder.json" / "config.json").write_text(contents["nan.json"])
     there = sorted(path.name for path in tmp_path.iterdir())
     return [*there, "missing", "missing/deeper/file.json", "good.tsv/file.json", "folder/", "/proc/self/mem",
             "/dev/null", "/dev/null/x", str(tmp_path / "run"), "l" * 300 + ".json"]  # fmt: skip

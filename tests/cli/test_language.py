@@ -251,3 +251,41 @@ def test_export_to_onnx(model, capsys):
 def test_criteria_that_want_gradients_are_no_choice(criterion, capsys):
     assert main(["prune", "--model", "lm", "--text", "text.txt", "--criterion", criterion]) == 2
     assert f"invalid choice: '{criterion}'" in capsys.readouterr().err
+
+
+BROKEN = {
+    "nan": "NaN", "number": "3", "list": "[]", "null": "null", "string": '"bert"', "cut": '{"model_type": "llama",',
+    "kind": '{"model_type": ["llama"], "architectures": ["LlamaForCausalLM"]}',
+    "width": '{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": "x"}',
+    "heads": '{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_attention_heads": 0}',
+    "names": '{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "id2label": 3}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_configuration_that_is_none_is_one_line(name, model, capsys):
+    (model / "rows.tsv").write_text("a bird\tup\na dog\tdown\nthe cat\tup\nthe dog\tdown\n")
+    made = transformers.AutoModelForCausalLM.from_pretrained("lm")
+    sp.prune_(made, sparsity=0.5)
+    (model / "ours").mkdir()
+    sp.save(made, model / "ours" / "pruned.safetensors")
+    for folder in ("lm", "ours"):
+        (model / folder / "config.json").write_text(BROKEN[name])
+        rows = [part for split in ("train", "valid", "test") for part in (f"--{split}", "rows.tsv")]
+        for command in (
+            ["prune", "--model", folder, "--text", "text.txt"], ["prune", "--model", folder, *rows],
+            ["prune", "--model", folder, "--teacher", folder, *rows], ["eval", "--model", folder, "--text", "text.txt"],
+            ["sensitivity", "--model", folder, "--text", "text.txt"], ["export", folder, "out"],
+        ):  # fmt: skip
+            assert main(command) == 2, command
+            said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sparseprune")]
+            assert len(said) == 1 and "error: " in said[0] and folder in said[0], command
+
+
+def test_a_file_where_a_model_is_expected_is_named_at_once(model, capsys):
+    (model / "rows.tsv").write_text("a bird\tup\na dog\tdown\n")
+    rows = [part for split in ("train", "valid", "test") for part in (f"--{split}", "rows.tsv")]
+    (model / "config.json").write_text("NaN")
+    for command in (["eval", "--text", "text.txt"], ["prune", *rows], ["prune", "--text", "text.txt"]):
+        assert main([*command, "--model", "config.json"]) == 2
+        assert "expected a folder with config.json or a name on the hub, got the file" in capsys.readouterr().err

@@ -236,7 +236,12 @@ def test_own_files_and_a_transformers_classifier(tmp_path):
             FileNotFoundError,
             "no such file",
         ),
-        (lambda p: run_prune(str(p / "no-model"), *files_of(p, ".t.tsv"), out=p), ValueError, "loaded.*config.json"),
+        (
+            lambda p: run_prune("no-model-of-ours", *files_of(p, ".t.tsv"), out=p),
+            ValueError,
+            "loaded.*without a network give a folder with config.json",
+        ),
+        (lambda p: run_prune(str(p / "no-model"), *files_of(p, ".t.tsv"), out=p), FileNotFoundError, "no folder"),
         (
             lambda p: run_prune("m", *files_of(p, ".t.tsv"), out=p, teacher="t", dense_epochs=2),
             ValueError,
