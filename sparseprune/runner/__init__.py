@@ -116,8 +116,8 @@ def run_prune(
     files, of one text or a pair of texts and a label; on three CoNLL files (a word and its label a line) any token
     classifier. data: a folder that holds the three, in their place (:func:`~sparseprune.data.load_folder`).
 
-    The dense model is fine-tuned first unless ``teacher`` names a fine-tuned one, from whose weights the student then
-    starts. density: None for what N:M keeps, else 0.1. lr: of both trainings; None for 1e-3 with the built-in encoder,
+    The dense model is fine-tuned first unless ``teacher``, the same as ``model``, says that it is a fine-tuned one.
+    density: None for what N:M keeps, else 0.1. lr: of both trainings; None for 1e-3 with the built-in encoder,
     with any other by its hidden size (:func:`~sparseprune.runner.sources.default_rate`), half of it, or 3e-5, for the
     dense training. epochs: of pruning and healing, None for 5, or for as many as make 1200 steps, 40 at the most;
     dense_epochs: None for 3, or for as many as make 500 steps, 20 at the most. labels: a file of label names, see

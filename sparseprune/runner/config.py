@@ -33,8 +33,8 @@ _FILES = {"train": None, "valid": None, "test": None, "labels": None}
 class RunConfig(Config):
     """One run. pruning: how; a GANConfig brings in the adversary. data: a built-in set, a folder with three splits
     (:func:`~sparseprune.data.load_folder`), or None with the three files given. model: None for the built-in encoder,
-    else a transformers hub name or folder. teacher: a fine-tuned classifier (folder or name) that saves the dense
-    training.
+    else a transformers hub name or folder. teacher: the same name or folder once more, where it is a fine-tuned
+    classifier, which saves the dense training.
 
     dense_epochs, dense_lr, batch_size: the dense fine-tuning. drop, swap, mask: token augmentation. layout: "auto",
     "csr", "bsr", "nm", or "dense" to leave the Linears alone. latency_batch: examples in the batch that is timed.
@@ -209,6 +209,8 @@ def override(config: RunConfig, given: Mapping[str, Any]) -> tuple[RunConfig, li
             changes["prune_layers"] = tuple(value)
         elif name == "model":
             changes["model"] = None if value == "encoder" else value
+        elif name == "teacher":
+            changes = {"model": value, **changes, "teacher": value}
         elif name != "density":
             changes[name] = value
     if "density" in given or _fixed(pruning.granularity) is not None:

@@ -134,8 +134,13 @@ def _transformer(config: RunConfig) -> Source:
         from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
     except ImportError as error:
         raise ValueError(f"model {config.model!r} needs transformers; pip install 'sparseprune[hf]'") from error
+    if config.teacher is not None and config.teacher != config.model:
+        raise ValueError(
+            f"model: expected none beside the teacher {config.teacher!r}, from whose weights the student starts, got "
+            f"{config.model!r}; leave one of them out, or give a student of its own to sp.DistillPruner"
+        )
     data = _read(config)
-    source = config.teacher or config.model
+    source = config.model
     assert source is not None
     labels = dict(enumerate(data.label_names))
     words = data.train.tokens

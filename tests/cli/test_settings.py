@@ -210,5 +210,23 @@ def test_a_teacher_alone_says_which_model(monkeypatch):
     monkeypatch.setattr("sparseprune.runner.run_prune", lambda *args, **settings: asked.append((args[0], settings)))
     files = ["--train", "a.tsv", "--valid", "b.tsv", "--test", "c.tsv"]
     assert main(["prune", "--teacher", "tuned", *files]) == 0
-    assert main(["prune", "--teacher", "tuned", "--model", "bare", *files]) == 0
-    assert [(model, settings["teacher"]) for model, settings in asked] == [("tuned", "tuned"), ("bare", "tuned")]
+    assert main(["prune", "--teacher", "tuned", "--model", "tuned", *files]) == 0
+    assert [(model, settings["teacher"]) for model, settings in asked] == [("tuned", "tuned")] * 2
+
+
+@pytest.mark.parametrize("model", ["bare", "encoder"])
+def test_a_model_that_nobody_would_read_beside_a_teacher_is_refused(model, settings, tmp_path, capsys):
+    files = [part for name in ("train", "valid", "test") for part in (f"--{name}", tmp_path / "rows.tsv")]
+    (tmp_path / "rows.tsv").write_text("up\tgood\ndown\tbad\n")
+    command = ["prune", "--teacher", "tuned", "--model", model, *files, "--out", tmp_path / "runs"]
+    refused(capsys, command, "teacher")
+    refused(capsys, ["prune", "--config", settings[0], "--teacher", "tuned", "--model", model], "teacher")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_teacher_beside_settings_is_the_model_too(settings):
+    from sparseprune.runner.config import override
+
+    config, changed = override(settings[1], {"teacher": "tuned"})
+    assert config.model == config.teacher == "tuned" and len(changed) == 2
+    assert override(settings[1], {"model": "bare", "teacher": "tuned"})[0].model == "bare"  # and refused by the run
