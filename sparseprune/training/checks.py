@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
 
-from ..nn.copies import copy_of
+from torch import Tensor, nn
 
-__all__ = ["check_models", "teacher_of"]
+from ..nn.copies import copy_of, shared_with
+
+__all__ = ["check_apart", "check_models", "teacher_of"]
 
 
 def check_models(who: str, model: nn.Module, teacher: nn.Module | None) -> None:
@@ -32,3 +34,17 @@ def teacher_of(who: str, model: nn.Module, teacher: nn.Module | None) -> nn.Modu
     it was: it runs under no_grad, and may be trained on elsewhere. ValueError as for :func:`copy_of`.
     """
     return (copy_of(model, who).requires_grad_(False) if teacher is None else teacher).eval()
+
+
+def check_apart(who: str, model: nn.Module, teacher: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """ValueError on a teacher that would be trained or pruned along with the model. weights: fqn -> `[N, K]`, those
+    that are pruned, frozen or not; what is frozen and not pruned the two may share.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    found = shared_with(teacher, [*trained, *weights.items()])
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise ValueError(
+            f"{who}: teacher expected weights of its own, got the model's own memory in {', '.join(found[:5])}{more}, "
+            "which would be trained and pruned along with it; pass copy.deepcopy(model), or load it without assign=True"
+        )

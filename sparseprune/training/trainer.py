@@ -23,7 +23,7 @@ from ..pruning.intake import check_same_rows, first_batches, training_data
 from ..pruning.processes import Processes
 from ..pruning.reading import input_norms, train_with_dropout
 from . import checkpoint as files
-from .checks import check_models, teacher_of
+from .checks import check_apart, check_models, teacher_of
 from .clock import Clock, steps_of
 from .config import DistillConfig
 from .evaluate import evaluate
@@ -65,9 +65,9 @@ class DistillPruner:
     ``nn.MultiheadAttention`` and a mixture's experts in one tensor are trained and pruned as the Linears they are in
     truth, and stay what they are (``self.model`` shows them so, over the same memory) unless one gets a low-rank term.
     ValueError on a wrapped model, one without parameters or with none that learns, a config of another pruner, a
-    teacher that is the model or whose features do not fit, a model that cannot be copied where no teacher is given, and
-    a granularity that does not fit the layers; RuntimeError from :meth:`finalize` before any training, and from
-    :meth:`fit` where the loss stays not finite.
+    teacher that shares memory with what is trained or whose features do not fit, a model that cannot be copied where no
+    teacher is given, and a granularity that does not fit the layers; RuntimeError from :meth:`finalize` before any
+    training, and from :meth:`fit` where the loss stays not finite.
     """
 
     config_type: ClassVar[type[DistillConfig]] = DistillConfig
@@ -93,14 +93,14 @@ class DistillPruner:
         self._distributed, self._group = distributed, group
         self._processes = Processes(active=False)  # until fit, for the processes may not have met yet
         self.gates = Gates(model, prunable_linears(model, filter_fn), config)
+        check_apart(who, self._given, teacher, self.gates.weights)
         self.reader = FeatureReader(model, list(self.gates.weights), config.features)
         self._alike = self._meet_teacher(filter_fn)
         self.history = History()
         self.adversary: ExtraTerm | None = None
         self._recent: deque[Any] = deque(maxlen=_CALIBRATION)  # inputs that compensation is fitted to
         self._generator = torch.Generator().manual_seed(config.seed * 7919 + 5)
-        self._clock = Clock(config.max_seconds)
-        self._position = DataPosition()
+        self._clock, self._position = Clock(config.max_seconds), DataPosition()
         self._guard, self._best, self._finished = Guard(), Best(), False
         self._optimisers = Optimisers.of(model, self.gates, config, self._lr)
 
