@@ -23,7 +23,7 @@ from ..pruning.intake import check_same_rows, first_batches, training_data
 from ..pruning.processes import Processes
 from ..pruning.reading import input_norms, train_with_dropout
 from . import checkpoint as files
-from .checks import check_apart, check_models, teacher_of
+from .checks import check_models, check_weights, teacher_of
 from .clock import Clock, steps_of
 from .config import DistillConfig
 from .evaluate import evaluate
@@ -93,7 +93,7 @@ class DistillPruner:
         self._distributed, self._group = distributed, group
         self._processes = Processes(active=False)  # until fit, for the processes may not have met yet
         self.gates = Gates(model, prunable_linears(model, filter_fn), config)
-        check_apart(who, self._given, teacher, self.gates.weights)
+        check_weights(who, self._given, teacher, self.gates)
         self.reader = FeatureReader(model, list(self.gates.weights), config.features)
         self._alike = self._meet_teacher(filter_fn)
         self.history = History()

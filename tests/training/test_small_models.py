@@ -8,6 +8,7 @@ import copy
 import math
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -258,3 +259,19 @@ def test_what_is_frozen_and_not_pruned_may_be_the_teachers():
     model = Tagger(teacher.embedding)
     DistillPruner(model, DistillConfig(steps=2), teacher).fit([(torch.randint(0, 9, (4, 3)), torch.arange(4) % 2)])
     assert model.embedding is teacher.embedding
+
+
+@pytest.mark.parametrize("method", ["scores", "movement", "fisher", "magnitude"])
+def test_frozen_weights_that_gradients_were_to_choose_are_told(method):
+    """As those below LoRA: learned scores stayed those of the first step, and movement's all 0, without a word."""
+    model = two_linears()
+    model[0].weight.requires_grad_(False)
+    config = DistillConfig(method=method, steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DistillPruner(two_linears(), config)
+        if method == "magnitude":
+            DistillPruner(model, config)
+            return
+    with pytest.warns(UserWarning, match=f"method '{method}'.*frozen ones in 0, whose scores stay as they begin"):
+        DistillPruner(model, config)
