@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from .. import ops
 from .._config import Config
 from ..nn.filters import FilterFn, select_linears
-from ..nn.simulated import SimulatedLinear, check_dtypes, simulate_
+from ..nn.simulated import check_dtypes, simulate_
 from ..nn.stand_in import put_back_
 from ..nn.views import LinearViews
 from ..optim import AdamW
@@ -238,7 +238,7 @@ class Pruner:
             self._hold()
             self._release()
             self._behind.clear()
-            put_back_(self.model, SimulatedLinear, self._names)
+            put_back_(self.model, names=self._names)
             self._finalized = True
         return self.model
 
@@ -290,7 +290,7 @@ class Pruner:
         if self._frozen and not self._finalized:
             self._simulate()
         else:
-            put_back_(self.model, SimulatedLinear, self._names)
+            put_back_(self.model, names=self._names)
         self._hand_over()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from .evaluate import evaluate
 from .features import FeatureReader
 from .gates import Gates
 from .guard import Best, Guard, not_finite
-from .healing import heal_sparse_
+from .healing import heal_again_, heal_sparse_
 from .history import History
 from .losses import LossLike, make_loss, smoothed
 from .moving import MovingLinear, move_sparse_
@@ -157,7 +157,7 @@ class DistillPruner:
         if clock.step == 0:
             self._share_first()
         with ExitStack() as ending:
-            ending.callback(put_back_, self.model, MovingLinear)  # whoever stops a run finds plain Linears
+            ending.callback(put_back_, self.model)  # whoever stops a run finds plain Linears
             ending.enter_context(files.held(path, self._processes))
             saved = None
             if path is not None:
@@ -168,6 +168,7 @@ class DistillPruner:
                 del saved  # as large as all that training moves, and needed no more
             elif clock.step == 0:
                 train_loader = self._start_scores(train_loader)
+            heal_again_(self.model, self.gates)
             every = config.evaluate_every or max(1, total // 10)
             clock.start(total)
             batches = self._position.batches(train_loader)
@@ -383,7 +384,6 @@ class DistillPruner:
         self._processes.mean_([b for b in self.model.buffers() if b.is_floating_point()])
 
     def _finish(self) -> None:
-        put_back_(self.model)
         self._guard.check_stepped(bool(self.history.steps), self._clock.step, self._who)
         self._finished = True
         if (cut := self._clock.cut_short()) is not None:
