@@ -198,12 +198,15 @@ class Pruner:
         return MaskSet({fqn: self._mask(fqn, linear) for fqn, linear in self._layers().items()})
 
     def prepare(self, optimizer: Optimizer | None = None) -> Pruner:
-        """Before the loop. optimizer: the one that trains the model; criteria that need gradients cannot do without."""
+        """Before the loop. optimizer: the one that trains the model; criteria that need gradients cannot do without.
+        Another Pruner of some of these layers, left before its end, lets go of it.
+        """
         if self.criterion.needs_gradients and optimizer is None:
             raise ValueError(f"Pruner.prepare: criterion {self.criterion.name!r} needs gradients; pass the optimiser")
         self._release()
         self._given, self._optimizer = optimizer, inner_of(optimizer)
         if self._optimizer is not None:
+            self._take_over(self._optimizer)
             self._hook = self._optimizer.register_step_pre_hook(self._before_step)
         self._hand_over()
         return self
@@ -411,6 +414,20 @@ class Pruner:
             layers = self._layers()
             masks = self._views.held_masks({layers[fqn]: mask for fqn, mask in self._masks.items()})
             self._optimizer.set_masks({p: mask for p, mask in masks.items() if id(p) in own})
+
+    def _take_over(self, optimizer: Optimizer) -> None:
+        """Lets the optimiser forget whoever held these layers: their gradients would be masked by two."""
+        mine = {linear.weight.data_ptr() for linear in self._layers().values()}
+        for hook in list(optimizer._optimizer_step_pre_hooks.values()):
+            other = getattr(hook, "__self__", None)
+            if not isinstance(other, Pruner):
+                continue
+            theirs = {linear.weight.data_ptr(): linear for linear in other._layers().values()}
+            if mine & theirs.keys():
+                owners = {other._views.owner(linear) for linear in theirs.values()}
+                if isinstance(optimizer, AdamW):
+                    optimizer.set_masks({p: None for p in optimizer.masks() if p in owners})
+                other._release()
 
     def _release(self) -> None:
         if self._hook is not None:

@@ -150,3 +150,39 @@ def test_masks_are_chosen_in_the_models_own_precision(criterion):
             found.append(copy.deepcopy(pruner.finalize()).state_dict())
     assert found[0] == found[2]
     assert all(torch.equal(found[1][name], value) for name, value in found[3].items())
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, sp.AdamW])
+@pytest.mark.parametrize("criterion", ["movement", "magnitude"])
+def test_a_pruner_that_was_left_lets_go_of_the_optimiser(kind, criterion):
+    """The masks of a run that was given up went on holding gradients, and sp.AdamW the weights, of the next one."""
+    found = []
+    for left in (False, True):
+        model = build()
+        optimizer = kind(model.parameters(), lr=0.05)
+        begin = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        if left:
+            other = Pruner(model, replace(CONFIG, criterion=criterion)).prepare(optimizer)
+            train(model, optimizer, other)
+            model.load_state_dict(begin[0])
+            optimizer.load_state_dict(begin[1])
+        config = PruneConfig(density=0.25, begin=2, end=8, every=1, criterion=criterion)
+        pruner = Pruner(model, config).prepare(optimizer)
+        train(model, optimizer, pruner, steps=10)
+        found.append(pruner.finalize().state_dict())
+        assert not optimizer._optimizer_step_pre_hooks
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_pruners_of_other_layers_keep_the_optimiser():
+    model = build()
+    optimizer = sp.AdamW(model.parameters(), lr=0.05)
+    pruners = [
+        Pruner(model, replace(CONFIG, criterion="movement"), lambda module, fqn, own=own: fqn == own) for own in "024"
+    ]
+    for pruner in pruners:
+        train(model, optimizer, *(p for p in pruners if p.steps), steps=1)
+        train(model, optimizer, pruner.prepare(optimizer), steps=1)
+    assert len(optimizer._optimizer_step_pre_hooks) == len(optimizer.masks()) == 3
+    train(model, optimizer, *pruners, steps=6)
+    assert all(pruner.finalize() is model for pruner in pruners)
