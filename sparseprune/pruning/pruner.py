@@ -199,11 +199,13 @@ class Pruner:
 
     def prepare(self, optimizer: Optimizer | None = None) -> Pruner:
         """Before the loop. optimizer: the one that trains the model; criteria that need gradients cannot do without.
-        Another Pruner of some of these layers, left before its end, lets go of it.
+        Another Pruner of some of these layers, left before its end, lets go of it, and of its rounding.
         """
         if self.criterion.needs_gradients and optimizer is None:
             raise ValueError(f"Pruner.prepare: criterion {self.criterion.name!r} needs gradients; pass the optimiser")
         self._release()
+        if not self._frozen:
+            put_back_(self.model, names=self._names)
         self._given, self._optimizer = optimizer, inner_of(optimizer)
         if self._optimizer is not None:
             self._take_over(self._optimizer)

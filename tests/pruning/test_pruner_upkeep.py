@@ -174,6 +174,19 @@ def test_a_pruner_that_was_left_lets_go_of_the_optimiser(kind, criterion):
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
+def test_a_pruner_that_was_left_while_it_rounds_hands_plain_linears_on():
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    config = replace(CONFIG, value_dtype="int8")
+    train(model, optimizer, Pruner(model, config).prepare(optimizer))
+    assert type(model[0]) is SimulatedLinear
+    pruner = Pruner(model, config).prepare(optimizer)
+    assert type(model[0]) is type(model[2]) is nn.Linear
+    train(model, optimizer, pruner)
+    pruner.prepare(optimizer)  # once more, for its own rounding
+    assert type(model[0]) is SimulatedLinear
+
+
 def test_pruners_of_other_layers_keep_the_optimiser():
     model = build()
     optimizer = sp.AdamW(model.parameters(), lr=0.05)
