@@ -1,16 +1,17 @@
-"""Copies of a user's model."""
+"""Copies of a user's model, and whether a model is one."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["copy_of"]
+__all__ = ["copy_of", "shared_with"]
 
 _SHOWN = 5
 
@@ -30,6 +31,21 @@ def copy_of(model: nn.Module, who: str) -> nn.Module:
         raise ValueError(
             f"{who}: expected a model that can be copied, got computed tensors in {'; '.join(found[:_SHOWN])}{more}"
         ) from error
+
+
+def shared_with(other: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of those tensors that are parameters of ``other`` too, or begin in the memory of one: after
+    ``copy.copy(model)``, ``load_state_dict(..., assign=True)``, or of a module that is in both.
+    """
+    places = {place for parameter in other.parameters() if (place := _place(parameter)) is not None}
+    return [name for name, tensor in tensors if _place(tensor) in places]
+
+
+def _place(tensor: Tensor) -> tuple[object, int] | None:
+    """Where a tensor's memory begins; None where it has none of its own."""
+    if tensor.is_meta or not tensor.numel() or is_traceable_wrapper_subclass(tensor):
+        return None
+    return tensor.device, tensor.data_ptr()
 
 
 def _computed(model: nn.Module) -> Iterator[str]:

@@ -25,6 +25,7 @@ __all__ = [
     "select_linears",
     "take_fast_path_",
     "take_slow_path_",
+    "why_no_weight",
 ]
 
 #: ``filter_fn(module, fqn) -> bool``, asked only about Linears.
@@ -168,13 +169,13 @@ def _impossible(model: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, st
                 "gives it Linears"
             )
     for fqn, linear in linears.items():
-        why = _why_no_weight(linear)
+        why = why_no_weight(linear)
         if why is not None:
             reasons[fqn] = why
     return reasons
 
 
-def _why_no_weight(linear: nn.Linear) -> str | None:
+def why_no_weight(linear: nn.Linear) -> str | None:
     """Why the weight cannot be read and written as a plain matrix `[N, K]`; None where it can."""
     weight = linear._parameters.get("weight")
     expected = (linear.out_features, linear.in_features)

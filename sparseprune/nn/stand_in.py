@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
 from .filters import take_fast_path_
@@ -36,12 +38,17 @@ class StandIn(nn.Linear):
         return original
 
 
-def put_back_(model: nn.Module, kind: type[StandIn] = StandIn) -> None:
-    """Puts back every Linear that has a stand-in of this kind, with the Parameters and hooks of now."""
+def put_back_(model: nn.Module, kind: type[StandIn] = StandIn, names: Collection[str] | None = None) -> None:
+    """Puts back every Linear that has a stand-in of this kind, with the Parameters and hooks of now; names: only those
+    of these fqns, None for all.
+    """
     replacements: dict[int, nn.Module] = {}
-    for layer in model.modules():
-        if isinstance(layer, kind):
+    left = False
+    for fqn, layer in model.named_modules():
+        if isinstance(layer, kind) and (names is None or fqn in names):
             replacements[id(layer)] = layer.original
+        else:
+            left = left or isinstance(layer, SparseLinear | StandIn)
     replace_(model, replacements)
-    if replacements and not any(isinstance(layer, SparseLinear) for layer in model.modules()):
+    if replacements and not left:
         take_fast_path_(model)

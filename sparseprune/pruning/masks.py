@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._files import replacing
 from ..nn.filters import FilterFn, prunable_linears
+from ..nn.matrices import shared_linears
 
 __all__ = ["MaskSet"]
 
@@ -96,8 +97,10 @@ class MaskSet(Mapping[str, Tensor]):
 
     @classmethod
     def from_model(cls, model: nn.Module, filter_fn: FilterFn | None = None) -> MaskSet:
-        """The non-zero weights of the Linears selected."""
-        linears = prunable_linears(model, filter_fn)
+        """The non-zero weights of the Linears selected, those among them that hide in other weights (Conv1D, packed
+        attention, experts in one tensor), as ``prune_`` finds them.
+        """
+        linears = prunable_linears(shared_linears(model), filter_fn)
         return cls((fqn, linear.weight.detach() != 0) for fqn, linear in linears.items())
 
     @property
@@ -144,8 +147,10 @@ class MaskSet(Mapping[str, Tensor]):
                 ops.apply_mask_(linear.weight, mask)
 
     def layers_of(self, model: nn.Module) -> dict[str, nn.Linear]:
-        """fqn -> the model's Linear. ValueError where one is missing or of another shape."""
-        modules = dict(model.named_modules())
+        """fqn -> the model's Linear, or one over the memory that it hides in. ValueError where one is missing or of
+        another shape.
+        """
+        modules = dict(shared_linears(model).named_modules())
         found = {}
         for fqn, mask in self._masks.items():
             linear = modules.get(fqn)

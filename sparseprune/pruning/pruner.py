@@ -30,6 +30,7 @@ from .processes import Processes
 from .prune import PruneReport, check_floor, make_report, trim_, warn_starved
 from .schedules import CubicSchedule, Schedule
 from .selectors import DistributedSelector, Selector
+from .upkeep import accumulates, check_frozen, granularities, inner_of, linears_of, skips, unscaled
 
 __all__ = ["PruneConfig", "Pruner"]
 
@@ -173,6 +174,7 @@ class Pruner:
         self._finalized = False
         self._density = 1.0
         self._optimizer: Optimizer | None = None
+        self._given: Any = None
         self._hook: Any = None
 
     @property
@@ -196,20 +198,24 @@ class Pruner:
         return MaskSet({fqn: self._mask(fqn, linear) for fqn, linear in self._layers().items()})
 
     def prepare(self, optimizer: Optimizer | None = None) -> Pruner:
-        """Before the loop. optimizer: the one that trains the model; criteria that need gradients cannot do without."""
+        """Before the loop. optimizer: the one that trains the model; criteria that need gradients cannot do without.
+        Another Pruner of some of these layers, left before its end, lets go of it, and of its rounding.
+        """
         if self.criterion.needs_gradients and optimizer is None:
             raise ValueError(f"Pruner.prepare: criterion {self.criterion.name!r} needs gradients; pass the optimiser")
         self._release()
-        inner = getattr(optimizer, "optimizer", None)  # a wrapper such as accelerate's
-        self._optimizer = inner if isinstance(inner, Optimizer) else optimizer
+        if not self._frozen:
+            put_back_(self.model, names=self._names)
+        self._given, self._optimizer = optimizer, inner_of(optimizer)
         if self._optimizer is not None:
+            self._take_over(self._optimizer)
             self._hook = self._optimizer.register_step_pre_hook(self._before_step)
         self._hand_over()
         return self
 
     def step(self) -> float:
         """After each step of the optimiser: chooses the masks anew when it is time, holds them else. Returns the
-        density.
+        density. Where accelerate's optimiser only gathers gradients (``accelerator.accumulate``) it does nothing.
 
         Raises RuntimeError after :meth:`finalize`.
         """
@@ -217,6 +223,8 @@ class Pruner:
             raise RuntimeError("Pruner.step: the pruner is finalized; make a new one to prune further")
         if self.criterion.needs_gradients and self._optimizer is None:
             raise RuntimeError("Pruner.step: call prepare(optimizer) first, also after copying or unpickling")
+        if accumulates(self._given):
+            return self._density
         self._steps += 1
         config = self.config
         inside = self._steps - config.begin
@@ -235,7 +243,7 @@ class Pruner:
             self._hold()
             self._release()
             self._behind.clear()
-            put_back_(self.model)
+            put_back_(self.model, names=self._names)
             self._finalized = True
         return self.model
 
@@ -252,6 +260,7 @@ class Pruner:
             "finalized": self._finalized,
             "density": self._density,
             "criterion_name": self.criterion.name,
+            "granularities": granularities(self._plan),
             "masks": {fqn: mask.clone() for fqn, mask in self._masks.items()},
             "behind": {fqn: values.clone() for fqn, values in self._behind.items()},
             "criterion": self.criterion.state_dict(),
@@ -260,7 +269,8 @@ class Pruner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from where :meth:`state_dict` was taken; load the model and the optimiser first.
 
-        ValueError on another version or criterion, and on layers that are not those of this model.
+        ValueError on another version or criterion, on layers that are not those of this model, and on masks that are
+        final under another density, granularity or choice of layers.
         """
         if state.get("version") != _VERSION:
             raise ValueError(f"Pruner: state of version {_VERSION} expected, got {state.get('version')!r}")
@@ -268,6 +278,7 @@ class Pruner:
             raise ValueError(
                 f"Pruner: state of criterion {self.criterion.name!r} expected, got {state['criterion_name']!r}"
             )
+        check_frozen(state, self._plan, self.config.schedule.final_density)
         layers = self._layers()
         for what in ("masks", "behind"):
             for fqn, tensor in state[what].items():
@@ -284,21 +295,14 @@ class Pruner:
         if self._frozen and not self._finalized:
             self._simulate()
         else:
-            put_back_(self.model)
+            put_back_(self.model, names=self._names)
         self._hand_over()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_optimizer": None, "_hook": None}
+        return {**self.__dict__, "_optimizer": None, "_given": None, "_hook": None}
 
     def _layers(self) -> dict[str, nn.Linear]:
-        modules = dict(self._views.model().named_modules())
-        found = {fqn: modules[fqn] for fqn in self._names if isinstance(modules.get(fqn), nn.Linear)}
-        missing = [fqn for fqn in self._names if fqn not in found]
-        if missing:
-            raise RuntimeError(
-                f"Pruner: {', '.join(missing[:5])} of the model is no Linear any more; finalize before sparsify_"
-            )
-        return found
+        return linears_of(self._views.model(), self._names, self._masks)
 
     def _mask(self, fqn: str, linear: nn.Linear) -> Tensor:
         mask = self._masks.get(fqn)
@@ -336,8 +340,8 @@ class Pruner:
         layers = self._layers()
         found = {fqn: self._views.gradient(linear) for fqn, linear in layers.items()}
         gradients: dict[str, Tensor] = {fqn: grad for fqn, grad in found.items() if grad is not None}
-        if show and self.criterion.needs_gradients and not self._frozen and not _skips(optimizer):
-            observed = _unscaled(gradients, optimizer)
+        if show and self.criterion.needs_gradients and not self._frozen and not skips(optimizer):
+            observed = unscaled(gradients, optimizer)
             self.criterion.observe({fqn: self._dense(fqn, layers[fqn]) for fqn in observed}, observed)
         held = self._held(optimizer)
         for fqn, gradient in gradients.items():
@@ -360,16 +364,18 @@ class Pruner:
         context = PruneContext(
             self._views.model(), layers, weights, self._plan, sparsity, self.data, shards.sum_
         )
-        if type(self.criterion).masks is Criterion.masks:
-            scores = self.criterion.scores(context)
-            if mode == "replicated":  # equal to the bit everywhere, so the masks are
-                scores = {fqn: scores[fqn].detach().float().clone() for fqn in self._names}
-                processes.mean_(scores.values())
-            selector = DistributedSelector(self._group) if mode == "sharded" else Selector()
-            self._masks = self._plan.masks(scores, sparsity, selector)
-        else:
-            self._masks = dict(self.criterion.masks(context))
-            weights = {fqn: self._dense(fqn, linear) for fqn, linear in layers.items()}
+        kind = next(iter(layers.values())).weight.device.type
+        with torch.autocast(kind, enabled=False):  # the user's, which would round what is measured and compared
+            if type(self.criterion).masks is Criterion.masks:
+                scores = self.criterion.scores(context)
+                if mode == "replicated":  # equal to the bit everywhere, so the masks are
+                    scores = {fqn: scores[fqn].detach().float().clone() for fqn in self._names}
+                    processes.mean_(scores.values())
+                selector = DistributedSelector(self._group) if mode == "sharded" else Selector()
+                self._masks = self._plan.masks(scores, sparsity, selector)
+            else:
+                self._masks = dict(self.criterion.masks(context))
+                weights = {fqn: self._dense(fqn, linear) for fqn, linear in layers.items()}
         processes.check_masks(self._masks, 'Pruner (distributed="sharded" is for parts of a model)')
         for fqn, linear in layers.items():
             mask = self._masks[fqn]
@@ -411,29 +417,27 @@ class Pruner:
             masks = self._views.held_masks({layers[fqn]: mask for fqn, mask in self._masks.items()})
             self._optimizer.set_masks({p: mask for p, mask in masks.items() if id(p) in own})
 
+    def _take_over(self, optimizer: Optimizer) -> None:
+        """Lets the optimiser forget whoever held these layers: their gradients would be masked by two."""
+        mine = {linear.weight.data_ptr() for linear in self._layers().values()}
+        for hook in list(optimizer._optimizer_step_pre_hooks.values()):
+            other = getattr(hook, "__self__", None)
+            if not isinstance(other, Pruner):
+                continue
+            theirs = {linear.weight.data_ptr(): linear for linear in other._layers().values()}
+            if mine & theirs.keys():
+                owners = {other._views.owner(linear) for linear in theirs.values()}
+                if isinstance(optimizer, AdamW):
+                    optimizer.set_masks({p: None for p in optimizer.masks() if p in owners})
+                other._release()
+
     def _release(self) -> None:
         if self._hook is not None:
             self._hook.remove()
-        self._hook = self._optimizer = None
+        self._hook = self._optimizer = self._given = None
 
     def _mode(self) -> str:
         ready = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self._distributed == "auto":
             return "replicated" if ready and torch.distributed.get_world_size(self._group) > 1 else "off"
         return self._distributed
-
-
-# To a fused optimiser a GradScaler hands the scale, and whether a gradient has overflown, for the length of the step,
-# and leaves the rest to it; other optimisers get unscaled gradients, and no step where one has.
-
-
-def _skips(optimizer: Optimizer) -> bool:
-    overflown = getattr(optimizer, "found_inf", None)
-    return overflown is not None and bool(overflown)
-
-
-def _unscaled(gradients: dict[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor]:
-    scale = getattr(optimizer, "grad_scale", None)
-    if scale is None:
-        return gradients
-    return {fqn: gradient / scale.to(gradient.device) for fqn, gradient in gradients.items()}

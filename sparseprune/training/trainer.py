@@ -23,14 +23,14 @@ from ..pruning.intake import check_same_rows, first_batches, training_data
 from ..pruning.processes import Processes
 from ..pruning.reading import input_norms, train_with_dropout
 from . import checkpoint as files
-from .checks import check_models, teacher_of
+from .checks import check_models, check_weights, teacher_of
 from .clock import Clock, steps_of
 from .config import DistillConfig
 from .evaluate import evaluate
 from .features import FeatureReader
 from .gates import Gates
 from .guard import Best, Guard, not_finite
-from .healing import heal_sparse_
+from .healing import heal_again_, heal_sparse_
 from .history import History
 from .losses import LossLike, make_loss, smoothed
 from .moving import MovingLinear, move_sparse_
@@ -65,9 +65,9 @@ class DistillPruner:
     ``nn.MultiheadAttention`` and a mixture's experts in one tensor are trained and pruned as the Linears they are in
     truth, and stay what they are (``self.model`` shows them so, over the same memory) unless one gets a low-rank term.
     ValueError on a wrapped model, one without parameters or with none that learns, a config of another pruner, a
-    teacher that is the model or whose features do not fit, a model that cannot be copied where no teacher is given, and
-    a granularity that does not fit the layers; RuntimeError from :meth:`finalize` before any training, and from
-    :meth:`fit` where the loss stays not finite.
+    teacher that shares memory with what is trained or whose features do not fit, a model that cannot be copied where no
+    teacher is given, and a granularity that does not fit the layers; RuntimeError from :meth:`finalize` before any
+    training, and from :meth:`fit` where the loss stays not finite.
     """
 
     config_type: ClassVar[type[DistillConfig]] = DistillConfig
@@ -93,14 +93,14 @@ class DistillPruner:
         self._distributed, self._group = distributed, group
         self._processes = Processes(active=False)  # until fit, for the processes may not have met yet
         self.gates = Gates(model, prunable_linears(model, filter_fn), config)
+        check_weights(who, self._given, teacher, self.gates)
         self.reader = FeatureReader(model, list(self.gates.weights), config.features)
         self._alike = self._meet_teacher(filter_fn)
         self.history = History()
         self.adversary: ExtraTerm | None = None
         self._recent: deque[Any] = deque(maxlen=_CALIBRATION)  # inputs that compensation is fitted to
         self._generator = torch.Generator().manual_seed(config.seed * 7919 + 5)
-        self._clock = Clock(config.max_seconds)
-        self._position = DataPosition()
+        self._clock, self._position = Clock(config.max_seconds), DataPosition()
         self._guard, self._best, self._finished = Guard(), Best(), False
         self._optimisers = Optimisers.of(model, self.gates, config, self._lr)
 
@@ -157,7 +157,7 @@ class DistillPruner:
         if clock.step == 0:
             self._share_first()
         with ExitStack() as ending:
-            ending.callback(put_back_, self.model, MovingLinear)  # whoever stops a run finds plain Linears
+            ending.callback(put_back_, self.model)  # whoever stops a run finds plain Linears
             ending.enter_context(files.held(path, self._processes))
             saved = None
             if path is not None:
@@ -168,6 +168,7 @@ class DistillPruner:
                 del saved  # as large as all that training moves, and needed no more
             elif clock.step == 0:
                 train_loader = self._start_scores(train_loader)
+            heal_again_(self.model, self.gates)
             every = config.evaluate_every or max(1, total // 10)
             clock.start(total)
             batches = self._position.batches(train_loader)
@@ -383,7 +384,6 @@ class DistillPruner:
         self._processes.mean_([b for b in self.model.buffers() if b.is_floating_point()])
 
     def _finish(self) -> None:
-        put_back_(self.model)
         self._guard.check_stepped(bool(self.history.steps), self._clock.step, self._who)
         self._finished = True
         if (cut := self._clock.cut_short()) is not None:

@@ -218,3 +218,12 @@ def test_what_few_inputs_reach_stays_and_is_named():
     assert list(report.layers) == ["first"] and torch.equal(model.second.weight, before)
     with pytest.raises(ValueError, match="fewer of first, second; give more batches"):
         sp.compensate_(model, dense, [torch.randn(4, 8)])
+
+
+def test_a_dense_model_in_the_pruned_ones_memory_is_refused():
+    """It was pruned along: every error came out 0, and nothing was given back."""
+    dense, model = low_rank_model(), low_rank_model()
+    model.load_state_dict(dense.state_dict(), assign=True)
+    sp.prune_(model, 0.8)
+    with pytest.raises(ValueError, match=r"the pruned model's own memory, 0, 2; keep copy\.deepcopy"):
+        sp.compensate_(model, dense, [torch.randn(64, 64)])

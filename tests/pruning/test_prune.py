@@ -444,3 +444,15 @@ def test_below_a_threshold_weights_of_inference_mode_are_named():
         model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(ValueError, match="prune_below_: weight of '0' expected to be writable"):
         sp.prune_below_(model, 0.1)
+
+
+def test_mask_sets_reach_what_hides_in_other_weights():
+    """They named q_proj of a packed attention, and neither found it again nor counted it."""
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    before = copy.deepcopy(model)
+    report = sp.prune_(model, 0.6)
+    masks = MaskSet.from_model(model)
+    assert masks == report.masks and "self_attn.q_proj" in masks and masks.kept == report.kept
+    report.masks.apply_(before)
+    assert torch.equal(before.self_attn.in_proj_weight, model.self_attn.in_proj_weight)
+    assert torch.equal(before.linear1.weight, model.linear1.weight)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparseprune import _native
 from sparseprune.data import RowLoader
 from sparseprune.nn.simulated import SimulatedLinear
-from sparseprune.nn.stand_in import put_back_
+from sparseprune.nn.stand_in import StandIn, put_back_
 from sparseprune.training import DistillConfig, DistillPruner
 from sparseprune.training.healing import HealingLinear, heal_sparse_
 
@@ -138,6 +138,31 @@ def test_a_run_stopped_while_it_heals_goes_on_to_the_bit(tmp_path):
     again, _ = fit("auto", tmp_path / "c.pt")
     for a, b in zip(whole.finalize().parameters(), again.finalize().parameters()):
         assert torch.equal(a, b)
+
+
+@needs_core
+@pytest.mark.parametrize("more", [{}, {"value_dtype": "int8", "activations": "int8"}, {"compensation": "low_rank"}])
+def test_a_run_stopped_while_it_heals_leaves_plain_linears_and_goes_on(more):
+    """Weights that were loaded into the model afterwards met the old masks in its products, a second run's too."""
+
+    def pruner():
+        model, loader = model_and_data()
+        return DistillPruner(model, DistillConfig(steps=20, ce=1.0, **more)), model, loader
+
+    def stop(record):
+        if record["step"] == 17:
+            raise KeyboardInterrupt
+
+    whole, expected, loader = pruner()
+    whole.fit(loader, loader)
+    whole.finalize()
+    stopped, model, loader = pruner()
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit(loader, loader, callback=stop)
+    assert stopped.gates.frozen and not any(isinstance(m, StandIn) for m in model.modules())
+    stopped.fit(loader, loader)
+    found, wanted = stopped.finalize().state_dict(), expected.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
 @needs_core

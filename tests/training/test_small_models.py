@@ -8,6 +8,7 @@ import copy
 import math
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -222,3 +223,55 @@ def test_a_loss_that_is_no_mean_is_refused(reduction):
         evaluate(model, data, loss)
     with pytest.raises(ValueError, match=said):
         DistillPruner(model, DistillConfig(steps=2)).fit(data, loss=loss)
+
+
+def two_linears():
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+
+
+@pytest.mark.parametrize("way", ["assign", "copy.copy", "one module", "frozen and pruned"])
+def test_a_teacher_in_the_models_memory_is_refused(way):
+    """It would be trained and pruned along with the model, and distil nothing."""
+    teacher, model = two_linears(), two_linears()
+    if way == "assign":
+        model.load_state_dict(teacher.state_dict(), assign=True)
+    elif way == "copy.copy":
+        model = copy.copy(teacher)
+    else:
+        model[0] = teacher[0]
+        if way == "frozen and pruned":
+            teacher[0].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"expected weights of its own, got the model's own memory in 0\.weight|in 0,"):
+        DistillPruner(model, DistillConfig(steps=2), teacher)
+
+
+def test_what_is_frozen_and_not_pruned_may_be_the_teachers():
+    class Tagger(nn.Module):
+        def __init__(self, embedding=None):
+            super().__init__()
+            self.embedding = embedding or nn.Embedding(9, 8).requires_grad_(False)
+            self.body = two_linears()
+
+        def forward(self, ids):
+            return self.body(self.embedding(ids).mean(1))
+
+    teacher = Tagger()
+    model = Tagger(teacher.embedding)
+    DistillPruner(model, DistillConfig(steps=2), teacher).fit([(torch.randint(0, 9, (4, 3)), torch.arange(4) % 2)])
+    assert model.embedding is teacher.embedding
+
+
+@pytest.mark.parametrize("method", ["scores", "movement", "fisher", "magnitude"])
+def test_frozen_weights_that_gradients_were_to_choose_are_told(method):
+    """As those below LoRA: learned scores stayed those of the first step, and movement's all 0, without a word."""
+    model = two_linears()
+    model[0].weight.requires_grad_(False)
+    config = DistillConfig(method=method, steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DistillPruner(two_linears(), config)
+        if method == "magnitude":
+            DistillPruner(model, config)
+            return
+    with pytest.warns(UserWarning, match=f"method '{method}'.*frozen ones in 0, whose scores stay as they begin"):
+        DistillPruner(model, config)

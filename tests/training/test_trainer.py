@@ -690,6 +690,7 @@ def test_the_teacher_stays_as_it_was(trained):
         pruner_for(copy.deepcopy(trained), config()).finalize()
 
 
+@pytest.mark.filterwarnings("ignore:DistillPruner. method .* learns from the gradients:UserWarning")
 @pytest.mark.parametrize("method", ["magnitude", "movement", "scores"])
 def test_a_frozen_layer_is_pruned_and_keeps_its_values(trained, method):
     """What has no gradient is not stepped: no decay, while the masks move and after."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...nn.copies import shared_with
 from ...nn.linear import SparseLinear
 from ...nn.matrices import shared_linears
 from ...nn.replace import replace_
@@ -62,8 +63,9 @@ def compensate_(
     Conv1D (GPT-2), the packed ``nn.MultiheadAttention`` and a mixture's experts in one tensor are Linears here as in
     :func:`prune_`; those that get a low-rank term are given Linears for good, as by ``expose_linears_``.
 
-    Raises ValueError where nothing is pruned, where fewer than eight positions reach any of it, or the two models
-    differ in shape. Warns, naming them, of layers that fewer reach, which stay as they are.
+    Raises ValueError where nothing is pruned, where fewer than eight positions reach any of it, where the two models
+    differ in shape, or hold their pruned weights in one memory. Warns, naming them, of layers that fewer reach, which
+    stay as they are.
     """
     if dense is model:
         raise ValueError("compensate_: dense expected the model before pruning, got the pruned model; keep a copy")
@@ -78,6 +80,11 @@ def compensate_(
         sparse = any(isinstance(module, SparseLinear) for module in own.modules())
         remedy = "call it before sparsify_, or densify_ first" if sparse else "prune it first"
         raise ValueError(f"compensate_: expected a model with pruned Linears, got none with zeros; {remedy}")
+    if own_memory := shared_with(dense, [(name or "(the model)", linear.weight) for name, linear in pruned.items()]):
+        raise ValueError(
+            "compensate_: dense expected the model before pruning, got weights that are the pruned model's own memory, "
+            f"{', '.join(own_memory[:5])}; keep copy.deepcopy(model), and load it without assign=True"
+        )
     for name, linear in pruned.items():
         twin = twins.get(name)
         if not isinstance(twin, nn.Linear) or twin.weight.shape != linear.weight.shape:
