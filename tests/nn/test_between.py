@@ -500,3 +500,44 @@ def test_a_mask_that_wants_a_gradient_gets_it():
         each.encoder(hidden, attention_mask=mask)[0].square().sum().backward()
         found.append(mask.grad)
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+class SiLU(nn.Module):
+    """A user's Swish, under the name of torch's."""
+
+    def __init__(self, beta=1.7):
+        super().__init__()
+        self.beta = nn.Parameter(torch.tensor(beta))
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.beta * x)
+
+
+class DoubledGELU(nn.GELU):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Around(nn.Module):
+    def __init__(self, activation):
+        super().__init__()
+        self.up, self.activation = nn.Linear(32, 48), activation
+
+    def forward(self, x):
+        return self.activation(self.up(x))
+
+
+@pytest.mark.parametrize("around", [lambda act: nn.Sequential(nn.Linear(32, 48), act), Around])
+@pytest.mark.parametrize("activation", [SiLU, lambda: SiLU(1.0), DoubledGELU])
+def test_an_activation_of_a_known_name_is_what_its_own_class_computes(activation, around):
+    torch.manual_seed(0)
+    model = nn.Sequential(around(activation()), nn.Linear(48, 8)).requires_grad_(False).eval()
+    sp.prune_(model, sparsity=0.5)
+    plain, x = copy.deepcopy(model), torch.randn(3, 32)
+    sp.sparsify_(model, layout="csr")
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+    for each in (model, plain):
+        for module in each.modules():
+            if isinstance(module, SiLU):
+                module.beta.fill_(3.0)  # which a layer learns later
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
