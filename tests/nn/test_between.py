@@ -287,6 +287,35 @@ class Block(nn.Module):
         return self.output(x, residual)
 
 
+class Numbered(Output):
+    """By what may be another number later."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = 1.0
+
+    def scale(self):
+        return self.factor
+
+
+class Measured(Numbered):
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.ones(())
+
+
+@pytest.mark.parametrize("kind", [Numbered, Measured])
+def test_a_block_that_reads_numbers_of_its_own_stays(kind):
+    torch.manual_seed(0)
+    model, given = Block(kind()).eval(), (torch.randn(3, 32), torch.randn(3, 16))
+    sp.prune_(model, sparsity=0.5)
+    plain = copy.deepcopy(model)
+    sp.sparsify_(model, layout="csr", filter_fn=lambda module, name: True)
+    for each in (model, plain):
+        each.output.factor = each.output.factor * 3
+    torch.testing.assert_close(model(*given), plain(*given), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [Gained, HalvedInTraining])
 def test_a_block_that_does_more_than_its_children_stays(kind):
     torch.manual_seed(0)
@@ -541,3 +570,51 @@ def test_an_activation_of_a_known_name_is_what_its_own_class_computes(activation
             if isinstance(module, SiLU):
                 module.beta.fill_(3.0)  # which a layer learns later
     torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def _gate_(module, kind):
+    """Gives the module a factor for what it computes, a tensor that is no parameter."""
+    plain = type(module)
+
+    class Gated(plain):
+        def forward(self, *args):
+            return plain.forward(self, *args) * self.gate
+
+    module.__class__ = Gated
+    if kind == "buffer":
+        module.register_buffer("gate", torch.ones(1))
+    else:
+        module.gate = torch.ones(1)
+
+
+@needs_core
+@pytest.mark.parametrize("kind", ["buffer", "attribute"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_tensor_that_layers_read_beside_their_weights_may_change(family, kind):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 50}
+    config = {"bert": transformers.BertConfig, "llama": transformers.LlamaConfig}[family](**sizes, vocab_size=50)
+    model = transformers.AutoModel.from_config(config).eval().requires_grad_(False)
+    layers = model.encoder.layer if family == "bert" else model.layers
+    for layer in layers:
+        _gate_(layer.output if family == "bert" else layer.mlp, kind)
+    sp.prune_(model, sparsity=0.5)
+    dense, ids = copy.deepcopy(model), torch.arange(3, 17).view(2, 7)
+    report = sp.sparsify_(model, layout="csr", engine="program")
+    assert [choice.engine for choice in report.stacks] == ["program"]
+
+    def check(by_program):
+        with torch.no_grad():
+            found, expected = model(ids).last_hidden_state, dense(ids).last_hidden_state
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        owner = model.encoder if family == "bert" else model
+        assert (stack_of(owner)._bound is not None) == by_program
+
+    check(True)
+    for value in (0.5, 1.0):
+        for each in (model, dense):
+            for module in each.modules():
+                if hasattr(module, "gate"):
+                    module.gate.fill_(value)
+        check(value == 1.0)

@@ -138,6 +138,9 @@ def _fuse_output(name: str, module: nn.Module) -> tuple[Fusion, FusedOutput | No
         return Fusion(name, what, "a hook observes the modules"), None
     if module._parameters or module._buffers:
         return Fusion(name, what, "it has parameters or buffers of its own"), None
+    numbers = [n for n, v in vars(module).items() if isinstance(v, int | float | Tensor) and not isinstance(v, bool)]
+    if numbers:  # which its forward may read, and which may change
+        return Fusion(name, what, f"it has {', '.join(numbers)} of its own"), None
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     if names != ["hidden_states", "input_tensor"]:
         return Fusion(name, what, f"its forward takes {', '.join(names)}, not hidden_states and input_tensor"), None
