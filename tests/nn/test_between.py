@@ -618,3 +618,8 @@ def test_a_tensor_that_layers_read_beside_their_weights_may_change(family, kind)
                 if hasattr(module, "gate"):
                     module.gate.fill_(value)
         check(value == 1.0)
+    gradients = []
+    for each in (model, dense):
+        gates = [module.gate.requires_grad_() for module in each.modules() if hasattr(module, "gate")]
+        gradients.append(torch.autograd.grad(each(ids).last_hidden_state.pow(3).mean(), gates))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)

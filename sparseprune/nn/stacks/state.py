@@ -57,6 +57,7 @@ class Modules:
         self._configs = [c for c in configs.values() if hasattr(c, "_attn_implementation")]
         self._attention = list(map(_attention_of, self._configs))
         self._called = CalledFunctions(dict.fromkeys(self._classes), filter(None, self._attention))
+        self._beside: list[Tensor] = []
         self._tensors: TensorStates | None = None
 
     def settle(self) -> None:
@@ -65,12 +66,12 @@ class Modules:
         """
         own = [d for m, d in zip(self._modules, self._dicts) if not isinstance(m, SparseLinear)]
         held = chain(self._now([d["_buffers"] for d in own]), self._now(own))
-        found = {id(t): t for t in held if isinstance(t, Tensor) and is_plain(t)}
-        self._tensors = TensorStates(list(found.values())) if found else None
+        self._beside = list({id(t): t for t in held if isinstance(t, Tensor) and is_plain(t)}.values())
+        self._tensors = TensorStates(self._beside) if self._beside else None
 
     def learns(self) -> bool:
-        """Whether a parameter wants a gradient."""
-        return any(p is not None and p.requires_grad for p in self._parameter)
+        """Whether a parameter, or a tensor in the place of one, wants a gradient."""
+        return any(t is not None and t.requires_grad for t in chain(self._parameter, self._beside))
 
     def versions(self) -> tuple[tuple[int, int], ...] | None:
         """What changes with the tensors; None where that cannot be told."""
