@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -243,6 +244,34 @@ def test_what_comes_before_an_activation_is_what_it_was(kind, call):
     torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
+@dataclass
+class Answer:
+    result: torch.Tensor
+    before: torch.Tensor | None = None
+
+
+class Answering(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.act = nn.Linear(32, 48), nn.GELU()
+
+    def forward(self, x, whole=False):
+        before = self.up(x)
+        result = self.act(before)
+        return Answer(result, before) if whole else result
+
+
+def test_what_comes_before_an_activation_may_be_handed_back_in_a_dataclass():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Answering()).eval(), torch.randn(3, 32)
+    sp.prune_(model, sparsity=0.5)
+    plain = copy.deepcopy(model)
+    assert not [f for f in sp.sparsify_(model, layout="csr").fusions if f.reason]
+    found, expected = model[0](x, True), plain[0](x, True)
+    torch.testing.assert_close(found.before + 0, expected.before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.result, expected.result, rtol=1e-4, atol=1e-5)
+
+
 def test_an_activation_that_follows_its_linear_alone_is_fused():
     model = nn.Sequential(Feed()).eval()
     sp.prune_(model, sparsity=0.6)
@@ -304,7 +333,13 @@ class Measured(Numbered):
         self.factor = torch.ones(())
 
 
-@pytest.mark.parametrize("kind", [Numbered, Measured])
+class Switched(Numbered):
+    def __init__(self):
+        super().__init__()
+        self.factor = True
+
+
+@pytest.mark.parametrize("kind", [Numbered, Measured, Switched])
 def test_a_block_that_reads_numbers_of_its_own_stays(kind):
     torch.manual_seed(0)
     model, given = Block(kind()).eval(), (torch.randn(3, 32), torch.randn(3, 16))
