@@ -186,7 +186,9 @@ class SparseLinear(nn.Module):
     def _dense(self) -> Tensor:
         dense = self.to_layout().to_dense()
         if self.low_rank_a is not None and self.low_rank_b is not None:
-            dense = dense + self.low_rank_b @ self.low_rank_a
+            kind = "cpu" if dense.is_meta else dense.device.type
+            with torch.autocast(kind, enabled=False):  # a weight, whatever rounds the products around it
+                dense = dense + self.low_rank_b @ self.low_rank_a
         return dense
 
     @property
