@@ -14,6 +14,7 @@ from .. import _native, layouts, native, ops
 from ..activations import ACTIVATIONS, activate
 from ..device_memory import may_remember, remembered
 from ..packing import Packed
+from ..tensor_state import note_gradients, place_of
 from .direct import is_plain
 from .forms import Form, Forms, check_precision
 from .readonly import read_only
@@ -196,7 +197,10 @@ class SparseLinear(nn.Module):
         """:meth:`dense` with the gradients of ``values`` and of the low-rank factors, made on every access, to be read:
         RuntimeError where something writes to it, since that would be lost.
         """
-        return read_only(self._dense(), _NO_WRITE)
+        dense, place = self._dense(), () if in_graph() else place_of(self.values)
+        if place and dense.requires_grad:  # a step may follow that values frozen by then do not show
+            dense.register_hook(lambda _: note_gradients(place))
+        return read_only(dense, _NO_WRITE)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight":  # where setting a Parameter ends, past the property

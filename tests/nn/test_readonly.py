@@ -115,3 +115,17 @@ def test_gradients_pass_through_it(layout, close):
     assert not sparse.dense().requires_grad and not copy.deepcopy(sparse.weight).requires_grad
     with torch.no_grad():
         assert not sparse.weight.requires_grad
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_by_its_gradient_alone_is_seen_by_frozen_layers(fused, close):
+    """A fused step leaves versions alone, and no product of the layer computed this gradient."""
+    _, sparse = layer()
+    x, optimiser = torch.randn(3, 8), torch.optim.SGD(sparse.parameters(), 0.1, fused=fused)
+    for _ in range(3):
+        sparse.requires_grad_(True)
+        sparse.weight.square().sum().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        sparse.requires_grad_(False)
+        close(sparse(x), F.linear(x, sparse.weight, sparse.bias))
