@@ -302,6 +302,7 @@ def own_forward(linear: nn.Linear) -> str | None:
         return "its forward was replaced, which a sparse layer would lose"
     kind = type(linear)
     ours = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
-    if kind.forward is not nn.Linear.forward and not ours:
-        return f"{kind.__name__} has a forward of its own, which a sparse layer would lose"
+    for name in ("forward", "__call__"):
+        if getattr(kind, name) is not getattr(nn.Linear, name) and not ours:
+            return f"{kind.__name__} has a {name} of its own, which a sparse layer would lose"
     return None

@@ -14,6 +14,7 @@ from .. import _native, layouts, native, ops
 from ..activations import ACTIVATIONS, activate
 from ..device_memory import may_remember, remembered
 from ..packing import Packed
+from ..tensor_state import note_gradients, place_of
 from .direct import is_plain
 from .forms import Form, Forms, check_precision
 from .readonly import read_only
@@ -38,7 +39,7 @@ class SparseLinear(nn.Module):
     x: `[..., K]`; returns `[..., N]` in x's dtype (under autocast in that of ``F.linear``). ``values`` is a Parameter
     in the layout's own shape and trains; the structure is fixed: ``crow_indices, col_indices`` (csr, bsr) or
     ``indices`` (nm), buffers in the state dict. ``bias``, ``low_rank_a`` `[r, K]` and ``low_rank_b`` `[N, r]` are
-    optional Parameters. ``weight`` is the dense `[N, K]` matrix, made on demand, read-only.
+    optional Parameters. ``weight`` is the dense `[N, K]` matrix, made on demand, read-only; gradients pass through it.
 
     What the kernels read is packed from ``values``, in huge pages where the system has them, and kept until they
     change, in whatever way: values that want a gradient are compared with what was packed at every call, a pass over
@@ -180,18 +181,26 @@ class SparseLinear(nn.Module):
         return layouts.NM(shape, *self.nm, self.values, self.indices)
 
     def dense(self) -> Tensor:
-        """The dense `[N, K]` weight, the low-rank term included, as a tensor of the caller's own."""
-        dense = self.to_layout().to_dense().detach()
+        """The dense `[N, K]` weight, the low-rank term included, as a tensor of the caller's own, without history."""
+        return self._dense().detach()
+
+    def _dense(self) -> Tensor:
+        dense = self.to_layout().to_dense()
         if self.low_rank_a is not None and self.low_rank_b is not None:
-            dense = dense + self.low_rank_b.detach() @ self.low_rank_a.detach()
+            kind = "cpu" if dense.is_meta else dense.device.type
+            with torch.autocast(kind, enabled=False):  # a weight, whatever rounds the products around it
+                dense = dense + self.low_rank_b @ self.low_rank_a
         return dense
 
     @property
     def weight(self) -> Tensor:
-        """:meth:`dense`, made on every access, to be read: RuntimeError where something writes to it, since that would
-        be lost.
+        """:meth:`dense` with the gradients of ``values`` and of the low-rank factors, made on every access, to be read:
+        RuntimeError where something writes to it, since that would be lost.
         """
-        return read_only(self.dense(), _NO_WRITE)
+        dense, place = self._dense(), () if in_graph() else place_of(self.values)
+        if place and dense.requires_grad:  # a step may follow that values frozen by then do not show
+            dense.register_hook(lambda _: note_gradients(place))
+        return read_only(dense, _NO_WRITE)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight":  # where setting a Parameter ends, past the property

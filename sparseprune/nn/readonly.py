@@ -17,10 +17,13 @@ _WRITES = frozenset({
     "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "__setitem__", "__set__",
 })  # fmt: skip
 
+_ARRAYS = frozenset({"numpy", "__array__"})
+
 
 class ReadOnlyTensor(Tensor):
     """A tensor that takes part in any computation and refuses every write, so that none is lost on a copy that is
-    thrown away. What shares its memory is read-only too; everything else computed from it is a plain tensor.
+    thrown away. What shares its memory is read-only too; everything else computed from it is a plain tensor, with the
+    history of gradients that it has itself, but for copies, files and arrays of NumPy.
     """
 
     refusal: str
@@ -38,6 +41,8 @@ class ReadOnlyTensor(Tensor):
         for tensor in tree_leaves(written):
             if isinstance(tensor, ReadOnlyTensor):
                 raise RuntimeError(f"{tensor.refusal} (tried: {name})")
+        if name in _ARRAYS and args:  # which torch refuses where there is a history
+            args = (args[0].detach(), *args[1:])
         given = [t for t in tree_leaves((args, options)) if isinstance(t, ReadOnlyTensor)]
         owners = {_memory(t): t.refusal for t in given}
         before = _versions(given)
@@ -52,12 +57,11 @@ class ReadOnlyTensor(Tensor):
 
         return tree_map_only(Tensor, plain_or_not, result)
 
-
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.clone().__reduce_ex__(protocol)
+        return self.detach().clone().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.clone()
+        return self.detach().clone()
 
 
 def read_only(tensor: Tensor, refusal: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -50,9 +51,11 @@ def check_read(result: Any, view: nn.Module, owner: nn.Module) -> None:
 
 
 def _holds(value: Any) -> bool:
-    """Whether there is a stand-in in a value, its items or its entries."""
+    """Whether there is a stand-in in a value, its items, its entries or its fields."""
     if isinstance(value, (list, tuple)):
         return any(map(_holds, value))
     if isinstance(value, dict):
         return any(map(_holds, value.values()))
+    if is_dataclass(value) and not isinstance(value, type):
+        return any(_holds(getattr(value, field.name, None)) for field in fields(value))
     return type(value) is Unread

@@ -53,15 +53,27 @@ def check_mask(op: str, tensor: Tensor, mask: Tensor) -> None:
         )
 
 
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is active, outside of graphs."""
+    return not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0
+
+
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
     """NotImplementedError where forward-mode differentiation goes through one of them: its tangent would be lost."""
-    if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", -1) < 0:
+    if not in_forward_mode():
         return
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if any(t is not None and _has_tangent(t) for t in tensors):
         raise NotImplementedError(
             f"{op}: no forward-mode derivative (jvp, jacfwd); use reverse mode (backward, torch.autograd.grad), or "
             "make the model dense first: densify_(model)"
         )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    try:
+        return forward_ad.unpack_dual(tensor).tangent is not None
+    except RuntimeError:  # of vmap inside jvp, where tensors do not tell
+        return True
 
 
 def output_for(x: Tensor, rows: Any) -> Tensor:
@@ -93,13 +105,34 @@ def autocast_input(x: Tensor) -> Tensor:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd would record an op on these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether autograd would record an op on these, or may: where torch.func differentiates, tensors do not tell."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors) or in_func_grad()
 
 
 def widest(x: Tensor, dy: Tensor) -> torch.dtype:
     """What sums of products of these are kept in: float32 or wider."""
     return torch.promote_types(torch.promote_types(x.dtype, dy.dtype), torch.float32)
+
+
+def in_func_grad() -> bool:
+    """Whether ``torch.func`` differentiates (grad, vjp, jacrev), which takes no gradient that an op registers. A graph
+    asks once, while it is traced, when the transforms in it are active too.
+    """
+    stack = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", None)
+    return stack is not None and any(level.key().name == "Grad" for level in stack() or ())
+
+
+# What torch.compiler.assume_constant_result does, without the import of torch._dynamo, which takes long.
+in_func_grad._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def kernels() -> Any:
+    """What a call that has a gradient computes with: the ops, or the reference, which torch differentiates, where it
+    takes no gradient of theirs.
+    """
+    return reference if in_func_grad() else torch.ops.sparseprune
 
 
 def backward_kernels() -> Any:
@@ -112,4 +145,5 @@ def backward_kernels() -> Any:
 def bias_grad(dy: Tensor, bias_dtype: torch.dtype) -> Tensor:
     """dy: `[..., N_out]`; returns its sum over tokens, `[N_out]`, added up in float32 or wider."""
     wide = torch.promote_types(dy.dtype, torch.float32)
-    return (dy if dy.dim() == 1 else dy.flatten(0, -2).sum(0, dtype=wide)).to(bias_dtype)
+    # no flatten, which gradients of many outputs at once (is_grads_batched, jacobian(vectorize=True)) do not have
+    return (dy if dy.dim() == 1 else dy.sum(tuple(range(dy.dim() - 1)), dtype=wide)).to(bias_dtype)

@@ -24,6 +24,7 @@ from ._library import (
     bias_grad,
     check_linear,
     define,
+    kernels,
     needs_grad,
     output_for,
     refuse_tangents,
@@ -42,11 +43,12 @@ __all__ = [
 _OPS = torch.ops.sparseprune
 
 
-def _run(op: Callable[..., Tensor], activation: str, tracked: tuple[Tensor | None, ...], *args: Any) -> Tensor:
-    """Runs ``op(*args, activation)``; where gradients are wanted the activation stands behind it, for torch to
-    differentiate.
+def _run(name: str, activation: str, tracked: tuple[Tensor | None, ...], *args: Any) -> Tensor:
+    """Runs the op of this name on ``*args, activation``; where gradients are wanted the activation stands behind it,
+    for torch to differentiate.
     """
     refuse_tangents("linear", *tracked)
+    op = getattr(kernels(), name)
     if activation != "none" and needs_grad(*tracked):
         return activate(op(*args, "none"), activation)
     return op(*args, activation)
@@ -135,7 +137,7 @@ def csr_linear(
     check_linear("csr_linear", x, crow_indices.shape[0] - 1, None, bias, activation)
     if values.shape != col_indices.shape:
         raise ValueError(f"csr_linear: values expected shape {list(col_indices.shape)}, got {list(values.shape)}")
-    return _run(_OPS.csr_linear, activation, (x, values, bias), x, crow_indices, col_indices, values, bias)
+    return _run("csr_linear", activation, (x, values, bias), x, crow_indices, col_indices, values, bias)
 
 
 def bsr_linear(
@@ -156,7 +158,7 @@ def bsr_linear(
     check_linear("bsr_linear", x, (crow_indices.shape[0] - 1) * r, None, bias, activation)
     if x.shape[-1] % c:
         raise ValueError(f"bsr_linear: blocksize ({r}, {c}) must divide in_features, got {x.shape[-1]}; pad or use csr")
-    return _run(_OPS.bsr_linear, activation, (x, values, bias), x, crow_indices, col_indices, values, bias)
+    return _run("bsr_linear", activation, (x, values, bias), x, crow_indices, col_indices, values, bias)
 
 
 # nm
@@ -224,7 +226,7 @@ def nm_linear(
             f"nm_linear: values and indices expected [N_out, K / m * n] with K = {x.shape[-1]}, n = {n}, m = {m}, "
             f"got {list(values.shape)} and {list(indices.shape)}"
         )
-    return _run(_OPS.nm_linear, activation, (x, values, bias), x, values, indices, n, m, bias)
+    return _run("nm_linear", activation, (x, values, bias), x, values, indices, n, m, bias)
 
 
 def layout_linear(x: Tensor, layout: layouts.Layout, bias: Tensor | None = None, activation: str = "none") -> Tensor:
@@ -359,7 +361,7 @@ def trained_linear(
         raise ValueError(f"trained_linear: packed_t expected the shape {[columns, rows]}, got {list(packed_t.shape)}")
     check_length("trained_linear", values, packed)
     refuse_tangents("trained_linear", values, residual)
-    y = _OPS.trained_linear(
+    y = kernels().trained_linear(
         x,
         values,
         bias,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -243,6 +244,34 @@ def test_what_comes_before_an_activation_is_what_it_was(kind, call):
     torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
+@dataclass
+class Answer:
+    result: torch.Tensor
+    before: torch.Tensor | None = None
+
+
+class Answering(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.act = nn.Linear(32, 48), nn.GELU()
+
+    def forward(self, x, whole=False):
+        before = self.up(x)
+        result = self.act(before)
+        return Answer(result, before) if whole else result
+
+
+def test_what_comes_before_an_activation_may_be_handed_back_in_a_dataclass():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Answering()).eval(), torch.randn(3, 32)
+    sp.prune_(model, sparsity=0.5)
+    plain = copy.deepcopy(model)
+    assert not [f for f in sp.sparsify_(model, layout="csr").fusions if f.reason]
+    found, expected = model[0](x, True), plain[0](x, True)
+    torch.testing.assert_close(found.before + 0, expected.before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.result, expected.result, rtol=1e-4, atol=1e-5)
+
+
 def test_an_activation_that_follows_its_linear_alone_is_fused():
     model = nn.Sequential(Feed()).eval()
     sp.prune_(model, sparsity=0.6)
@@ -285,6 +314,41 @@ class Block(nn.Module):
 
     def forward(self, x, residual):
         return self.output(x, residual)
+
+
+class Numbered(Output):
+    """By what may be another number later."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = 1.0
+
+    def scale(self):
+        return self.factor
+
+
+class Measured(Numbered):
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.ones(())
+
+
+class Switched(Numbered):
+    def __init__(self):
+        super().__init__()
+        self.factor = True
+
+
+@pytest.mark.parametrize("kind", [Numbered, Measured, Switched])
+def test_a_block_that_reads_numbers_of_its_own_stays(kind):
+    torch.manual_seed(0)
+    model, given = Block(kind()).eval(), (torch.randn(3, 32), torch.randn(3, 16))
+    sp.prune_(model, sparsity=0.5)
+    plain = copy.deepcopy(model)
+    sp.sparsify_(model, layout="csr", filter_fn=lambda module, name: True)
+    for each in (model, plain):
+        each.output.factor = each.output.factor * 3
+    torch.testing.assert_close(model(*given), plain(*given), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [Gained, HalvedInTraining])
@@ -500,3 +564,97 @@ def test_a_mask_that_wants_a_gradient_gets_it():
         each.encoder(hidden, attention_mask=mask)[0].square().sum().backward()
         found.append(mask.grad)
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+class SiLU(nn.Module):
+    """A user's Swish, under the name of torch's."""
+
+    def __init__(self, beta=1.7):
+        super().__init__()
+        self.beta = nn.Parameter(torch.tensor(beta))
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.beta * x)
+
+
+class DoubledGELU(nn.GELU):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Around(nn.Module):
+    def __init__(self, activation):
+        super().__init__()
+        self.up, self.activation = nn.Linear(32, 48), activation
+
+    def forward(self, x):
+        return self.activation(self.up(x))
+
+
+@pytest.mark.parametrize("around", [lambda act: nn.Sequential(nn.Linear(32, 48), act), Around])
+@pytest.mark.parametrize("activation", [SiLU, lambda: SiLU(1.0), DoubledGELU])
+def test_an_activation_of_a_known_name_is_what_its_own_class_computes(activation, around):
+    torch.manual_seed(0)
+    model = nn.Sequential(around(activation()), nn.Linear(48, 8)).requires_grad_(False).eval()
+    sp.prune_(model, sparsity=0.5)
+    plain, x = copy.deepcopy(model), torch.randn(3, 32)
+    sp.sparsify_(model, layout="csr")
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+    for each in (model, plain):
+        for module in each.modules():
+            if isinstance(module, SiLU):
+                module.beta.fill_(3.0)  # which a layer learns later
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def _gate_(module, kind):
+    """Gives the module a factor for what it computes, a tensor that is no parameter."""
+    plain = type(module)
+
+    class Gated(plain):
+        def forward(self, *args):
+            return plain.forward(self, *args) * self.gate
+
+    module.__class__ = Gated
+    if kind == "buffer":
+        module.register_buffer("gate", torch.ones(1))
+    else:
+        module.gate = torch.ones(1)
+
+
+@needs_core
+@pytest.mark.parametrize("kind", ["buffer", "attribute"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_tensor_that_layers_read_beside_their_weights_may_change(family, kind):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 50}
+    config = {"bert": transformers.BertConfig, "llama": transformers.LlamaConfig}[family](**sizes, vocab_size=50)
+    model = transformers.AutoModel.from_config(config).eval().requires_grad_(False)
+    layers = model.encoder.layer if family == "bert" else model.layers
+    for layer in layers:
+        _gate_(layer.output if family == "bert" else layer.mlp, kind)
+    sp.prune_(model, sparsity=0.5)
+    dense, ids = copy.deepcopy(model), torch.arange(3, 17).view(2, 7)
+    report = sp.sparsify_(model, layout="csr", engine="program")
+    assert [choice.engine for choice in report.stacks] == ["program"]
+
+    def check(by_program):
+        with torch.no_grad():
+            found, expected = model(ids).last_hidden_state, dense(ids).last_hidden_state
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        owner = model.encoder if family == "bert" else model
+        assert (stack_of(owner)._bound is not None) == by_program
+
+    check(True)
+    for value in (0.5, 1.0):
+        for each in (model, dense):
+            for module in each.modules():
+                if hasattr(module, "gate"):
+                    module.gate.fill_(value)
+        check(value == 1.0)
+    gradients = []
+    for each in (model, dense):
+        gates = [module.gate.requires_grad_() for module in each.modules() if hasattr(module, "gate")]
+        gradients.append(torch.autograd.grad(each(ids).last_hidden_state.pow(3).mean(), gates))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)

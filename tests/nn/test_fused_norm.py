@@ -227,3 +227,31 @@ def test_a_checkpoint_brings_it_back(tmp_path):
     sp.load(empty, tmp_path / "net.safetensors")
     x = torch.randn(4, 40)
     assert fused(empty) == ["1"] and torch.equal(empty(x), net(x))
+
+
+class Measured(Norm):
+    """Its offset may change in place."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.offset = torch.zeros(())  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kind", [Norm, Measured])
+def test_what_a_norm_computes_with_may_change(kind):
+    net = model(kind(40))
+    plain, x = copy.deepcopy(net), torch.randn(3, 40)
+    sp.sparsify_(net, layout="csr")
+    assert fused(net) == (["1"] if kind is Norm else [])
+    assert net[1].offset == 0
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), plain(x), rtol=1e-4, atol=1e-5)
+        for each in (net, plain):
+            if kind is Norm:
+                each[1].offset = 1.0
+            else:
+                each[1].offset += 1.0
+        for twin in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            torch.testing.assert_close(twin(x), plain(x), rtol=1e-4, atol=1e-5)
+        sp.densify_(net)
+        torch.testing.assert_close(net(x), plain(x), rtol=1e-4, atol=1e-5)

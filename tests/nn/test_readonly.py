@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,3 +93,39 @@ def test_another_weight_in_its_place_is_refused():
     assert torch.equal(sparse.weight, linear.weight)
     sparse.load_state_dict({"weight": other}, strict=False)
     assert torch.equal(sparse.weight, other)
+
+
+@pytest.mark.parametrize("layout", ["csr", "bsr", "nm"])
+def test_gradients_pass_through_it(layout, close):
+    """A decoder tied to its encoder, and a penalty on the weight: each was without a gradient, and nothing said so."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(16, 32), torch.randn(5, 16)
+    sp.prune_(linear, 0.5, granularity={"csr": sp.Element(), "bsr": sp.Block(16, 1), "nm": sp.NM(2, 4)}[layout])
+    sparse = sp.SparseLinear.from_linear(linear, layout)
+    sparse.set_low_rank_(torch.randn(2, 16) * 0.1, torch.randn(32, 2) * 0.1)
+    linear.weight.data = sparse.dense()
+    for module in (linear, sparse):
+        y = F.linear(torch.relu(module(x)), module.weight.t())
+        ((y - x).square().mean() + module.weight.abs().mean()).backward()
+    held = sparse.to_layout()
+    kept = replace(held, values=torch.ones_like(held.values)).to_dense()
+    close(replace(held, values=sparse.values.grad).to_dense(), linear.weight.grad * kept)
+    close(sparse.low_rank_a.grad, sparse.low_rank_b.detach().t() @ linear.weight.grad)
+    close(sparse.low_rank_b.grad, linear.weight.grad @ sparse.low_rank_a.detach().t())
+    assert not sparse.dense().requires_grad and not copy.deepcopy(sparse.weight).requires_grad
+    with torch.no_grad():
+        assert not sparse.weight.requires_grad
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_by_its_gradient_alone_is_seen_by_frozen_layers(fused, close):
+    """A fused step leaves versions alone, and no product of the layer computed this gradient."""
+    _, sparse = layer()
+    x, optimiser = torch.randn(3, 8), torch.optim.SGD(sparse.parameters(), 0.1, fused=fused)
+    for _ in range(3):
+        sparse.requires_grad_(True)
+        sparse.weight.square().sum().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        sparse.requires_grad_(False)
+        close(sparse(x), F.linear(x, sparse.weight, sparse.bias))

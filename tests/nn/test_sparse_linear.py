@@ -140,6 +140,9 @@ def test_low_rank_term(activation, close):
         close(sparse.train(mode)(x), expected)
         close(sparse(x, residual), expected + residual)
     close(sparse.weight, linear.weight.detach() + b @ a)
+    with torch.autocast("cpu", torch.bfloat16):  # rounds products, and no weight that is made meanwhile
+        close(sparse.to_linear().weight, linear.weight.detach() + (b.double() @ a.double()).float())
+    assert copy.deepcopy(sparse).to("meta").dense().is_meta
     assert sparse.nnz == int((linear.weight != 0).sum()) + a.numel() + b.numel()
     assert {"low_rank_a", "low_rank_b"} <= set(sparse.state_dict())
 

@@ -501,13 +501,20 @@ class Tripled(nn.Linear):
         return super().forward(input) * 3
 
 
-def test_a_linear_with_a_forward_of_its_own_stays(close):
-    model, x = prune(nn.Sequential(nn.Linear(16, 16), Tripled(16, 16), nn.Linear(16, 16)), 0.5), torch.randn(4, 16)
+class TripledByCall(nn.Linear):
+    def __call__(self, input):
+        return super().__call__(input) * 3
+
+
+@pytest.mark.parametrize("kind", [Tripled, TripledByCall])
+def test_a_linear_with_a_forward_of_its_own_stays(kind, close):
+    model, x = prune(nn.Sequential(nn.Linear(16, 16), kind(16, 16), nn.Linear(16, 16)), 0.5), torch.randn(4, 16)
     model[2].forward = lambda input: input + 1
     expected = model(x)
     report = sp.sparsify_(model, layout="csr")
-    assert [type(m) for m in model] == [sp.SparseLinear, Tripled, nn.Linear]
-    assert "forward of its own" in report["1"].reason and "was replaced" in report["2"].reason
+    assert [type(m) for m in model] == [sp.SparseLinear, kind, nn.Linear]
+    name = "forward" if kind is Tripled else "__call__"
+    assert f"{name} of its own" in report["1"].reason and "was replaced" in report["2"].reason
     close(model(x), expected)
 
 

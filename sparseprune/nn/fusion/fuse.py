@@ -138,6 +138,9 @@ def _fuse_output(name: str, module: nn.Module) -> tuple[Fusion, FusedOutput | No
         return Fusion(name, what, "a hook observes the modules"), None
     if module._parameters or module._buffers:
         return Fusion(name, what, "it has parameters or buffers of its own"), None
+    numbers = [n for n, v in vars(module).items() if isinstance(v, int | float | Tensor) and not n.startswith("_")]
+    if numbers != ["training"]:  # which its forward may read, and which may change
+        return Fusion(name, what, f"it has {', '.join(n for n in numbers if n != 'training')} of its own"), None
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     if names != ["hidden_states", "input_tensor"]:
         return Fusion(name, what, f"its forward takes {', '.join(names)}, not hidden_states and input_tensor"), None
@@ -156,6 +159,8 @@ def _fuse_rms_norm(name: str, module: nn.Module, eps: float) -> tuple[Fusion, Fu
     what = "RMSNorm"
     if hooked(module):
         return Fusion(name, what, "a hook observes the module"), None
+    if held := [n for n, v in vars(module).items() if isinstance(v, Tensor)]:  # which may change in place
+        return Fusion(name, what, f"it has {', '.join(held)} of its own"), None
     fused = FusedRMSNorm(module, eps)
     scale = torch.tensor([[1e-4], [1e-2], [1.0], [1e2]])  # small inputs show the eps
     x = torch.randn(4, fused.weight.numel(), generator=torch.Generator().manual_seed(0)) * scale

@@ -61,7 +61,7 @@ class FusedRMSNorm(nn.Module):
 
     Holds the weight `[D]` of the module it replaces under its own name. That module's forward runs in ``dtypes`` (of x,
     of the weight) that are not among those in which both are known to give the same, and where the call has more than
-    x.
+    x; and in all once another of its attributes was set, which it may compute with.
     """
 
     weight: nn.Parameter
@@ -81,7 +81,18 @@ class FusedRMSNorm(nn.Module):
         self._eps_then = eps
 
     def __getattr__(self, name: str) -> Any:
-        return vars(self)[vars(self)["_eps_name"]] if name == "eps" else super().__getattr__(name)
+        if name == "eps":
+            return vars(self)[vars(self)["_eps_name"]]
+        found = vars(vars(self)["original"]) if "original" in vars(self) else {}
+        return found[name] if name in found else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        original = vars(self).get("original")
+        if original is None or name in vars(self) or name not in vars(original):
+            super().__setattr__(name, value)
+        else:
+            setattr(original, name, value)
+            self.dtypes = frozenset()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         weight, eps = self._parameters.get("weight"), vars(self)[self._eps_name]

@@ -25,11 +25,15 @@ _EPILOGUES = {
 }
 
 
+_PACKAGES = ("torch", "transformers")  # whose classes of these names compute that; a user's may do anything
+
+
 def epilogue_of(module: nn.Module) -> str | None:
     """The epilogue that computes what this activation module does, or None."""
-    if isinstance(module, nn.GELU):
+    kind = type(module)
+    if kind is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
-    return _EPILOGUES.get(type(module).__name__)
+    return _EPILOGUES.get(kind.__name__) if kind.__module__.partition(".")[0] in _PACKAGES else None
 
 
 def is_output_block(module: nn.Module) -> bool:

@@ -152,6 +152,8 @@ class StackForward(InstanceForward):
             except UnknownLayer as error:
                 self._bound, self._refused = None, (modules, str(error), modules.versions())
                 raise Unsupported(str(error)) from None
+            if known is None:
+                modules.settle()
             self._refused = None
             return bound
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from ...tensor_state import TensorStates
-from ..direct import why_not_direct
+from ..direct import is_plain, why_not_direct
 from ..fusion import FusedActivations
 from ..linear import SparseLinear
 from ..unread import unread
@@ -57,16 +57,27 @@ class Modules:
         self._configs = [c for c in configs.values() if hasattr(c, "_attn_implementation")]
         self._attention = list(map(_attention_of, self._configs))
         self._called = CalledFunctions(dict.fromkeys(self._classes), filter(None, self._attention))
+        self._beside: list[Tensor] = []
+        self._tensors: TensorStates | None = None
+
+    def settle(self) -> None:
+        """To be called once layers and program are known to agree: from then on the tensors that are no parameters and
+        no weights of ours, buffers and others, are to hold what they hold, for the program has no place for them.
+        """
+        own = [d for m, d in zip(self._modules, self._dicts) if not isinstance(m, SparseLinear)]
+        held = chain(self._now([d["_buffers"] for d in own]), self._now(own))
+        self._beside = list({id(t): t for t in held if isinstance(t, Tensor) and is_plain(t)}.values())
+        self._tensors = TensorStates(self._beside) if self._beside else None
 
     def learns(self) -> bool:
-        """Whether a parameter wants a gradient."""
-        return any(p is not None and p.requires_grad for p in self._parameter)
+        """Whether a parameter, or a tensor in the place of one, wants a gradient."""
+        return any(t is not None and t.requires_grad for t in chain(self._parameter, self._beside))
 
     def versions(self) -> tuple[tuple[int, int], ...] | None:
         """What changes with the tensors; None where that cannot be told."""
         try:
-            held = chain(self._now(self._parameters), self._now(self._buffers))
-            return tuple((t.data_ptr(), t._version) for t in held if t is not None)
+            held = chain(self._now(self._parameters), self._now(self._buffers), self._now(self._dicts))
+            return tuple((t.data_ptr(), t._version) for t in held if isinstance(t, Tensor))
         except RuntimeError:  # of inference mode, or without memory
             return None
 
@@ -87,7 +98,8 @@ class Modules:
 
     def same(self) -> bool:
         """Whether these are the children, parameters and buffers still, by identity and in number, of modules in eval
-        with the classes and attributes that they had, whose forwards call what they called.
+        with the classes and attributes that they had, whose forwards call what they called, and whose tensors hold what
+        they held.
         """
         return (
             self._children == self._then
@@ -97,6 +109,7 @@ class Modules:
             and self._called.same()
             and all(map(is_, map(_attention_of, self._configs), self._attention))
             and self._same_attributes()
+            and (self._tensors is None or self._tensors.unchanged())
         )
 
     def _same_attributes(self) -> bool:
