@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -10,7 +11,9 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -321,6 +324,43 @@ def test_load_builds_the_model_beside_a_checkpoint_of_ours(make, answers, tmp_pa
     (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["os"]}')
     with pytest.raises(CheckpointError, match="expected the name of one transformers model"):
         sp.load(folder)
+
+
+def test_loading_in_one_thread_leaves_modules_of_others_alone(make, tmp_path, monkeypatch):
+    """Two loads that would leave in the order in which they entered, and a module that is made meanwhile."""
+    model = sparse(make("bert"))
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    sp.save(model, tmp_path / "pruned.safetensors")
+    both, first_left = threading.Barrier(2), threading.Event()
+    entered: list[int] = []
+    made: list[nn.Linear] = []
+    read = transformers.AutoConfig.from_pretrained
+
+    def slow(*args, **kwargs):  # called while the model is built
+        entered.append(threading.get_ident())
+        if len(entered) == 1:
+            other = threading.Thread(target=lambda: made.append(nn.Linear(4, 4)))
+            other.start()
+            other.join()
+        with contextlib.suppress(threading.BrokenBarrierError):  # the second waits for the first
+            both.wait(1)
+        if threading.get_ident() != entered[0]:
+            first_left.wait(20)
+        return read(*args, **kwargs)
+
+    def load(_):
+        found = sp.load(tmp_path)
+        first_left.set()
+        return found
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", slow)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(load, range(2)))
+    for again in found:
+        check_same(again, model)
+    for linear in (*made, nn.Linear(4, 4)):
+        assert linear.weight.device.type == "cpu" and 0 < float(linear.weight.detach().abs().max()) < 1
 
 
 def test_load_beside_a_checkpoint_reads_how_to_generate_and_the_dtype(make, tmp_path):
