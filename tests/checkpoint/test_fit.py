@@ -211,6 +211,45 @@ def test_odd_tensors_come_back(tmp_path):
     sp.checkpoint.describe(tmp_path / "a")
 
 
+class Counting(nn.Module):
+    """With a state beside its tensors, and, ``doubled``, one that its state dict holds in another form."""
+
+    def __init__(self, count: int, doubled: bool = False) -> None:
+        super().__init__()
+        self.count, self.shift = count, nn.Parameter(torch.full((3,), float(count)))
+        if doubled:
+            self._register_state_dict_hook(self._double)
+
+    def _double(self, module, state, prefix, metadata):
+        state[prefix + "shift"] = module.shift * 2
+
+    def get_extra_state(self):
+        return torch.tensor([self.count])
+
+    def set_extra_state(self, state) -> None:
+        self.count = int(state)
+
+
+def test_a_state_beside_the_tensors_is_handed_back(tmp_path):
+    def make(count):
+        model = nn.Sequential(nn.Linear(16, 16), Counting(count))
+        model.again = model[1]
+        return model
+
+    sp.save(make(7), tmp_path / "a")
+    fresh = sp.load(make(2), tmp_path / "a")
+    assert fresh[1].count == 7 and torch.equal(fresh[1].shift, torch.full((3,), 7.0))
+
+
+def test_what_a_hook_of_the_state_dict_makes_is_not_written_to(tmp_path):
+    sp.save(nn.Sequential(nn.Linear(16, 16), Counting(7, doubled=True)), tmp_path / "a")
+    fresh = nn.Sequential(nn.Linear(16, 16), Counting(2, doubled=True))
+    before = fresh[0].weight.detach().clone()
+    with pytest.raises(CheckpointError, match=r"1\.shift expected to be a parameter or a buffer.*load_state_dict"):
+        sp.load(fresh, tmp_path / "a")
+    assert torch.equal(fresh[0].weight, before) and fresh[1].count == 2
+
+
 def test_a_layer_under_two_names_is_stored_once(tmp_path):
     def make():
         torch.manual_seed(0)
