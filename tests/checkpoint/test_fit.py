@@ -133,6 +133,24 @@ def test_parts_that_are_compiled_keep_their_names(tmp_path):
     assert same(sp.load(compiled(), tmp_path / "a")[0], plain[0])
 
 
+def test_parts_under_activation_checkpointing_keep_their_names(tmp_path):
+    """torch's wrapper is in the names of modules, and not in those of the state dict."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
+
+    def wrapped(model):
+        model.up = torch.compile(checkpoint_wrapper(model.up), backend="eager")
+        return checkpoint_wrapper(nn.Sequential(checkpoint_wrapper(model)))
+
+    for layout in (None, "csr"):
+        plain = nn.Sequential(saved(tmp_path / "other", layout))
+        sp.save(plain, tmp_path / "a")
+        sp.save(wrapped(copy.deepcopy(plain[0])), tmp_path / "b")
+        assert metadata(tmp_path / "b") == metadata(tmp_path / "a")
+        model = wrapped(Net().eval())
+        sp.load(model, tmp_path / "a")
+        assert isinstance(model._checkpoint_wrapped_module[0], CheckpointWrapper) and same(model, plain)
+
+
 def test_a_model_under_distributed_data_parallel_is_saved_and_not_loaded_into(tmp_path):
     import torch.distributed as dist
 
