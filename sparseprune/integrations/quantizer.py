@@ -217,6 +217,19 @@ def _is_encoded(files: Sequence[Any], state: Mapping[str, Any]) -> bool:
     return False
 
 
+def _refuse_strangers(found: Any) -> None:
+    """ValueError where a layer of the files was not known for one of the model, whose weight is lacking now."""
+    missing, passed_over = (set(getattr(found, name, None) or ()) for name in ("missing_keys", "unexpected_keys"))
+    ends = {name.removesuffix(".values") for name in passed_over if name.endswith(".values")}
+    lost = sorted(name for name in ends if f"{name}.weight" in missing)
+    if lost:
+        raise ValueError(
+            f"from_pretrained: expected to know each sparse layer of the folder by its name, got {len(lost)} that go "
+            f"by another one in this model ({', '.join(lost[:3])}), whose weights would be random numbers; load the "
+            "model that was saved, and take the part of it"
+        )
+
+
 def _decoding(load: Callable[..., Any]) -> Callable[..., Any]:
     """transformers' reading of weights, which without a quantizer passes over encoded ones and leaves random numbers in
     their places: then an error.
@@ -231,9 +244,12 @@ def _decoding(load: Callable[..., Any]) -> Callable[..., Any]:
             raise ValueError(
                 "from_pretrained: expected the configuration of the folder, whose weights are encoded, got one without "
                 "its quantization_config, as that of a model in memory is; leave config out, or set "
-                "config.quantization_config = AutoConfig.from_pretrained(folder).quantization_config"
+                "config.quantization_config = AutoConfig.from_pretrained(folder).quantization_config; of a model of "
+                "several parts load the whole, and take the part of it"
             )
-        return load(*args, **kwargs)
+        found = load(*args, **kwargs)
+        _refuse_strangers(found[0] if isinstance(found, tuple) else found)
+        return found
 
     return checked
 

@@ -233,6 +233,26 @@ def test_a_folder_of_a_model_with_a_head_serves_one_without_and_the_other_way_ro
     check_same(again.bert, model.bert)
 
 
+def test_one_part_of_a_model_of_several_is_taken_of_the_whole(tmp_path):
+    """transformers reads a tower by itself under other names, and with a configuration that says nothing of layers."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config={"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2, **sizes},
+        vision_config={"image_size": 8, "patch_size": 4, **sizes}, projection_dim=8,
+    )  # fmt: skip
+    model = sparse(transformers.CLIPModel(config).eval())
+    model.save_pretrained(tmp_path)
+    tower, ids = transformers.CLIPTextModel, torch.tensor([[1, 5, 2]])
+    with pytest.raises(ValueError, match="load the whole, and take the part of it"):
+        tower.from_pretrained(tmp_path)
+    told = transformers.CLIPTextConfig.from_pretrained(tmp_path)
+    told.quantization_config = transformers.AutoConfig.from_pretrained(tmp_path).quantization_config
+    with pytest.raises(ValueError, match=r"got 6 that go by another one in this model \(encoder.*take the part"):
+        tower.from_pretrained(tmp_path, config=told)
+    part = transformers.CLIPModel.from_pretrained(tmp_path).text_model
+    torch.testing.assert_close(part(ids)[0], model.text_model(ids)[0])
+
+
 def test_a_densified_model_saves_as_any_other(make, answers, tmp_path):
     model = sparse(make("bert"))
     model.save_pretrained(tmp_path / "sparse")
