@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +41,8 @@ from .description import Description, describe, finish_, prepare_
 __all__ = ["METHOD", "SparsePruneConfig", "SparsePruneQuantizer", "in_our_form", "register"]
 
 METHOD, VERSION = "sparseprune", 1
+# A model that is being written says so to transformers: one thread at a time.
+_WRITING: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _SPARSIFY = tuple(name for name in inspect.signature(sparsify_).parameters if name not in ("model", "filter_fn"))
 
 
@@ -166,8 +170,16 @@ def in_our_form(
 ) -> Iterator[dict[str, Any]]:
     """Within it ``save_pretrained`` of this model writes a sparse folder; gives the options to call it with.
     ``value_dtype`` as in :func:`sparseprune.save`; ``state_dict``: what is written instead of the model's own state,
-    which transformers asks no quantizer to do.
+    which transformers asks no quantizer to do. Another thread that saves the model waits.
     """
+    with _WRITING.setdefault(model, threading.RLock()), _in_our_form(model, value_dtype, state_dict) as options:
+        yield options
+
+
+@contextmanager
+def _in_our_form(
+    model: Any, value_dtype: str | None, state_dict: Mapping[str, Tensor] | None
+) -> Iterator[dict[str, Any]]:
     inside = getattr(model, "hf_quantizer", None)
     if isinstance(inside, SparsePruneQuantizer):
         yield {"save_original_format": False}

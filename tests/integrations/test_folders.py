@@ -233,6 +233,25 @@ def test_a_folder_of_a_model_with_a_head_serves_one_without_and_the_other_way_ro
     check_same(again.bert, model.bert)
 
 
+def test_two_threads_write_a_model_one_after_the_other(make):
+    """What one tells transformers of the model was taken for the other's, and gone in the middle of it."""
+    from sparseprune.integrations.quantizer import in_our_form
+
+    model, seen = sparse(make("bert")), []
+
+    def write():
+        with in_our_form(model, "int8"):
+            seen.append(model.config.quantization_config.stored_value_dtype)
+
+    other = threading.Thread(target=write)
+    with in_our_form(model, "bfloat16"), in_our_form(model, "int8"):  # as our save_pretrained, within transformers' own
+        other.start()
+        other.join(0.3)
+        assert not seen and model.config.quantization_config.stored_value_dtype == "bfloat16"
+    other.join(20)
+    assert seen == ["int8"] and not hasattr(model.config, "quantization_config")
+
+
 def test_one_part_of_a_model_of_several_is_taken_of_the_whole(tmp_path):
     """transformers reads a tower by itself under other names, and with a configuration that says nothing of layers."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
