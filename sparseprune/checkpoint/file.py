@@ -206,6 +206,8 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_file(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | os.PathLike[str]) -> None:
+    if "__metadata__" in tensors:  # it would be written, and no reader take the file
+        raise CheckpointError(f"{path}: could not be written: '__metadata__' is the file format's own name; rename it")
     try:
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata)

@@ -346,8 +346,9 @@ def test_equal_values_may_go_into_one_tensor(tmp_path):
         (nn.LazyLinear(3), "run the model once"),
         (nn.Linear(3, 3, device="meta"), "strided tensor with memory"),
         (nn.Linear(3, 3).to(torch.complex128), "complex128"),
+        (nn.ParameterDict({"__metadata__": torch.ones(2)}), "'__metadata__' is the file format's own name; rename it"),
     ],
-    ids=["lazy", "meta", "complex128"],
+    ids=["lazy", "meta", "complex128", "name"],
 )
 def test_what_no_file_can_hold_is_refused(tmp_path, module, message):
     with pytest.raises(CheckpointError, match=message):
