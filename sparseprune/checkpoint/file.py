@@ -245,6 +245,12 @@ def read(path: str | os.PathLike[str], plain: bool = False) -> Content:
     sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
     with about(path):
         if metadata.get("format") != FORMAT:
+            if any(name.endswith("::spec") for name in tensors):
+                raise ValueError(
+                    f"expected a file by sparseprune.save{' or a dense one' if plain else ''}, got weights of a folder "
+                    "that save_pretrained wrote, which are encoded; sparseprune.load(FOLDER) reads it, and "
+                    "`sparseprune export FOLDER OTHER --dense` makes it dense"
+                )
             if plain:
                 return Content(plain=tensors, sizes=sizes)
             raise ValueError(

@@ -402,6 +402,20 @@ def test_loading_in_one_thread_leaves_modules_of_others_alone(make, tmp_path, mo
         assert linear.weight.device.type == "cpu" and 0 < float(linear.weight.detach().abs().max()) < 1
 
 
+def test_the_weights_of_a_sparse_folder_are_not_taken_for_a_dense_file(make, tmp_path):
+    """As such their report left every sparse layer out, and what was called dense held their encodings."""
+    sparse(make("bert")).save_pretrained(tmp_path)
+    file, other = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
+    ways = (
+        lambda: sp.checkpoint.describe(file), lambda: sp.checkpoint.convert(file, other),
+        lambda: sp.checkpoint.convert(file, other, dense=True), lambda: sp.load(make("bert"), file),
+    )  # fmt: skip
+    for way in ways:
+        with pytest.raises(CheckpointError, match=r"got weights of a folder that save_pretrained wrote"):
+            way()
+    assert not other.exists()
+
+
 def test_load_beside_a_checkpoint_reads_how_to_generate_and_the_dtype(make, tmp_path):
     model = make("llama").bfloat16()
     model.generation_config.eos_token_id, model.generation_config.max_new_tokens = [2, 7], 5
