@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .._files import in_home
 from ..checkpoint.error import CheckpointError, about
 from ..checkpoint.file import FORMAT, read
 from ..checkpoint.fit import fill
@@ -126,14 +127,15 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str], value_dtype: str
     """``model.save_pretrained(folder, **options)`` with every pruned weight in its smallest encoding, also where no
     layer runs sparse yet; ``value_dtype``: "bfloat16" or "int8" round the kept ones, as in :func:`sparseprune.save`.
     ``state_dict`` among the options, as ``model.state_dict()`` gives it, is what is written instead of the model's own.
-    ValueError where its tensors of a sparse layer are missing or do not agree.
+    ``~`` is the home folder, as for ``load``. ValueError where tensors of a sparse layer are missing in ``state_dict``
+    or do not agree.
     """
     require()
     from .quantizer import in_our_form, register
 
     register()
     with in_our_form(model, value_dtype, options.get("state_dict")) as ours:
-        model.save_pretrained(folder, **{**ours, **options})
+        model.save_pretrained(in_home(folder), **{**ours, **options})
 
 
 def _architecture(folder: Path) -> Any:

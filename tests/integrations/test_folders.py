@@ -171,6 +171,17 @@ def test_kept_values_can_be_rounded_and_a_pruned_model_need_not_run_sparse(value
     check_same(type(model).from_pretrained(tmp_path / "exact"), model)
 
 
+def test_home_is_one_place_for_writing_and_reading(make, tmp_path, monkeypatch):
+    from sparseprune.integrations.folder import save_pretrained
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    model = sparse(make("bert"))
+    save_pretrained(model, "~/saved")
+    check_same(sp.load("~/saved"), model)
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["home"]
+
+
 def test_a_dense_folder_is_sparsified_as_it_loads(make, answers, tmp_path):
     from sparseprune.integrations.folder import save_pretrained
     from sparseprune.integrations.quantizer import SparsePruneConfig
