@@ -206,6 +206,8 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_file(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | os.PathLike[str]) -> None:
+    if "__metadata__" in tensors:  # it would be written, and no reader take the file
+        raise CheckpointError(f"{path}: could not be written: '__metadata__' is the file format's own name; rename it")
     try:
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata)
@@ -243,6 +245,12 @@ def read(path: str | os.PathLike[str], plain: bool = False) -> Content:
     sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
     with about(path):
         if metadata.get("format") != FORMAT:
+            if any(name.endswith("::spec") for name in tensors):
+                raise ValueError(
+                    f"expected a file by sparseprune.save{' or a dense one' if plain else ''}, got weights of a folder "
+                    "that save_pretrained wrote, which are encoded; sparseprune.load(FOLDER) reads it, and "
+                    "`sparseprune export FOLDER OTHER --dense` makes it dense"
+                )
             if plain:
                 return Content(plain=tensors, sizes=sizes)
             raise ValueError(

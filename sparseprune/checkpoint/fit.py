@@ -98,6 +98,7 @@ def _fill(model: nn.Module, content: Content, keep: str) -> None:
     }
     _check_shapes(linears, wanted, content, resized, biases)
     _check_meta(model)
+    _check_own(model, linears)
     tensors = _Tensors(content)
     # Sizes are those of the model from here on: what is decoded fits where the model does.
     content.check()
@@ -249,6 +250,41 @@ def _check_meta(model: nn.Module) -> None:
         )
 
 
+def _check_own(model: nn.Module, linears: _Linears) -> None:
+    """ValueError where the state dict holds a tensor that is not the model's own, so that a write to it were lost."""
+    own = [value for module in model.modules() for value in (*module._parameters.values(), *module._buffers.values())]
+    held = {id(value) for value in own}
+    memory = {_storage(value) for value in own if value is not None} - {None}
+    known = {prefixed(fqn, name) for fqn, m in linears.items() for name in getattr(m, "canonical_names", ())}
+    known |= set(_with_extra(model))
+    apart = [
+        name
+        for name, value in model.state_dict(keep_vars=True).items()
+        if id(value) not in held and _storage(value) not in memory and name not in known
+    ]
+    if apart:
+        raise ValueError(
+            f"{names(apart)} expected to be a parameter or a buffer of the model, got what a hook of its state dict "
+            "makes, which cannot be written to; `sparseprune convert FILE OTHER --dense`, and model.load_state_dict("
+            "safetensors.torch.load_file(OTHER))"
+        )
+
+
+def _storage(value: Any) -> int | None:
+    """Where its memory begins; None where it has none."""
+    plain = isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter, nn.Buffer)
+    return (value.untyped_storage().data_ptr() or None) if plain and value.layout is torch.strided else None
+
+
+def _with_extra(model: nn.Module) -> dict[str, nn.Module]:
+    """Name in the state dict -> the module that has an extra state of its own."""
+    return {
+        prefixed(fqn, "_extra_state"): module
+        for fqn, module in model.named_modules(remove_duplicate=False)
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    }
+
+
 def _check_shared(
     model: nn.Module, linears: _Linears, wanted: Mapping[str, Any], content: Content, tensors: _Tensors
 ) -> None:
@@ -365,13 +401,16 @@ def _write(model: nn.Module, tensors: _Tensors, skipped: set[str]) -> None:
     """Into the model's own tensors, and into new ones of the same dtype where those cannot be written to: on the meta
     device, made under inference_mode, or one memory under several indices.
     """
+    extra = _with_extra(model)
     made: dict[int, Tensor] = {}
     tied: dict[Any, Tensor] = {}  # parameters of the file; a model put on the meta device may have lost its ties
     with torch.no_grad():
         for name, value in model.state_dict(keep_vars=True).items():
             if name not in tensors or name in skipped:
                 continue
-            if not _made_anew(value):
+            if name in extra:
+                extra[name].set_extra_state(tensors[name].clone())
+            elif not _made_anew(value):
                 value.copy_(tensors[name])
             elif id(value) not in made:
                 parameter = isinstance(value, nn.Parameter)

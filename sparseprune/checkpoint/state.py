@@ -23,6 +23,7 @@ from .structure import Structure, prefixed
 
 __all__ = ["INFERENCE", "State", "check_value_dtype", "gather", "how", "options_of", "round_as_", "unwrapped"]
 
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 #: Instead of a dtype of kept values: each layer's own, of inference.
 INFERENCE = "inference"
 
@@ -37,31 +38,35 @@ class State:
 
 @contextlib.contextmanager
 def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
-    """The model inside what torch.compile and data parallelism put around it, whose names are those of the file. Parts
-    that were compiled by themselves stand there plain meanwhile.
+    """The model inside what torch.compile, data parallelism and torch's checkpoint_wrapper put around it, whose names
+    are those of the file. Parts that were wrapped by themselves stand there plain meanwhile.
     """
-    while (inner := _inside(model)) is not None:
-        model = inner
-    compiled = [
+    model = _inside(model)
+    wrapped = [
         (parent, name, child, inner)
         for parent in model.modules()
         for name, child in parent._modules.items()
-        if child is not None and (inner := _inside(child)) is not None
+        if child is not None and (inner := _inside(child)) is not child
     ]
-    for parent, name, _, inner in compiled:
+    for parent, name, _, inner in wrapped:
         parent._modules[name] = inner
     try:
         yield model
     finally:
-        for parent, name, child, inner in compiled:
-            if parent._modules[name] is inner:  # else load has put another layer there, which is not compiled
+        for parent, name, child, inner in wrapped:
+            if parent._modules[name] is inner:  # else load has put another layer there, which is not wrapped
                 parent._modules[name] = child
 
 
-def _inside(model: nn.Module) -> nn.Module | None:
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        return model.module
-    return model._modules.get("_orig_mod")  # by name: to import the compiler takes seconds
+def _inside(model: nn.Module) -> nn.Module:
+    inner: nn.Module | None = model
+    while inner is not None:
+        model = inner
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = model.module
+        else:  # by name: to import the compiler takes seconds
+            inner = next((model._modules[name] for name in _WRAPPED if name in model._modules), None)
+    return model
 
 
 def check_value_dtype(value_dtype: str) -> None:

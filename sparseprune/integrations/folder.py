@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .._files import in_home
 from ..checkpoint.error import CheckpointError, about
 from ..checkpoint.file import FORMAT, read
 from ..checkpoint.fit import fill
@@ -22,6 +24,8 @@ from .transformers import require
 __all__ = ["load_folder", "save_pretrained"]
 
 _GENERATION = "generation_config.json"
+# Building a model changes, for as long as it takes, what the whole process makes: ours and transformers' own does.
+_BUILDING = threading.RLock()
 _CONFIG, _WEIGHTS = "config.json", ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -48,7 +52,7 @@ def load_folder(path: str | os.PathLike[str], keep: str = "canonical") -> nn.Mod
             kind = _architecture(folder)
             from .conversion import noting_failures
 
-            with noting_failures() as failed:
+            with _BUILDING, noting_failures() as failed:
                 try:
                     model, found = kind.from_pretrained(str(place), output_loading_info=True)
                 except MemoryError:
@@ -64,9 +68,7 @@ def load_folder(path: str | os.PathLike[str], keep: str = "canonical") -> nn.Mod
     content = read(file)
     with about(file):
         kind = _architecture(folder)
-        from transformers.initialization import no_init_weights
-
-        with no_init_weights(), _parameters_on_meta(), _described():
+        with _parameters_on_meta(), _described():
             model = kind._from_config(require().AutoConfig.from_pretrained(str(folder)))
         if model.can_generate() and (folder / _GENERATION).is_file():
             try:
@@ -95,33 +97,45 @@ def _described() -> Iterator[None]:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Within it modules get no memory for their parameters, one at a time apart; buffers have theirs."""
-    register = nn.Module.register_parameter
+    """Within it modules that this thread makes get no memory for their parameters, one at a time apart, and models of
+    transformers no first values; buffers have theirs. Other threads make their modules as ever.
+    """
+    models: Any = require().PreTrainedModel
+    mine = threading.get_ident()
+    with _BUILDING:
+        register, initialise = nn.Module.register_parameter, models.init_weights
 
-    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(self, name, param)
-        if param is not None and not param.is_meta:
-            self._parameters[name] = nn.Parameter(param.to("meta"), param.requires_grad)
+        def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+            register(self, name, param)
+            if param is not None and not param.is_meta and threading.get_ident() == mine:
+                self._parameters[name] = nn.Parameter(param.to("meta"), param.requires_grad)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        def not_mine(self: nn.Module) -> None:
+            if threading.get_ident() != mine:
+                initialise(self)
+
+        nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+        models.init_weights = not_mine
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
+            models.init_weights = initialise
 
 
 def save_pretrained(model: Any, folder: str | os.PathLike[str], value_dtype: str = "float32", **options: Any) -> None:
     """``model.save_pretrained(folder, **options)`` with every pruned weight in its smallest encoding, also where no
     layer runs sparse yet; ``value_dtype``: "bfloat16" or "int8" round the kept ones, as in :func:`sparseprune.save`.
     ``state_dict`` among the options, as ``model.state_dict()`` gives it, is what is written instead of the model's own.
-    ValueError where its tensors of a sparse layer are missing or do not agree.
+    ``~`` is the home folder, as for ``load``. ValueError where tensors of a sparse layer are missing in ``state_dict``
+    or do not agree.
     """
     require()
     from .quantizer import in_our_form, register
 
     register()
     with in_our_form(model, value_dtype, options.get("state_dict")) as ours:
-        model.save_pretrained(folder, **{**ours, **options})
+        model.save_pretrained(in_home(folder), **{**ours, **options})
 
 
 def _architecture(folder: Path) -> Any:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +41,8 @@ from .description import Description, describe, finish_, prepare_
 __all__ = ["METHOD", "SparsePruneConfig", "SparsePruneQuantizer", "in_our_form", "register"]
 
 METHOD, VERSION = "sparseprune", 1
+# A model that is being written says so to transformers: one thread at a time.
+_WRITING: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _SPARSIFY = tuple(name for name in inspect.signature(sparsify_).parameters if name not in ("model", "filter_fn"))
 
 
@@ -166,8 +170,16 @@ def in_our_form(
 ) -> Iterator[dict[str, Any]]:
     """Within it ``save_pretrained`` of this model writes a sparse folder; gives the options to call it with.
     ``value_dtype`` as in :func:`sparseprune.save`; ``state_dict``: what is written instead of the model's own state,
-    which transformers asks no quantizer to do.
+    which transformers asks no quantizer to do. Another thread that saves the model waits.
     """
+    with _WRITING.setdefault(model, threading.RLock()), _in_our_form(model, value_dtype, state_dict) as options:
+        yield options
+
+
+@contextmanager
+def _in_our_form(
+    model: Any, value_dtype: str | None, state_dict: Mapping[str, Tensor] | None
+) -> Iterator[dict[str, Any]]:
     inside = getattr(model, "hf_quantizer", None)
     if isinstance(inside, SparsePruneQuantizer):
         yield {"save_original_format": False}
@@ -217,6 +229,19 @@ def _is_encoded(files: Sequence[Any], state: Mapping[str, Any]) -> bool:
     return False
 
 
+def _refuse_strangers(found: Any) -> None:
+    """ValueError where a layer of the files was not known for one of the model, whose weight is lacking now."""
+    missing, passed_over = (set(getattr(found, name, None) or ()) for name in ("missing_keys", "unexpected_keys"))
+    ends = {name.removesuffix(".values") for name in passed_over if name.endswith(".values")}
+    lost = sorted(name for name in ends if f"{name}.weight" in missing)
+    if lost:
+        raise ValueError(
+            f"from_pretrained: expected to know each sparse layer of the folder by its name, got {len(lost)} that go "
+            f"by another one in this model ({', '.join(lost[:3])}), whose weights would be random numbers; load the "
+            "model that was saved, and take the part of it"
+        )
+
+
 def _decoding(load: Callable[..., Any]) -> Callable[..., Any]:
     """transformers' reading of weights, which without a quantizer passes over encoded ones and leaves random numbers in
     their places: then an error.
@@ -231,9 +256,12 @@ def _decoding(load: Callable[..., Any]) -> Callable[..., Any]:
             raise ValueError(
                 "from_pretrained: expected the configuration of the folder, whose weights are encoded, got one without "
                 "its quantization_config, as that of a model in memory is; leave config out, or set "
-                "config.quantization_config = AutoConfig.from_pretrained(folder).quantization_config"
+                "config.quantization_config = AutoConfig.from_pretrained(folder).quantization_config; of a model of "
+                "several parts load the whole, and take the part of it"
             )
-        return load(*args, **kwargs)
+        found = load(*args, **kwargs)
+        _refuse_strangers(found[0] if isinstance(found, tuple) else found)
+        return found
 
     return checked
 

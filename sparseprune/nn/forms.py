@@ -63,8 +63,10 @@ class Forms:
         self.generation = 0
 
     def for_rows(self, rows: int) -> Form:
-        """The packed form whose number of tokens is nearest by ratio."""
-        for most, form in self._limits:
+        """The packed form whose number of tokens is nearest by ratio; the largest for a number that is left open, as
+        torch.export leaves it: a comparison would hold the program to one side of it.
+        """
+        for most, form in self._limits if type(rows) is int else ():
             if rows <= most:
                 return form
         return self.largest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from enum import Enum
 from typing import NamedTuple
 
@@ -87,7 +88,7 @@ def choose_packed_route(
     input: Tensor, others: tuple[Tensor | None, ...], bias: Tensor | None, forms: Forms, like: Tensor
 ) -> Route:
     """:func:`choose_route` for a layer that has its packed forms alone. like: empty, of the dtype of its values."""
-    form, why = forms.for_rows(input.shape[:-1].numel()), why_not_native(input, bias, *others)
+    form, why = forms.for_rows(math.prod(input.shape[:-1])), why_not_native(input, bias, *others)
     if why is None and input.dtype in native.linear.DTYPES and like.device.type == "cpu":
         return _direct(form)
     _refuse_onnx()
@@ -123,11 +124,11 @@ def in_graph() -> bool:
 
 def _form_for(input: Tensor, forms: Forms, dense_from: int | None) -> Form:
     """What inference multiplies with: the unpacked weight from ``dense_from`` rows on, else a packed form."""
-    return forms.unpacked if _dense(input, dense_from) else forms.for_rows(input.shape[:-1].numel())
+    return forms.unpacked if _dense(input, dense_from) else forms.for_rows(math.prod(input.shape[:-1]))
 
 
 def _dense(input: Tensor, dense_from: int | None) -> bool:
-    return dense_from is not None and input.shape[:-1].numel() >= dense_from
+    return dense_from is not None and math.prod(input.shape[:-1]) >= dense_from
 
 
 def _why_not_packed(input: Tensor, values: Tensor) -> str:

@@ -20,7 +20,9 @@ __all__ = ["OWN_FORMS", "guard_saving", "is_taught", "mark_unlike_", "unmark_unl
 _WRITERS = {
     "transformers.modeling_utils": ("PreTrainedModel", ("save_pretrained", "push_to_hub")),
     "sentence_transformers.base.modules.module": ("Module", ("save_torch_weights",)),
+    "huggingface_hub.hub_mixin": ("PyTorchModelHubMixin", ("save_pretrained", "push_to_hub")),
 }
+_OWN_WRITER = "_save_pretrained"  # of huggingface_hub: what a class of the user's writes by is its own affair
 #: Module of the table above -> ``form(model, state_dict=...)``: a context within which its saving writes a form that
 #: its loading was taught, and gives more options to write with. ``state_dict``: what the caller wants written instead
 #: of the model's own state, or None.
@@ -63,14 +65,16 @@ def guard_saving(*kinds: type[nn.Module]) -> None:
         if owner is None:  # in the middle of its import
             continue
         for method in methods:
-            setattr(owner, method, _checking(getattr(owner, method), name))
+            setattr(owner, method, _checking(getattr(owner, method), name, getattr(owner, _OWN_WRITER, None)))
         _guarded.add(name)
 
 
-def _checking(write: Callable[..., Any], library: str) -> Callable[..., Any]:
+def _checking(write: Callable[..., Any], library: str, writer: Any) -> Callable[..., Any]:
     @functools.wraps(write)
     def checked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, "_hf_peft_config_loaded", False) or not _is_ours(self):
+        if getattr(self, "_hf_peft_config_loaded", False) or getattr(type(self), _OWN_WRITER, None) is not writer:
+            return write(self, *args, **kwargs)
+        if not isinstance(self, nn.Module) or not _is_ours(self):
             return write(self, *args, **kwargs)
         form = OWN_FORMS.get(library)
         if form is None:

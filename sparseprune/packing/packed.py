@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -73,7 +74,9 @@ class Packed:
 
     def __reduce__(self) -> tuple:
         parts = self.index, self.offsets, self.perm, self.values  # cloned: a part may lie in memory with many others
-        return Packed, (self.plan, *(part.clone() for part in parts), self.scale, self.stored)
+        cloned = tuple(part.clone() for part in parts)
+        _keep_for_child(cloned)
+        return Packed, (self.plan, *cloned, self.scale, self.stored)
 
     def to_dense(self) -> Tensor:
         """The dense `[rows, columns]`, float32 or wider, that its kernel multiplies with."""
@@ -99,6 +102,16 @@ class Packed:
     def tensors(self) -> dict[str, Tensor]:
         found = {"index": self.index, "offsets": self.offsets, "perm": self.perm, "values": self.values}
         return found if self.scale is None else {**found, "scale": self.scale}
+
+
+def _keep_for_child(tensors: tuple[Tensor, ...]) -> None:
+    """While the arguments of a process that is being started are pickled: keeps these as long as the process. It is
+    started after that, and handed the files that their memory is then in.
+    """
+    context: Any = sys.modules.get("multiprocessing.context")  # without it no process is being started
+    starting = None if context is None else context.get_spawning_popen()
+    if starting is not None:
+        starting.__dict__.setdefault("_sparseprune_kept", []).append(tensors)
 
 
 def check_length(op: str, values: Tensor, packed: Packed) -> None:

@@ -133,6 +133,24 @@ def test_parts_that_are_compiled_keep_their_names(tmp_path):
     assert same(sp.load(compiled(), tmp_path / "a")[0], plain[0])
 
 
+def test_parts_under_activation_checkpointing_keep_their_names(tmp_path):
+    """torch's wrapper is in the names of modules, and not in those of the state dict."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
+
+    def wrapped(model):
+        model.up = torch.compile(checkpoint_wrapper(model.up), backend="eager")
+        return checkpoint_wrapper(nn.Sequential(checkpoint_wrapper(model)))
+
+    for layout in (None, "csr"):
+        plain = nn.Sequential(saved(tmp_path / "other", layout))
+        sp.save(plain, tmp_path / "a")
+        sp.save(wrapped(copy.deepcopy(plain[0])), tmp_path / "b")
+        assert metadata(tmp_path / "b") == metadata(tmp_path / "a")
+        model = wrapped(Net().eval())
+        sp.load(model, tmp_path / "a")
+        assert isinstance(model._checkpoint_wrapped_module[0], CheckpointWrapper) and same(model, plain)
+
+
 def test_a_model_under_distributed_data_parallel_is_saved_and_not_loaded_into(tmp_path):
     import torch.distributed as dist
 
@@ -209,6 +227,45 @@ def test_odd_tensors_come_back(tmp_path):
         got = fresh.state_dict()[name]
         assert got.dtype == value.dtype and torch.equal(got.to(torch.complex128), value.to(torch.complex128)), name
     sp.checkpoint.describe(tmp_path / "a")
+
+
+class Counting(nn.Module):
+    """With a state beside its tensors, and, ``doubled``, one that its state dict holds in another form."""
+
+    def __init__(self, count: int, doubled: bool = False) -> None:
+        super().__init__()
+        self.count, self.shift = count, nn.Parameter(torch.full((3,), float(count)))
+        if doubled:
+            self._register_state_dict_hook(self._double)
+
+    def _double(self, module, state, prefix, metadata):
+        state[prefix + "shift"] = module.shift * 2
+
+    def get_extra_state(self):
+        return torch.tensor([self.count])
+
+    def set_extra_state(self, state) -> None:
+        self.count = int(state)
+
+
+def test_a_state_beside_the_tensors_is_handed_back(tmp_path):
+    def make(count):
+        model = nn.Sequential(nn.Linear(16, 16), Counting(count))
+        model.again = model[1]
+        return model
+
+    sp.save(make(7), tmp_path / "a")
+    fresh = sp.load(make(2), tmp_path / "a")
+    assert fresh[1].count == 7 and torch.equal(fresh[1].shift, torch.full((3,), 7.0))
+
+
+def test_what_a_hook_of_the_state_dict_makes_is_not_written_to(tmp_path):
+    sp.save(nn.Sequential(nn.Linear(16, 16), Counting(7, doubled=True)), tmp_path / "a")
+    fresh = nn.Sequential(nn.Linear(16, 16), Counting(2, doubled=True))
+    before = fresh[0].weight.detach().clone()
+    with pytest.raises(CheckpointError, match=r"1\.shift expected to be a parameter or a buffer.*load_state_dict"):
+        sp.load(fresh, tmp_path / "a")
+    assert torch.equal(fresh[0].weight, before) and fresh[1].count == 2
 
 
 def test_a_layer_under_two_names_is_stored_once(tmp_path):
@@ -295,6 +352,12 @@ def test_equal_values_may_go_into_one_tensor(tmp_path):
 def test_what_no_file_can_hold_is_refused(tmp_path, module, message):
     with pytest.raises(CheckpointError, match=message):
         sp.save(nn.Sequential(module), tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_name_of_the_format_itself_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="'__metadata__' is the file format's own name; rename it"):
+        sp.save(nn.ParameterDict({"__metadata__": torch.ones(2)}), tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
 

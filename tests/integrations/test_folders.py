@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -10,7 +11,9 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -168,6 +171,17 @@ def test_kept_values_can_be_rounded_and_a_pruned_model_need_not_run_sparse(value
     check_same(type(model).from_pretrained(tmp_path / "exact"), model)
 
 
+def test_home_is_one_place_for_writing_and_reading(make, tmp_path, monkeypatch):
+    from sparseprune.integrations.folder import save_pretrained
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    model = sparse(make("bert"))
+    save_pretrained(model, "~/saved")
+    check_same(sp.load("~/saved"), model)
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["home"]
+
+
 def test_a_dense_folder_is_sparsified_as_it_loads(make, answers, tmp_path):
     from sparseprune.integrations.folder import save_pretrained
     from sparseprune.integrations.quantizer import SparsePruneConfig
@@ -228,6 +242,45 @@ def test_a_folder_of_a_model_with_a_head_serves_one_without_and_the_other_way_ro
     body.save_pretrained(tmp_path / "body")
     again = type(model).from_pretrained(tmp_path / "body", num_labels=3)
     check_same(again.bert, model.bert)
+
+
+def test_two_threads_write_a_model_one_after_the_other(make):
+    """What one tells transformers of the model was taken for the other's, and gone in the middle of it."""
+    from sparseprune.integrations.quantizer import in_our_form
+
+    model, seen = sparse(make("bert")), []
+
+    def write():
+        with in_our_form(model, "int8"):
+            seen.append(model.config.quantization_config.stored_value_dtype)
+
+    other = threading.Thread(target=write)
+    with in_our_form(model, "bfloat16"), in_our_form(model, "int8"):  # as our save_pretrained, within transformers' own
+        other.start()
+        other.join(0.3)
+        assert not seen and model.config.quantization_config.stored_value_dtype == "bfloat16"
+    other.join(20)
+    assert seen == ["int8"] and not hasattr(model.config, "quantization_config")
+
+
+def test_one_part_of_a_model_of_several_is_taken_of_the_whole(tmp_path):
+    """transformers reads a tower by itself under other names, and with a configuration that says nothing of layers."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config={"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2, **sizes},
+        vision_config={"image_size": 8, "patch_size": 4, **sizes}, projection_dim=8,
+    )  # fmt: skip
+    model = sparse(transformers.CLIPModel(config).eval())
+    model.save_pretrained(tmp_path)
+    tower, ids = transformers.CLIPTextModel, torch.tensor([[1, 5, 2]])
+    with pytest.raises(ValueError, match="load the whole, and take the part of it"):
+        tower.from_pretrained(tmp_path)
+    told = transformers.CLIPTextConfig.from_pretrained(tmp_path)
+    told.quantization_config = transformers.AutoConfig.from_pretrained(tmp_path).quantization_config
+    with pytest.raises(ValueError, match=r"got 6 that go by another one in this model \(encoder.*take the part"):
+        tower.from_pretrained(tmp_path, config=told)
+    part = transformers.CLIPModel.from_pretrained(tmp_path).text_model
+    torch.testing.assert_close(part(ids)[0], model.text_model(ids)[0])
 
 
 def test_a_densified_model_saves_as_any_other(make, answers, tmp_path):
@@ -321,6 +374,57 @@ def test_load_builds_the_model_beside_a_checkpoint_of_ours(make, answers, tmp_pa
     (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["os"]}')
     with pytest.raises(CheckpointError, match="expected the name of one transformers model"):
         sp.load(folder)
+
+
+def test_loading_in_one_thread_leaves_modules_of_others_alone(make, tmp_path, monkeypatch):
+    """Two loads that would leave in the order in which they entered, and a module that is made meanwhile."""
+    model = sparse(make("bert"))
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    sp.save(model, tmp_path / "pruned.safetensors")
+    both, first_left = threading.Barrier(2), threading.Event()
+    entered: list[int] = []
+    made: list[nn.Linear] = []
+    read = transformers.AutoConfig.from_pretrained
+
+    def slow(*args, **kwargs):  # called while the model is built
+        entered.append(threading.get_ident())
+        if len(entered) == 1:
+            other = threading.Thread(target=lambda: made.append(nn.Linear(4, 4)))
+            other.start()
+            other.join()
+        with contextlib.suppress(threading.BrokenBarrierError):  # the second waits for the first
+            both.wait(1)
+        if threading.get_ident() != entered[0]:
+            first_left.wait(20)
+        return read(*args, **kwargs)
+
+    def load(_):
+        found = sp.load(tmp_path)
+        first_left.set()
+        return found
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", slow)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(load, range(2)))
+    for again in found:
+        check_same(again, model)
+    for linear in (*made, nn.Linear(4, 4)):
+        assert linear.weight.device.type == "cpu" and 0 < float(linear.weight.detach().abs().max()) < 1
+
+
+def test_the_weights_of_a_sparse_folder_are_not_taken_for_a_dense_file(make, tmp_path):
+    """As such their report left every sparse layer out, and what was called dense held their encodings."""
+    sparse(make("bert")).save_pretrained(tmp_path)
+    file, other = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
+    ways = (
+        lambda: sp.checkpoint.describe(file), lambda: sp.checkpoint.convert(file, other),
+        lambda: sp.checkpoint.convert(file, other, dense=True), lambda: sp.load(make("bert"), file),
+    )  # fmt: skip
+    for way in ways:
+        with pytest.raises(CheckpointError, match=r"got weights of a folder that save_pretrained wrote"):
+            way()
+    assert not other.exists()
 
 
 def test_load_beside_a_checkpoint_reads_how_to_generate_and_the_dtype(make, tmp_path):

@@ -61,6 +61,37 @@ def assert_same_state(left: nn.Module, right: nn.Module) -> None:
         assert torch.equal(tensor, right_state[name]) and tensor.dtype == right_state[name].dtype, name
 
 
+def answer_into(model: nn.Module, rows: Tensor, out: Tensor) -> None:
+    with torch.no_grad():
+        out.copy_(model(rows))
+
+
+def test_a_process_that_is_started_takes_the_model():
+    """Its memory is handed over as open files, which must still be there when the process is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 24)).requires_grad_(False).eval()
+    sp.prune_(model, sparsity=0.5, filter_fn=everything)
+    sp.sparsify_(model, layout="csr", keep="packed", filter_fn=everything)
+    rows, out = torch.randn(3, 512), torch.zeros(3, 24).share_memory_()
+    child = torch.multiprocessing.get_context("spawn").Process(target=answer_into, args=(model, rows, out))
+    child.start()
+    child.join(100)
+    assert child.exitcode == 0
+    torch.testing.assert_close(out, model(rows))
+
+
+@pytest.mark.parametrize("options", [{}, {"tokens": (1, 128)}, {"value_dtype": "bfloat16"}], ids=str)
+def test_an_exported_program_takes_any_number_of_rows(options):
+    """None of the questions that a layer asks about them may be left in the program as a condition."""
+    model = nn.Sequential(sparse(**options), sp.nn.RoundedLinear.from_linear(nn.Linear(20, 4), 8, "bfloat16"))
+    model.requires_grad_(False).eval()
+    rows = torch.export.Dim("rows", min=1, max=500)
+    program = torch.export.export(model, (x(),), dynamic_shapes=({0: rows},)).module()
+    model[1] = model[1].to_linear()
+    for count in (1, 7, 300):
+        torch.testing.assert_close(program(x(count)), model(x(count)))
+
+
 @pytest.mark.parametrize("count", [1, 64, (1, 64)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_runs_as_before_and_unpacks_to_the_bit(layout, count):
