@@ -260,7 +260,8 @@ def _decoding(load: Callable[..., Any]) -> Callable[..., Any]:
                 "several parts load the whole, and take the part of it"
             )
         found = load(*args, **kwargs)
-        _refuse_strangers(found[0] if isinstance(found, tuple) else found)
+        if ours:
+            _refuse_strangers(found[0] if isinstance(found, tuple) else found)
         return found
 
     return checked

@@ -84,6 +84,7 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
 
 def _memory(tensor: Tensor) -> object:
     with torch._C.DisableTorchFunctionSubclass():
-        if tensor.layout is not torch.strided or tensor.is_meta or tensor.numel() == 0:
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # of a transform: it has none of its own
+        if wrapped or tensor.layout is not torch.strided or tensor.is_meta or tensor.numel() == 0:
             return None if not isinstance(tensor, ReadOnlyTensor) else id(tensor)
         return tensor.untyped_storage().data_ptr()

@@ -72,7 +72,8 @@ def guard_saving(*kinds: type[nn.Module]) -> None:
 def _checking(write: Callable[..., Any], library: str, writer: Any) -> Callable[..., Any]:
     @functools.wraps(write)
     def checked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, "_hf_peft_config_loaded", False) or getattr(type(self), _OWN_WRITER, None) is not writer:
+        own = writer is not None and getattr(type(self), _OWN_WRITER, None) is not writer
+        if own or getattr(self, "_hf_peft_config_loaded", False):
             return write(self, *args, **kwargs)
         if not isinstance(self, nn.Module) or not _is_ours(self):
             return write(self, *args, **kwargs)

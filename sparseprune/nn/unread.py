@@ -51,11 +51,19 @@ def check_read(result: Any, view: nn.Module, owner: nn.Module) -> None:
 
 
 def _holds(value: Any) -> bool:
-    """Whether there is a stand-in in a value, its items, its entries or its fields."""
-    if isinstance(value, (list, tuple)):
-        return any(map(_holds, value))
-    if isinstance(value, dict):
-        return any(map(_holds, value.values()))
-    if is_dataclass(value) and not isinstance(value, type):
-        return any(_holds(getattr(value, field.name, None)) for field in fields(value))
-    return type(value) is Unread
+    """Whether there is a stand-in in a value, its items, its entries or its fields, however deep."""
+    left, seen = [value], dict[int, Any]()  # parts may hold the whole, as a node its parent
+    while left:
+        part = left.pop()
+        if type(part) is Unread:
+            return True
+        if isinstance(part, Tensor) or id(part) in seen:
+            continue
+        seen[id(part)] = part
+        if isinstance(part, (list, tuple)):
+            left.extend(part)
+        elif isinstance(part, dict):
+            left.extend(part.values())
+        elif is_dataclass(part) and not isinstance(part, type):
+            left.extend(getattr(part, field.name, None) for field in fields(part))
+    return False

@@ -556,6 +556,16 @@ def test_dense_weights_beside_the_configuration_of_a_sparse_model_are_named(make
     check_same(sp.load(tmp_path / "fresh"), fresh)
 
 
+def test_values_in_a_folder_that_is_not_ours_are_left_to_transformers(make, tmp_path):
+    model = make("bert")
+    model.save_pretrained(tmp_path)
+    state, name = load_file(tmp_path / "model.safetensors"), "bert.pooler.dense"
+    state[f"{name}.values"] = state.pop(f"{name}.weight")
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    _, found = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert set(found["missing_keys"]) == {f"{name}.weight"} and set(found["unexpected_keys"]) == {f"{name}.values"}
+
+
 def test_a_model_that_its_configuration_cannot_build_is_refused(make, tmp_path):
     model = sparse(make("bert"))
     model.bert.extra = nn.Linear(3, 3)

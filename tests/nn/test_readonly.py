@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
 
 import sparseprune as sp
 
@@ -129,3 +130,37 @@ def test_a_step_by_its_gradient_alone_is_seen_by_frozen_layers(fused, close):
         optimiser.zero_grad()
         sparse.requires_grad_(False)
         close(sparse(x), F.linear(x, sparse.weight, sparse.bias))
+
+
+class Tied(nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x):
+        return F.linear(torch.relu(self.encoder(x)), self.encoder.weight.t())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_transforms_go_through_it(close):
+    """It asked tensors of a transform for their memory, and they have none of their own."""
+    linear, sparse = layer()
+    x, held, found = torch.randn(3, 8), sparse.to_layout(), []
+    for model in map(Tied, (linear, sparse)):
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+        def loss(parameters, row, model=model):
+            return functional_call(model, parameters, (row[None],)).pow(3).sum()
+
+        each = vmap(grad(loss), (None, 0))(parameters, x)
+        outputs = vmap(model)(x), jvp(lambda r, weight=model.encoder.weight: F.linear(r, weight), (x,), (x,))[1]
+        found.append((grad(loss)(parameters, x[0]), each, outputs))
+    (one, each, outputs), (own, of_each, same) = found
+    kept = replace(held, values=torch.ones_like(held.values)).to_dense()
+    for output, expected in zip(same, outputs):
+        close(output, expected)
+    close(replace(held, values=own["encoder.values"]).to_dense(), one["encoder.weight"] * kept)
+    rows = torch.stack([replace(held, values=row).to_dense() for row in of_each["encoder.values"]])
+    close(rows, each["encoder.weight"] * kept)
+    with pytest.raises(RuntimeError, match="expected to be read, got a write"):
+        vmap(lambda row: row * sparse.weight.mul_(2).sum())(x)

@@ -186,6 +186,27 @@ def test_models_of_the_hub_are_refused_but_where_their_class_writes_them_itself(
         assert torch.equal(Net.from_pretrained(tmp_path / "Net").inner.weight, expected)
 
 
+def test_a_model_of_transformers_takes_our_form_whatever_else_its_class_has(tmp_path):
+    """One of the hub's mixin too, or with a method of its writer's name, went by unguarded."""
+    hub, kind = pytest.importorskip("huggingface_hub"), transformers.BertForMaskedLM
+
+    class Both(kind, hub.PyTorchModelHubMixin):  # type: ignore[misc, valid-type]
+        pass
+
+    class Named(kind):  # type: ignore[misc, valid-type]
+        def _save_pretrained(self, save_directory) -> None:
+            raise AssertionError("transformers calls no such method")
+
+    for other in (Both, Named):
+        model = other(dense().config).eval()
+        sp.prune_(model, sparsity=0.8)
+        sp.sparsify_(model, layout="csr")
+        model.save_pretrained(tmp_path / other.__name__)
+        again = kind.from_pretrained(tmp_path / other.__name__)
+        assert any(isinstance(m, sp.SparseLinear) for m in again.modules())
+        torch.testing.assert_close(outputs(again), outputs(model))
+
+
 @pytest.mark.parametrize("name", _WRITERS)
 def test_the_guarded_methods_are_there_and_guarded_once(name):
     module = pytest.importorskip(name)

@@ -50,6 +50,7 @@ class Modules:
         self._child = list(self._now(self._children))
         self._parameter = list(self._now(self._parameters))
         self._buffer = list(self._now(self._buffers))
+        self._held = [t for t in chain(self._parameter, self._buffer, self._now(self._dicts)) if isinstance(t, Tensor)]
         self._then = [dict(d) for d in self._children]
         # Numbers and names that layers compute with, such as the eps of a norm, and the dicts above.
         self._attributes = [{**d, "training": False} for d in self._dicts]
@@ -74,10 +75,9 @@ class Modules:
         return any(t is not None and t.requires_grad for t in chain(self._parameter, self._beside))
 
     def versions(self) -> tuple[tuple[int, int], ...] | None:
-        """What changes with the tensors; None where that cannot be told."""
+        """What changes with the tensors while these are the :meth:`same`; None where that cannot be told."""
         try:
-            held = chain(self._now(self._parameters), self._now(self._buffers), self._now(self._dicts))
-            return tuple((t.data_ptr(), t._version) for t in held if isinstance(t, Tensor))
+            return tuple((t.data_ptr(), t._version) for t in self._held)
         except RuntimeError:  # of inference mode, or without memory
             return None
 
