@@ -68,6 +68,40 @@ def test_a_run_leaves_its_folder(model, capsys):
     assert "an unfinished run is here" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_a_run_wrote_is_judged_and_pruned_again(model, capsys, mixed):
+    """Its layers are sparse already: none was found to run sparse, or those alone that had stayed dense."""
+    command = ["prune", "--model", "lm", "--text", "text.txt", "--criterion", "magnitude", *SMALL, "--layout", "csr"]
+    assert main([*command, "--quiet"]) == 0
+    folder = model / "runs" / "language"
+    total = json.loads((folder / "run.json").read_text())["pruned_parameters"]
+    if mixed:
+        made = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+        sp.densify_(made)
+        sp.sparsify_(made, layout="csr", filter_fn=lambda module, fqn: "mlp" in fqn)
+        made.save_pretrained(folder / "model")
+        sp.save(made, folder / "pruned.safetensors")
+    text = ["--text", "text.txt", "--context", "16", "--windows", "4"]
+    given = []
+    sparsify = sp.nn.sparsify_
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparseprune.nn.sparsify_", lambda m, **named: given.append(sparsify(m, **named)) or given[-1])
+        fresh = ["eval", "--model", "lm", "--checkpoint", str(folder / "pruned.safetensors"), *text, "--new-tokens", "2"]
+        assert main(fresh) == 0
+        assert main(["eval", "--model", str(folder / "model"), *text, "--new-tokens", "2", "--value-dtype", "int8"]) == 0
+    assert [len(report.layers) for report in given] == [14, 14]
+    said = capsys.readouterr().out
+    assert said.count("sparse (") == 2
+    for report in given:
+        assert f"{len(report.converted)} sparse layers" in said
+    assert main(["sensitivity", "--model", str(folder / "model"), *text, "--densities", "0.5"]) == 0
+    assert "2 losses of 2 groups" in capsys.readouterr().out
+    command[2], command[-1] = str(folder / "model"), "auto"
+    assert main([*command, "--density", "0.3", "--name", "again", "--quiet"]) == 0
+    record = json.loads((model / "runs" / "again" / "run.json").read_text())
+    assert record["pruned_parameters"] == total and abs(record["density"] - 0.3) < 1e-3
+
+
 def test_a_pattern_and_other_text_to_judge_on(model, capsys):
     (model / "other.txt").write_text(TEXT[len(TEXT) // 2 :])
     command = [
