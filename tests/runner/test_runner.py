@@ -71,6 +71,15 @@ def test_one_run_leaves_a_record_a_checkpoint_and_plots(tmp_path, capsys):
     torch.testing.assert_close(again(ids), result.model(ids))
 
 
+def test_the_picture_calls_no_slower_model_faster():
+    pytest.importorskip("matplotlib")
+    from sparseprune.runner.plots import _tradeoff
+
+    side = {"latency_ms": 2.0, "test": {"accuracy": 0.5}, "bytes": 8}
+    record = {"dense": side, "pruned": side, "latency_batch": [1, 2], "speedup": 0.8, "accuracy_kept": 1.0}
+    assert _tradeoff(record).axes[0].get_title() == "0.80 times as fast, 100.0% of the accuracy kept"
+
+
 def test_a_run_that_time_ends_says_so_and_how_its_layers_run(tmp_path, monkeypatch, capsys):
     ticks = itertools.count()
     monkeypatch.setattr("sparseprune.training.clock.time", SimpleNamespace(monotonic=lambda: next(ticks) / 20))
