@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from ..nn import densify_
+
 __all__ = ["language_model", "loading", "require"]
 
 
@@ -48,7 +50,8 @@ def loading(name: str, kind: str = "") -> Iterator[None]:
 
 
 def language_model(name: str, gguf_file: str | None = None) -> tuple[nn.Module, Any]:
-    """(causal language model in float32 and eval mode, its tokenizer), from a hub name or a folder.
+    """(causal language model in float32 and eval mode, its tokenizer), from a hub name or a folder. What a folder runs
+    sparse are Linears with zeros here: only those can be pruned, measured and rounded anew.
 
     ``gguf_file``: name of a GGUF file there, dequantised on loading. Raises FileNotFoundError where ``name`` looks
     like a path and is none, ValueError where it cannot be loaded, or lacks weights, which would be random numbers.
@@ -68,4 +71,5 @@ def language_model(name: str, gguf_file: str | None = None) -> tuple[nn.Module, 
             f"{f' and {len(lacking) - 3} more' if len(lacking) > 3 else ''}; a checkpoint by sparseprune.save is "
             "loaded by sparseprune.load into the dense model"
         )
+    densify_(model)
     return model.eval(), tokenizer

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .._digest import digest
 from ..nn.copies import copy_of
 from ..nn.filters import matching_filter, prunable_linears
 from ..pruning.masks import MaskSet
@@ -169,6 +170,8 @@ def run(
         quality.raise_if_any()
     _seed(config.seed)
     model = source.make().to(where)
+    # A folder or a name on the hub can hold other weights by the time that a stopped run goes on.
+    weights = "" if config.model is None else digest(model.state_dict())
     source.latency = {key: value.to(where) for key, value in source.latency.items()}
     filter_fn = matching_filter(model, config.prune_layers)
     # A granularity that does not fit this model fails here, before anything is trained or written.
@@ -176,7 +179,7 @@ def run(
     Plan.build(model, linears, settings.granularity, settings.scope, floor=settings.floor)
     display = Display(quiet)
     with display, occupied(folder, display.say):
-        enter(folder, config, source.data.digest(), display.say)
+        enter(folder, config, source.data.digest(), display.say, weights)
         clock = _Clock()
         display.say(source.data.describe())
         if quality is not None:

@@ -38,27 +38,30 @@ def occupied(folder: Path, say: Callable[[str], None]) -> AbstractContextManager
     return holding(folder, "wait for it, or give this run another --name", say)
 
 
-def enter(folder: Path, config: RunConfig, data: str, say: Callable[[str], None]) -> None:
+def enter(folder: Path, config: RunConfig, data: str, say: Callable[[str], None], model: str = "") -> None:
     """Writes the settings, and tells what becomes of what was there. The checkpoints of an unfinished run of the same
-    settings and ``data``, a digest, stay; those of any other go.
+    settings, ``data`` and ``model``, digests, stay; those of any other go. model: of the one that is given, if any.
     """
     for name in _WRITTEN:
         remove_unfinished(folder / name)
     settings, digest, wanted = folder / _SETTINGS, folder / _DATA, config.to_json()
     finished = (folder / _RECORD).exists()
-    same = digest.exists() and digest.read_bytes() == data.encode()
-    if settings.exists() and settings.read_bytes() == wanted.encode() and same and not finished:
+    before = digest.read_bytes().split() if digest.exists() else []
+    same = before == f"{data} {model}".encode().split()
+    agree = settings.exists() and settings.read_bytes() == wanted.encode()
+    if agree and same and not finished:
         if not any((folder / name).exists() for name in (DENSE, TRAINING)):
             say(f"{folder}: an unfinished run of these settings, without a checkpoint yet; it starts again")
         return
     if finished:
         say(f"{folder}: the finished run here is replaced")
     elif any((folder / name).exists() for name in (DENSE, TRAINING)):
-        what = "other settings" if same else "other data"
+        own = before[:1] == [data.encode()]
+        what = "other data" if not own else "another model" if agree else "other settings"
         say(f"{folder}: the unfinished run here had {what} and is replaced{_what_differs(settings, config)}")
     for leftover in (TRAINING, DENSE, _RECORD, "history.json"):
         folder.joinpath(leftover).unlink(missing_ok=True)
-    write_text(digest, data)
+    write_text(digest, f"{data} {model}".strip())
     write_text(settings, wanted)
 
 

@@ -42,10 +42,6 @@ def measure(
     linears = [m for m in (model.get_submodule(fqn) for fqn in masks) if isinstance(m, nn.Linear)]
     ranks = {fqn: len(m.low_rank_a) for fqn, m in model.named_modules() if getattr(m, "low_rank_a", None) is not None}
     factors = sum(rank * sum(masks.shape(fqn)) for fqn, rank in ranks.items())
-    pruned_weights = {id(layer.weight) for layer in linears}
-    pruned_parameters = sum(
-        int(torch.count_nonzero(p)) if id(p) in pruned_weights else p.numel() for p in model.parameters()
-    )
     dense_parameters = sum(p.numel() for p in dense.parameters())
     checkpoint.save(dense, folder / "dense.safetensors")
     dense_bytes = (folder / "dense.safetensors").stat().st_size
@@ -54,6 +50,11 @@ def measure(
     masked = copy.deepcopy(model)
     if _shrinks(config.pruning.granularity):
         display.say(str(shrink_(model)))
+    # Counted once units are cut, whose biases go with them.
+    pruned_weights = {id(m.weight) for m in map(model.get_submodule, masks) if isinstance(m, nn.Linear)}
+    pruned_parameters = sum(
+        int(torch.count_nonzero(p)) if id(p) in pruned_weights else p.numel() for p in model.parameters()
+    )
     for trained in (dense, masked, model):
         trained.requires_grad_(False)  # a frozen weight is not compared with what was packed at every call
     rounding = choose_exact(config, setup, model, masks, display)

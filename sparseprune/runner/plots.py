@@ -123,7 +123,7 @@ def _tradeoff(record: dict[str, Any]) -> Any:
     axis.set_xlabel(f"latency of one batch, {' x '.join(map(str, record['latency_batch']))} tokens, ms")
     axis.set_ylabel("test accuracy")
     axis.set_title(
-        f"{record['speedup']:.2f} times faster, {kept_in_words(record)} of the accuracy kept", fontsize=11
+        f"{record['speedup']:.2f} times as fast, {kept_in_words(record)} of the accuracy kept", fontsize=11
     )
     _clean(axis)
     return figure

@@ -25,7 +25,7 @@ from ..data import (
     read_names,
 )
 from ..integrations.transformers import loading
-from ..nn import expose_linears_
+from ..nn import densify_, expose_linears_
 from ..pruning.rows import IGNORED
 from ..training.rates import SMALLEST, rate_for
 from .config import RunConfig
@@ -152,6 +152,7 @@ def _transformer(config: RunConfig) -> Source:
         )  # fmt: skip
     if words and not tokenizer.is_fast:
         raise ValueError(f"model {source!r}: labels of words need a fast tokenizer, which knows where its tokens lie")
+    densify_(model)  # what the folder runs sparse could not be pruned
     expose_linears_(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

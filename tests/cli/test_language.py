@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -66,6 +67,40 @@ def test_a_run_leaves_its_folder(model, capsys):
     (folder / "run.json").unlink()
     assert main([*command, "--criterion", "magnitude"]) == 0
     assert "an unfinished run is here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_a_run_wrote_is_judged_and_pruned_again(model, capsys, mixed):
+    """Its layers are sparse already: none was found to run sparse, or those alone that had stayed dense."""
+    command = ["prune", "--model", "lm", "--text", "text.txt", "--criterion", "magnitude", *SMALL, "--layout", "csr"]
+    assert main([*command, "--quiet"]) == 0
+    folder = model / "runs" / "language"
+    total = json.loads((folder / "run.json").read_text())["pruned_parameters"]
+    if mixed:
+        made = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+        sp.densify_(made)
+        sp.sparsify_(made, layout="csr", filter_fn=lambda module, fqn: "mlp" in fqn)
+        made.save_pretrained(folder / "model")
+        sp.save(made, folder / "pruned.safetensors")
+    text = ["--text", "text.txt", "--context", "16", "--windows", "4"]
+    given = []
+    sparsify = sp.nn.sparsify_
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparseprune.nn.sparsify_", lambda *a, **named: given.append(sparsify(*a, **named)) or given[-1])
+        judge = ["eval", *text, "--new-tokens", "2", "--model"]
+        assert main([*judge, "lm", "--checkpoint", str(folder / "pruned.safetensors")]) == 0
+        assert main([*judge, str(folder / "model"), "--value-dtype", "int8"]) == 0
+    assert [len(report.layers) for report in given] == [14, 14]
+    said = capsys.readouterr().out
+    assert said.count("sparse (") == 2
+    for report in given:
+        assert f"{len(report.converted)} sparse layers" in said
+    assert main(["sensitivity", "--model", str(folder / "model"), *text, "--densities", "0.5"]) == 0
+    assert "2 losses of 2 groups" in capsys.readouterr().out
+    command[2], command[-1] = str(folder / "model"), "auto"
+    assert main([*command, "--density", "0.3", "--name", "again", "--quiet"]) == 0
+    record = json.loads((model / "runs" / "again" / "run.json").read_text())
+    assert record["pruned_parameters"] == total and abs(record["density"] - 0.3) < 1e-3
 
 
 def test_a_pattern_and_other_text_to_judge_on(model, capsys):
@@ -228,6 +263,31 @@ def test_export_takes_all_files_of_the_tokenizer(model, capsys):
     again = transformers.AutoTokenizer.from_pretrained("there")
     assert again.chat_template == tokenizer.chat_template
     capsys.readouterr()
+
+
+def test_an_export_into_the_folder_of_another_has_its_own_tokenizer(model, capsys):
+    other = json.loads((model / "lm" / "tokenizer.json").read_text())
+    words = other["model"]["vocab"]
+    other["model"]["vocab"] = {word: len(words) - 1 - i if i else 0 for word, i in words.items()}
+    shutil.copytree("lm", "other")
+    (model / "other" / "tokenizer.json").write_text(json.dumps(other))
+    assert main(["export", "lm", "there"]) == main(["export", "other", "there"]) == 0
+    assert (model / "there" / "tokenizer.json").read_bytes() == (model / "other" / "tokenizer.json").read_bytes()
+    capsys.readouterr()
+
+
+def test_dense_is_refused_where_only_sparseprune_reads_what_is_left(model, capsys):
+    settings = transformers.BertConfig(
+        vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=16
+    )
+    cut = transformers.BertForSequenceClassification(settings)
+    sp.prune_(cut, 0.5, granularity=sp.Heads(), scope="layer")
+    sp.shrink_(cut)
+    cut.save_pretrained("cut")
+    assert main(["export", "cut", "plain", "--dense"]) == 2
+    assert "which only sparseprune reads; leave --dense out" in capsys.readouterr().err
+    assert not (model / "plain").exists()
+    assert main(["export", "cut", "ours"]) == 0
 
 
 def test_export_to_onnx(model, capsys):

@@ -102,6 +102,37 @@ def test_a_run_whose_data_changed_meanwhile_begins_again(tmp_path, monkeypatch, 
     assert again["mask_hash"] == fresh["mask_hash"]
 
 
+def test_a_run_whose_model_changed_meanwhile_begins_again(tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "up", "down"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+    def write(seed):
+        torch.manual_seed(seed)
+        made = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=len(words), **size))
+        made.save_pretrained(folder)
+
+    settings = {"data": None, **three_files(tmp_path), "model": str(folder), "robustness": 0}
+    write(0)
+    for name in ("cut", "same"):
+        with monkeypatch.context() as patch:
+            killed_at(patch, 3, every=1)
+            with pytest.raises(KeyboardInterrupt):
+                run(tiny(**settings), out=tmp_path, name=name, quiet=True)
+    run(tiny(**settings), out=tmp_path, name="same")
+    assert "resuming: 2 of 2 dense epochs" in capsys.readouterr().out
+    write(1)
+    again = run(tiny(**settings), out=tmp_path, name="cut").record
+    out = capsys.readouterr().out
+    assert "the unfinished run here had another model and is replaced\n" in out and "resuming" not in out
+    fresh = run(tiny(**settings), out=tmp_path, name="fresh", quiet=True).record
+    assert again["mask_hash"] == fresh["mask_hash"] and again["dense"]["test"] == fresh["dense"]["test"]
+
+
 def test_a_dense_model_with_nothing_right_is_told_and_loses_no_run(tmp_path, monkeypatch, capsys):
     def none_right(*args):
         return {**evaluate(*args), "accuracy": 0.0}

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparseprune import CubicSchedule, Neurons, load
+from sparseprune import CubicSchedule, Neurons, load, prune_, sparsify_
 from sparseprune.cli import main
 from sparseprune.data import load_set
 from sparseprune.gan import GANConfig
+from sparseprune.nn import prunable_linears
 from sparseprune.runner import RunConfig, run, run_demo, run_prune, summary
 from sparseprune.runner.dense import fine_tune
 from sparseprune.runner.display import Display
@@ -68,6 +69,15 @@ def test_one_run_leaves_a_record_a_checkpoint_and_plots(tmp_path, capsys):
     again = load(TextEncoder(**settings), tmp_path / "a" / "pruned.safetensors").eval()
     ids = torch.tensor([[5, 6, 7, 0]])
     torch.testing.assert_close(again(ids), result.model(ids))
+
+
+def test_the_picture_calls_no_slower_model_faster():
+    pytest.importorskip("matplotlib")
+    from sparseprune.runner.plots import _tradeoff
+
+    side = {"latency_ms": 2.0, "test": {"accuracy": 0.5}, "bytes": 8}
+    record = {"dense": side, "pruned": side, "latency_batch": [1, 2], "speedup": 0.8, "accuracy_kept": 1.0}
+    assert _tradeoff(record).axes[0].get_title() == "0.80 times as fast, 100.0% of the accuracy kept"
 
 
 def test_a_run_that_time_ends_says_so_and_how_its_layers_run(tmp_path, monkeypatch, capsys):
@@ -183,6 +193,12 @@ def test_neurons_really_shrink(tmp_path):
     result = run(tiny(pruning=pruning, layout="dense"), out=tmp_path, name="n", quiet=True)
     assert result.model.layers[0].ffn.expand.weight.shape == (32, 32)
     assert result.record["pruned"]["parameters"] < result.record["dense"]["parameters"]
+    # What the table calls kept is what the model holds: the biases of neurons that were cut are gone too.
+    held = sum(
+        int(p.count_nonzero()) if "ffn" in name and p.dim() == 2 else p.numel()
+        for name, p in result.model.named_parameters()
+    )
+    assert result.record["pruned"]["parameters"] == held
 
 
 def files_of(tmp_path, suffix=".tsv"):
@@ -220,6 +236,24 @@ def test_own_files_and_a_transformers_classifier(tmp_path):
     assert {"config.json", "tokenizer.json", "settings.json"} <= {p.name for p in result.folder.iterdir()}
     rebuilt = transformers.BertForSequenceClassification(transformers.AutoConfig.from_pretrained(result.folder))
     load(rebuilt, result.folder / "pruned.safetensors")
+
+
+def test_a_classifier_that_runs_sparse_is_pruned_as_its_linears(tmp_path):
+    """A SparseLinear cannot be: a sparse folder lost weights in those layers alone that had stayed dense."""
+    transformers = pytest.importorskip("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=6, num_labels=6, **size))
+    prune_(model, 0.5)
+    sparsify_(model, layout="csr", filter_fn=lambda module, fqn: "attention" in fqn)
+    model.save_pretrained(folder)
+    train, valid, test = map(str, files_of(tmp_path))
+    config = RunConfig(model=str(folder), teacher=str(folder), data=None, train=train, valid=valid, test=test)
+    assert len(prunable_linears(open_source(config).make())) == 7  # the pooler among them
 
 
 @pytest.mark.parametrize(

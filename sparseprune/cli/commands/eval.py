@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from torch import nn
 
     from ...language import perplexity, speed_table, tokens_per_second
-    from ...nn import prunable_linears, sparsify_
+    from ...nn import SparseLinear, densify_, prunable_linears, sparsify_
     from ...nn.copies import copy_of
     from ...nn.matrices import shared_linears
 
@@ -67,6 +67,13 @@ def run(arguments: argparse.Namespace) -> int:
 
         pruned, _ = shared.language_model(arguments)
         checkpoint.load(pruned, arguments.checkpoint)
+        if not any(isinstance(m, SparseLinear) and m.low_rank_a is not None for m in pruned.modules()):
+            densify_(pruned)  # what the file runs sparse is chosen again, and rounded as asked for
+        elif rounded_to != ("float32", "float32"):
+            raise ValueError(
+                f"--checkpoint {arguments.checkpoint}: its layers have low-rank terms and run as the file has them; "
+                "expected neither --value-dtype nor --dense-value-dtype"
+            )
         pruned.to(device)
         print(f"pruned: {perplexity(pruned, windows)}")
     elif zeros:
@@ -76,8 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
         rest = arguments.dense_value_dtype
         report = sparsify_(pruned, tokens=(1, 128), value_dtype=arguments.value_dtype, dense_value_dtype=rest)
         rounded = sum(layer.layout != "dense" for layer in report.rounded)
+        sparse = sum(isinstance(m, SparseLinear) for m in pruned.modules())
         print(
-            f"sparse ({arguments.value_dtype}): {perplexity(pruned, windows)}, {len(report.converted)} sparse layers"
+            f"sparse ({arguments.value_dtype}): {perplexity(pruned, windows)}, {sparse} sparse layers"
             + ("" if rest == "float32" else f", {rounded} dense in {rest}")
         )
         models["sparse"] = pruned

@@ -46,18 +46,42 @@ def run(arguments: argparse.Namespace) -> int:
     model: Any = load_folder(source).to(device)
     if arguments.dense:
         densify_(model)
+        _check_plain(model)
+    before = _stamps(arguments.target)
+    if arguments.dense:
         model.save_pretrained(arguments.target)
     else:
         save_pretrained(model, arguments.target, arguments.value_dtype)
+    now = _stamps(arguments.target)
     for name in sorted([*source.iterdir(), *source.glob("additional_chat_templates/*")]):
         target = arguments.target / name.relative_to(source)
         of_tokenizer = name.suffix in _OF_TOKENIZER and not name.name.endswith(".index.json")
-        if of_tokenizer and not target.exists():
+        # What the model wrote stays; a file of that name from an export before is of another tokenizer.
+        if of_tokenizer and now.get(target) == before.get(target):
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(name.read_bytes())
     sparse = sum(isinstance(m, SparseLinear) for m in model.modules())
     print(f"{arguments.target}: a folder for transformers, {sparse} layers run sparse")
     return 0
+
+
+def _check_plain(model: Any) -> None:
+    """ValueError where no reader but ours could make the model from its configuration."""
+    from ...integrations.description import describe
+
+    found = describe(model)
+    if changed := [*found.shapes, *found.counts, *found.unpacked]:
+        raise ValueError(
+            f"--dense: expected a model that {type(model.config).__name__} describes, got other modules or sizes in "
+            f"{changed[0]} (heads or neurons that were cut, or a Linear for a Conv1D), which only sparseprune reads; "
+            "leave --dense out, or export to a file that ends in .onnx"
+        )
+
+
+def _stamps(folder: Path) -> dict[Path, tuple[int, int, int]]:
+    """What tells whether a file of the folder has been written since."""
+    files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    return {path: (found.st_ino, found.st_mtime_ns, found.st_size) for path in files for found in (path.stat(),)}
 
 
 def _model_folder(source: Path) -> Path:
