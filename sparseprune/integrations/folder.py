@@ -89,7 +89,7 @@ def _described() -> Iterator[None]:
     """Turns whatever transformers makes of a configuration that is none into a ValueError that names the file."""
     try:
         yield
-    except MemoryError:
+    except (MemoryError, ImportError):
         raise
     except Exception as error:
         raise ValueError(f"{_CONFIG} does not describe a model: {error}") from error

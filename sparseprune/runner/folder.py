@@ -12,14 +12,17 @@ from .._arguments import check_folder
 from .._files import holding, in_home, remove_unfinished, write_text
 from .config import RunConfig, differences
 
-__all__ = ["DENSE", "TRAINING", "check_place", "clear", "enter", "occupied", "write_json"]
+__all__ = ["DENSE", "RECORDS", "TRAINING", "check_place", "clear", "enter", "occupied", "write_json"]
 
 #: Checkpoints of the dense training and of the pruning; both go when the run is finished.
 DENSE, TRAINING = "dense.ckpt", "training.ckpt"
 
-_RECORD, _SETTINGS, _DATA = "run.json", "settings.json", "data.digest"
-_WRITTEN = (DENSE, TRAINING, _RECORD, _SETTINGS, _DATA, "history.json", "dense.safetensors", "pruned.safetensors",
-            "vocabulary.json", "encoder.json", "curves.png", "layers.png", "tradeoff.png")  # fmt: skip
+_RECORD, _SETTINGS, _DATA, _HISTORY = "run.json", "settings.json", "data.digest", "history.json"
+#: What tells of the run and is no part of the model.
+RECORDS = (_RECORD, _SETTINGS, _HISTORY)
+_PICTURES = ("curves.png", "layers.png", "tradeoff.png", "robustness.png")
+_WRITTEN = (DENSE, TRAINING, *RECORDS, _DATA, "dense.safetensors", "pruned.safetensors", "vocabulary.json",
+            "encoder.json", *_PICTURES)  # fmt: skip
 
 
 def check_place(out: str | Path, name: str) -> Path:
@@ -59,7 +62,7 @@ def enter(folder: Path, config: RunConfig, data: str, say: Callable[[str], None]
         own = before[:1] == [data.encode()]
         what = "other data" if not own else "another model" if agree else "other settings"
         say(f"{folder}: the unfinished run here had {what} and is replaced{_what_differs(settings, config)}")
-    for leftover in (TRAINING, DENSE, _RECORD, "history.json"):
+    for leftover in (TRAINING, DENSE, _RECORD, _HISTORY, *_PICTURES):
         folder.joinpath(leftover).unlink(missing_ok=True)
     write_text(digest, f"{data} {model}".strip())
     write_text(settings, wanted)

@@ -273,6 +273,13 @@ def test_an_export_into_the_folder_of_another_has_its_own_tokenizer(model, capsy
     (model / "other" / "tokenizer.json").write_text(json.dumps(other))
     assert main(["export", "lm", "there"]) == main(["export", "other", "there"]) == 0
     assert (model / "there" / "tokenizer.json").read_bytes() == (model / "other" / "tokenizer.json").read_bytes()
+    for name in ("settings.json", "history.json"):  # of whoever made the folder, but for a run's own
+        (model / "other" / name).write_text("{}")
+    assert main(["export", "other", "first"]) == 0 and (model / "first" / "settings.json").exists()
+    (model / "other" / "run.json").write_text("{}")
+    assert main(["export", "other", "second"]) == 0
+    assert not {"run.json", "settings.json", "history.json"} & {path.name for path in (model / "second").iterdir()}
+    assert (model / "second" / "tokenizer.json").exists()
     capsys.readouterr()
 
 

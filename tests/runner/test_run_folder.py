@@ -69,8 +69,10 @@ def test_a_resumed_pruning_says_at_which_step_and_a_replaced_one_what_differs(tm
     run(tiny(), out=tmp_path, name="cut")
     out = capsys.readouterr().out
     assert "resuming: 10 of 20 pruning steps are done, epoch 2" in out
+    (tmp_path / "cut" / "robustness.png").touch()  # which the next run may have no reason to draw
     enter(tmp_path / "cut", tiny(), "data", print)
     assert "the finished run here is replaced" in capsys.readouterr().out
+    assert not list((tmp_path / "cut").glob("*.png"))
     (tmp_path / "cut" / "training.ckpt").write_text("")
     enter(tmp_path / "cut", tiny(seed=3), "data", print)
     assert "had other settings and is replaced (seed: 0 -> 3)" in capsys.readouterr().out

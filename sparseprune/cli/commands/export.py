@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = shared.find_device(arguments)
     from ...integrations.folder import load_folder, save_pretrained
     from ...nn import SparseLinear, densify_
+    from ...runner.folder import RECORDS
 
     source = _model_folder(arguments.source)
     onnx = arguments.target.suffix == ".onnx"
@@ -53,9 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         save_pretrained(model, arguments.target, arguments.value_dtype)
     now = _stamps(arguments.target)
+    of_run = RECORDS if (source / RECORDS[0]).is_file() else ()
     for name in sorted([*source.iterdir(), *source.glob("additional_chat_templates/*")]):
         target = arguments.target / name.relative_to(source)
-        of_tokenizer = name.suffix in _OF_TOKENIZER and not name.name.endswith(".index.json")
+        of_tokenizer = name.suffix in _OF_TOKENIZER and name.name not in of_run and not name.match("*.index.json")
         # What the model wrote stays; a file of that name from an export before is of another tokenizer.
         if of_tokenizer and now.get(target) == before.get(target):
             target.parent.mkdir(exist_ok=True)
