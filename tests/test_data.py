@@ -241,6 +241,19 @@ def test_words_by_tabs_or_spaces_with_as_many_columns_in_a_sentence(tmp_path):
         load_files(path, path, tmp_path / "b.conll")
 
 
+def test_comments_of_conll_files_are_no_words(tmp_path):
+    from sparseprune.data.rows import read_sentences
+
+    many = ("# id 5 domain=en", "Rome _ _ B", "is _ _ O", "", "# newdoc", "# text = big B", "big _ _ O", "", "# e = 1")
+    assert [row.texts for row in read_sentences(write(tmp_path / "a.conll", *many))] == [("Rome", "is"), ("big",)]
+    words = ("# O", "1 O", "", "we O", "# O", "", "# B", "", "#\tX", "tag\tB")  # the word itself
+    found = read_sentences(write(tmp_path / "b.conll", *words))
+    assert [row.texts for row in found] == [("#", "1"), ("we", "#"), ("#",), ("#", "tag")]
+    with pytest.raises(ValueError, match=r"c.conll:3: .*could be either.*'newdoc'.*put a tab"):
+        read_sentences(write(tmp_path / "c.conll", "a O", "", "# newdoc", "b O"))
+
+
+
 def test_large_seeds_and_empty_cuts():
     made = TokenLoader([[4, 5]] * 9, [0] * 9, 2, shuffle=True, seed=2**32 - 1, augment=Augment(mask=0.5))
     assert len(list(made)) == 5

@@ -79,15 +79,19 @@ def _checked(rows: list[Row], path: Path) -> list[Row]:
 
 def read_sentences(path: Path) -> list[Row]:
     """The sentences of a CoNLL file: columns by tabs where a line has one, else by spaces; as many in each line of a
-    sentence.
+    sentence. Comments before its first word (``# id 7 domain=en``) are passed over.
     """
     found: list[Row] = []
     words: list[str] = []
     labels: list[str] = []
     numbers: list[int] = []
     columns = 0
-    for number, line in enumerate([*_lines_of(path), ""], 1):
-        fields = [field.strip() for field in line.split("\t")] if "\t" in line.strip() else line.split()
+    lines = [*_lines_of(path), ""]
+    comments = _comments(path, lines)
+    for number, line in enumerate(lines, 1):
+        if number in comments:
+            continue
+        fields = _columns(line)
         if not fields or fields[0] == "-DOCSTART-":
             if words:
                 found.append(Row(tuple(words), tuple(labels), tuple(numbers)))
@@ -108,6 +112,36 @@ def read_sentences(path: Path) -> list[Row]:
         numbers.append(number)
     if not found:
         raise ValueError(f"{path}: the file is empty; expected one word a line")
+    return found
+
+
+def _columns(line: str) -> list[str]:
+    return [field.strip() for field in line.split("\t")] if "\t" in line.strip() else line.split()
+
+
+def _comments(path: Path, lines: list[str]) -> set[int]:
+    """Numbers of the lines that are comments: before a sentence's first word, ``# `` and what is no row beside it.
+
+    ValueError where one could be either: the word #, with a label that nothing else has.
+    """
+    labels = {_columns(line)[-1] for line in lines if line.strip() and not line.startswith("# ")}
+    found, waiting = set[int](), list[int]()
+    inside = False
+    for number, line in enumerate(lines, 1):
+        if line.startswith("# ") and not inside:
+            waiting.append(number)
+            continue
+        row = _columns(line)
+        for above in waiting:
+            fields = _columns(lines[above - 1])
+            if (row and len(fields) != len(row)) or ("=" in lines[above - 1] and fields[-1] not in labels):
+                found.add(above)
+            elif fields[-1] not in labels:
+                raise ValueError(
+                    f"{path}:{above}: expected a comment or the word # with its label, and this could be either, for "
+                    f"no other row has the label {fields[-1]!r}; leave the line out, or put a tab behind the word"
+                )
+        inside, waiting = bool(row), []
     return found
 
 
