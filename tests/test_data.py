@@ -9,6 +9,7 @@ import torch
 
 from sparseprune.data import (
     Augment,
+    RowLoader,
     TokenLoader,
     Vocabulary,
     detect_unit,
@@ -241,6 +242,26 @@ def test_words_by_tabs_or_spaces_with_as_many_columns_in_a_sentence(tmp_path):
         load_files(path, path, tmp_path / "b.conll")
 
 
+def test_spaces_that_are_no_ascii_belong_to_words(tmp_path):
+    from sparseprune.data.rows import read_sentences
+
+    lines = ("10\u00a0000 O", "San\u3000Marino  B", "   ", "caf\u00e9\u2009! O")
+    found = read_sentences(write(tmp_path / "a.conll", *lines))
+    assert [row.texts for row in found] == [("10\u00a0000", "San\u3000Marino"), ("caf\u00e9\u2009!",)]
+    assert [row.labels for row in found] == [("O", "B"), ("O",)]
+    with pytest.raises(ValueError, match=r"b.conll:1: the word is empty"):
+        read_sentences(write(tmp_path / "b.conll", "\u00a0 O"))
+
+
+def test_old_line_ends_before_a_last_new_one_are_no_columns(tmp_path):
+    from sparseprune.data.rows import read_sentences
+
+    path = tmp_path / "a.conll"
+    path.write_bytes(b"Rome B\ris O\rbig O\n")
+    with pytest.raises(ValueError, match=r"a.conll:1: expected lines that end in .* got .r alone in one; convert"):
+        read_sentences(path)
+
+
 def test_comments_of_conll_files_are_no_words(tmp_path):
     from sparseprune.data.rows import read_sentences
 
@@ -257,6 +278,8 @@ def test_comments_of_conll_files_are_no_words(tmp_path):
 def test_large_seeds_and_empty_cuts():
     made = TokenLoader([[4, 5]] * 9, [0] * 9, 2, shuffle=True, seed=2**32 - 1, augment=Augment(mask=0.5))
     assert len(list(made)) == 5
+    rows = RowLoader(torch.arange(9.0)[:, None], torch.arange(9), 2, shuffle=True, seed=2**63 - 1)
+    assert sorted(int(label) for _, labels in rows for label in labels) == list(range(9))
     with pytest.raises(ValueError, match="at least one example"):
         load_set("crosswoz_zh").head(0, 5)
 
@@ -364,6 +387,9 @@ def test_loader_refuses_what_it_cannot_batch():
         TokenLoader([[]], [0])
     with pytest.raises(ValueError, match="token types"):
         TokenLoader([[1]], [0], augment=Augment(drop=0.1), types=[[0]])
+    for types in ([[0, 1]], [[0, 1], [0, 1]], [[0], [0]]):  # one too few, one too long, one too short
+        with pytest.raises(ValueError, match="expected token types as long as their sequences"):
+            TokenLoader([[1, 2], [3]], [0, 1], types=types)
     for bad, kind in (([[1, 2.0]], "float"), ([[[1], [2]]], "list"), ([torch.tensor([1, 2])], "Tensor")):
         with pytest.raises(ValueError, match=f"flat list of whole numbers, got {kind} in one"):
             TokenLoader(bad, [0])

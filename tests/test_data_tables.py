@@ -156,6 +156,28 @@ def test_a_csv_file_may_hold_long_texts_and_other_columns_twice(tmp_path):
     assert read_text(path) == f"{long}\nshort" and csv.field_size_limit() == before
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_columns_of_a_table_that_stand_twice(tmp_path, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / f"train.{kind}"
+
+    def save(*names):
+        columns = [pyarrow.array(values) for values in (["a", "b"], ["pos", "neg"], ["c", "d"], ["e", "f"])]
+        table = pyarrow.Table.from_arrays(columns, names=list(names))
+        if kind == "parquet":
+            parquet.write_table(table, path)
+            return
+        with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+
+    save("text", "label", "note", "note")
+    assert load_files(path, path, path).train.texts == [("a",), ("b",)]
+    save("text", "label", "text", "note")
+    with pytest.raises(ValueError, match="expected one column text, got 2; rename the others"):
+        load_files(path, path, path)
+
+
 def test_folders_without_the_three_splits(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="no such folder; expected one with train, validation and test"):
         load_folder(tmp_path / "none")

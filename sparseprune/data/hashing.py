@@ -66,6 +66,7 @@ class RowLoader:
         epoch, self._epoch = self._epoch, self._epoch + 1
         order = torch.arange(len(self.x))
         if self.shuffle:
-            order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+            seed = (self.seed * 1_000_003 + epoch) % 2**63  # torch takes no more
+            order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed))
         for rows in order.split(self.batch_size):
             yield self.x[rows], self.y[rows]

@@ -54,6 +54,11 @@ class TokenLoader:
         self._token_labels = isinstance(labels[0], list)
         if self._token_labels and any(len(ids) != len(own) for ids, own in zip(sequences, self.labels)):
             raise ValueError("TokenLoader: expected token labels as long as their sequences, got another length")
+        if types is not None and [len(ids) for ids in sequences] != [len(own) for own in types]:
+            raise ValueError(
+                "TokenLoader: expected token types as long as their sequences, got another length; give the "
+                "token_type_ids that the tokenizer returns beside the ids, cut as these are"
+            )
         if augment is not None and augment.active and (types is not None or self._token_labels):
             what = "token labels" if self._token_labels else "token types"
             raise ValueError(f"TokenLoader: augmentation would misalign the {what}; leave one of them out")

@@ -78,8 +78,8 @@ def _checked(rows: list[Row], path: Path) -> list[Row]:
 
 
 def read_sentences(path: Path) -> list[Row]:
-    """The sentences of a CoNLL file: columns by tabs where a line has one, else by spaces; as many in each line of a
-    sentence. Comments before its first word (``# id 7 domain=en``) are passed over.
+    """The sentences of a CoNLL file: columns by tabs where a line has one, else by ASCII spaces; as many in each line
+    of a sentence. Comments before its first word (``# id 7 domain=en``) are passed over.
     """
     found: list[Row] = []
     words: list[str] = []
@@ -98,6 +98,8 @@ def read_sentences(path: Path) -> list[Row]:
             words, labels, numbers, columns = [], [], [], 0
             continue
         where = f"{path}:{number}"
+        if "\r" in line:
+            raise ValueError(f"{where}: expected lines that end in \\n or \\r\\n, got \\r alone in one; convert it")
         if len(fields) < 2:
             raise ValueError(f"{where}: expected a word and, in the last column, its label, got one column")
         columns = columns or len(fields)
@@ -116,7 +118,11 @@ def read_sentences(path: Path) -> list[Row]:
 
 
 def _columns(line: str) -> list[str]:
-    return [field.strip() for field in line.split("\t")] if "\t" in line.strip() else line.split()
+    if not line.strip():
+        return []
+    if "\t" in line.strip():
+        return [field.strip() for field in line.split("\t")]
+    return [field.strip() for field in line.strip(" \t").split(" ") if field]  # no-break spaces belong to words
 
 
 def _comments(path: Path, lines: list[str]) -> set[int]:

@@ -146,17 +146,22 @@ def _arrow(path: Path) -> tuple[dict[str, list[Any]], list[str] | None]:
         raise ImportError(f"{path}: needs the package pyarrow ({error}); pip install pyarrow") from None
     try:
         if path.suffix.lower() == ".parquet":
-            table = pyarrow.parquet.read_table(path)
+            table = pyarrow.parquet.ParquetFile(path).read()
         else:
             with pyarrow.memory_map(str(path)) as source:
                 stream = source.read(6) != b"ARROW1"
                 source.seek(0)
                 table = (pyarrow.ipc.open_stream if stream else pyarrow.ipc.open_file)(source).read_all()
-                columns = {name: table.column(name).to_pylist() for name in table.column_names}
-                return columns, _class_names(table.schema.metadata)
+                return _table(table, path)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: expected {path.suffix[1:]}, got a file that cannot be read so: {error}") from None
-    return {name: table.column(name).to_pylist() for name in table.column_names}, _class_names(table.schema.metadata)
+    return _table(table, path)
+
+
+def _table(table: Any, path: Path) -> tuple[dict[str, list[Any]], list[str] | None]:
+    _check_once(table.column_names, path)
+    columns = {name: column.to_pylist() for name, column in zip(table.column_names, table.columns)}
+    return columns, _class_names(table.schema.metadata)
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> list[str] | None:
