@@ -21,6 +21,7 @@ from .error import CheckpointError, about
 from .file import FORMAT, VERSION, read, write, write_plain
 from .fit import fill
 from .state import State, gather
+from .structure import Structure, prefixed
 
 __all__ = ["FORMAT", "VERSION", "CheckpointError", "convert", "describe", "load", "save"]
 
@@ -82,9 +83,9 @@ def convert(
     source: str | os.PathLike[str], target: str | os.PathLike[str], value_dtype: str = "float32", dense: bool = False
 ) -> None:
     """Rewrites a .safetensors file: a dense state dict with zeros becomes a sparse checkpoint, or, with ``dense``, a
-    checkpoint becomes a plain dense state dict. ``value_dtype`` as in :func:`save`, and "float32" with ``dense``. Takes
-    memory for the dense tensors. Raises CheckpointError as :func:`save` and :func:`load`, and where that is more than
-    the machine has.
+    checkpoint becomes the plain dense state dict of a model with Linears alone. ``value_dtype`` as in :func:`save`, and
+    "float32" with ``dense``. Takes memory for the dense tensors. Raises CheckpointError as :func:`save` and
+    :func:`load`, and where that is more than the machine has.
     """
     if dense and value_dtype != "float32":
         raise CheckpointError(
@@ -94,11 +95,25 @@ def convert(
     with about(source):
         _check_memory(sum(content.nbytes(name) for name in content.names()))
         tensors = {name: content.tensor(name) for name in (*content.plain, *content.structure.encoded)}
-    ties = content.structure.ties
     if dense:
-        write_plain({**tensors, **{name: tensors[other] for name, other in ties.items()}}, target)
+        tensors |= {name: tensors[other] for name, other in content.structure.ties.items()}
+        write_plain(_as_plain(tensors, content.structure), target)
     else:
         write(State(tensors, content.structure), target, value_dtype)
+
+
+def _as_plain(tensors: dict[str, torch.Tensor], structure: Structure) -> dict[str, torch.Tensor]:
+    """The state dict of the model with Linears alone: a low-rank term is part of its weight, as in
+    :meth:`sparseprune.SparseLinear.dense`, and a mask is said by the zeros.
+    """
+    for fqn in structure.sparse:
+        a, b = (tensors.pop(prefixed(fqn, name), None) for name in ("low_rank_a", "low_rank_b"))
+        if a is not None and b is not None:
+            weight = prefixed(fqn, "weight")
+            tensors[weight] = tensors[weight] + (b @ a).to(tensors[weight].dtype)
+    for fqn in structure.masked:
+        tensors.pop(prefixed(fqn, "mask"), None)
+    return tensors
 
 
 def describe(path: str | os.PathLike[str]) -> SparsityReport:

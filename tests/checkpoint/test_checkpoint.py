@@ -386,6 +386,27 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_a_dense_file_is_of_linears_alone(tmp_path):
+    """What convert(dense=True) writes is read by the plain model, strictly, and computes the same."""
+    x = torch.randn(5, 32)
+    for kind in ("low rank", "masked"):
+        plain = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+        model = copy.deepcopy(plain)
+        sp.prune_(model, sparsity=0.75)
+        if kind == "masked":
+            model[0] = sp.MaskedLinear.from_linear(model[0])
+        else:
+            sp.sparsify_(model, layout="csr")
+            factors = torch.randn(2, 32), torch.randn(32, 2)
+            model[0].set_low_rank_(*factors)
+            model.append(model[0])  # the same layer under another name
+            plain.append(plain[0])
+        sp.save(model, tmp_path / "a.safetensors")
+        checkpoint.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", dense=True)
+        plain.load_state_dict(load_file(tmp_path / "b.safetensors"))
+        torch.testing.assert_close(plain(x), model(x))
+
+
 def test_convert_and_describe(tmp_path):
     model = pruned()
     plain, sparse, back = (tmp_path / f"{name}.safetensors" for name in ("plain", "sparse", "back"))
