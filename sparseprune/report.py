@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -189,7 +189,8 @@ def file_report(
 ) -> SparsityReport:
     """Of a file: its tensors by name and the bytes of each there; of those encoded sparsely, whose tensors may be on
     the meta device, the encoding and how many entries are not zero. Layers are the matrices called ``weight``, and what
-    a state dict holds of a SparseLinear.
+    a state dict holds of a SparseLinear; a low-rank term counts as kept entries, a mask not at all: as
+    :func:`sparsity_report` has it.
     """
     layers, taken, sparse = [], set(), []
     for name, tensor in tensors.items():
@@ -206,6 +207,15 @@ def file_report(
             parts = [name]
         else:
             continue
+        beside = {own: f"{prefix}.{own}" if prefix else own for own in ("low_rank_a", "low_rank_b", "mask")}
+        factors = [beside["low_rank_a"], beside["low_rank_b"]]
+        if all(factor in tensors for factor in factors):
+            more, stored = sum(tensors[f].numel() for f in factors), sum(sizes[f] for f in factors)
+            layer = replace(layer, nnz=layer.nnz + more, sparse_bytes=layer.sparse_bytes + stored)
+            parts += factors
+        mask = tensors.get(beside["mask"])
+        if mask is not None and mask.dtype == torch.bool and tuple(mask.shape) == layer.shape:
+            parts.append(beside["mask"])
         layers.append(layer)
         taken.update(parts)
     left = {name: t for name, t in tensors.items() if name not in taken}

@@ -46,6 +46,21 @@ def test_the_report_agrees_with_the_file(tmp_path):
     assert report.dense_bytes == file.dense_bytes
 
 
+def test_low_rank_terms_and_masks_are_counted_in_a_file_as_in_the_model(tmp_path):
+    model = nn.Sequential(nn.Linear(96, 48), nn.Linear(48, 96), nn.Linear(96, 8))
+    sp.prune_(model, sparsity=0.9)
+    model[0] = sp.SparseLinear.from_linear(model[0])
+    model[0].set_low_rank_(torch.randn(3, 96), torch.randn(48, 3))
+    model[1] = sp.MaskedLinear.from_linear(model[1])
+    sp.save(model, tmp_path / "model.safetensors")
+    own, found = sp.sparsity_report(model), sp.checkpoint.describe(tmp_path / "model.safetensors")
+    (mine, its) = ([(each.name, each.nnz, each.sparse_bytes) for each in report.layers] for report in (own, found))
+    assert mine == its
+    assert (own.density, own.parameters, own.other_bytes) == (found.density, found.parameters, found.other_bytes)
+    save_file(model[0].state_dict(), tmp_path / "state.safetensors")  # of the layer alone
+    assert sp.checkpoint.describe(tmp_path / "state.safetensors").nnz == own["0"].nnz
+
+
 def state_file(layout, folder, **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 64), nn.Linear(64, 32))
