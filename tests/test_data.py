@@ -178,6 +178,14 @@ def test_label_names_are_distinct_texts(tmp_path, names, said):
             read()
 
 
+def test_a_file_of_label_names_holds_nothing_else(tmp_path):
+    for line, said in (("# our labels", "looks like a comment"), ("0\tno", "fields with a tab")):
+        path = write(tmp_path / "labels.txt", line, "yes")
+        with pytest.raises(ValueError, match=rf"labels.txt:1: expected a label name alone, got .*{said}"):
+            read_names(path)
+    assert read_names(write(tmp_path / "labels.txt", "#happy", "#", "not sure")) == ["#happy", "#", "not sure"]
+
+
 def test_names_that_are_numbers_are_all_names_or_all_places(tmp_path):
     stars = ["1", "2", "3", "4", "5"]
 

@@ -161,6 +161,9 @@ def read_names(path: Path) -> list[str]:
     for number, name in enumerate(names, 1):
         if not name:
             raise ValueError(f"{path}:{number}: expected a label name, got an empty line")
+        if name.startswith("# ") or "\t" in name:  # either would shift or rename the classes
+            what = "fields with a tab between" if "\t" in name else "what looks like a comment"
+            raise ValueError(f"{path}:{number}: expected a label name alone, got {what} ({name!r}); leave all else out")
         if name in first:
             raise ValueError(f"{path}:{number}: label {name!r} stands in line {first[name]} already")
         first[name] = number
