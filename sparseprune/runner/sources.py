@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +139,9 @@ def _transformer(config: RunConfig) -> Source:
             f"model: expected none beside the teacher {config.teacher!r}, from whose weights the student starts, got "
             f"{config.model!r}; leave one of them out, or give a student of its own to sp.DistillPruner"
         )
-    data = _read(config)
     source = config.model
     assert source is not None
+    data = _in_order_of(source, _read(config), config)
     labels = dict(enumerate(data.label_names))
     words = data.train.tokens
     kind = AutoModelForTokenClassification if words else AutoModelForSequenceClassification
@@ -201,6 +201,37 @@ def _transformer(config: RunConfig) -> Source:
         )
     return Source(data, lambda: model, loaders, _latency_batch(loaders["test"], config.latency_batch), save_parts,
                   str(source), loader, count_tokens, limit, fine_tuned=config.teacher is not None)  # fmt: skip
+
+
+def _in_order_of(source: str, data: TextData, config: RunConfig) -> TextData:
+    """The data with their labels in the order in which the model's head has them, where its configuration names them.
+
+    ValueError where the head is taken as it is, and its labels are named otherwise than those of the data.
+    """
+    from transformers import AutoConfig
+
+    with loading(source):
+        named: Any = AutoConfig.from_pretrained(source).id2label
+    known = [str(named.get(i)) for i in range(len(named))] if isinstance(named, dict) else []
+    names, trained = data.label_names, config.teacher is None and config.dense_epochs != 0
+    if known in ([], names, [f"LABEL_{i}" for i in range(len(known))]):
+        return data
+    if set(names) == set(known) or (set(names) < set(known) and not trained):
+        number = [known.index(name) for name in names]
+
+        def renamed(split: Examples) -> Examples:
+            moved = [[number[i] for i in own] if split.tokens else number[own] for own in split.labels]
+            return replace(split, labels=moved)
+
+        return TextData(data.name, renamed(data.train), renamed(data.valid), renamed(data.test), known)
+    if not trained and not all(name.isdecimal() for name in names):
+        shown, got = (", ".join(each[:8]) + (", ..." if len(each) > 8 else "") for each in (known, names))
+        who = "model" if config.teacher is None else "teacher"
+        raise ValueError(
+            f"{who} {source!r}: expected the labels that it was trained on ({shown}), got {got} in the data; write "
+            "them as it does, there or in a file for --labels, or rename them in its config.json (id2label)"
+        )
+    return data
 
 
 def _token_labels(word_ids: Sequence[int | None], labels: Sequence[int]) -> list[int]:
