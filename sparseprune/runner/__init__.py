@@ -24,9 +24,11 @@ from ..nn.filters import matching_filter, prunable_linears
 from ..pruning.masks import MaskSet
 from ..pruning.plan import Plan
 from ..training import DistillConfig
+from ..training.gates import check_plan
 from .config import (
     RunConfig,
     check_dense_epochs,
+    check_layout,
     check_rounding,
     method_config,
     method_name,
@@ -176,7 +178,9 @@ def run(
     filter_fn = matching_filter(model, config.prune_layers)
     # A granularity that does not fit this model fails here, before anything is trained or written.
     linears, settings = prunable_linears(model, filter_fn), config.pruning
-    Plan.build(model, linears, settings.granularity, settings.scope, floor=settings.floor)
+    plan = Plan.build(model, linears, settings.granularity, settings.scope, floor=settings.floor)
+    check_plan(plan, settings)
+    check_layout(config.layout, plan)
     display = Display(quiet)
     with display, occupied(folder, display.say):
         enter(folder, config, source.data.digest(), display.say, weights)

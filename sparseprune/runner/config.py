@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 from .._config import Config
 from ..data import SETS, Augment
 from ..gan import GANConfig, GANPruner
-from ..pruning.granularity import make_granularity
+from ..pruning.granularity import NM, make_granularity
+from ..pruning.plan import Plan
 from ..pruning.schedules import CubicSchedule, Schedule
 from ..training import DistillConfig, DistillPruner
 from ..training.config import METHODS as TRAINING_METHODS
 
-__all__ = ["METHODS", "RunConfig", "check_dense_epochs", "check_rounding", "final_density", "method_config",
-           "method_name", "override", "pruner_of", "read_settings", "schedule"]  # fmt: skip
+__all__ = ["METHODS", "RunConfig", "check_dense_epochs", "check_layout", "check_rounding", "final_density",
+           "method_config", "method_name", "override", "pruner_of", "read_settings", "schedule"]  # fmt: skip
 
 #: What a run can be asked to prune by: where learned scores come from, or learned scores with the adversary.
 METHODS = (*TRAINING_METHODS, "gan")
@@ -244,6 +245,13 @@ def check_rounding(layout: str, pruning: DistillConfig) -> None:
             f"layout 'dense' leaves Linears in float32, expected no rounding, got {got}; leave these out, or take "
             "another layout"
         )
+
+
+def check_layout(layout: str, plan: Plan) -> None:
+    """ValueError where the layout cannot hold what the granularity leaves."""
+    others = [part.granularity for part in plan.parts if not isinstance(part.granularity, NM)]
+    if layout == "nm" and others:
+        raise ValueError(f"layout 'nm' expected a granularity N:M such as 2:4, got {others[0]!r}; take layout 'auto'")
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

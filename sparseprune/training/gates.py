@@ -25,7 +25,34 @@ from ..pruning.prune import trim_, warn_starved
 from .config import DistillConfig, criterion_of
 from .lowrank import LowRankLinear, execute_, with_low_rank_
 
-__all__ = ["Gates"]
+__all__ = ["Gates", "check_plan"]
+
+
+def check_plan(plan: Plan, config: DistillConfig) -> None:
+    """ValueError where the granularity of all layers keeps another density than the schedule, or none can give up
+    weights for a low-rank term that is asked for.
+    """
+    fixed = [part.granularity for part in plan.parts if isinstance(part.granularity, NM)]
+    if len(fixed) == len(plan.parts):
+        for pattern in fixed:
+            if not math.isclose(pattern.n / pattern.m, config.final_density, abs_tol=1e-9):
+                raise ValueError(
+                    f"{pattern!r} keeps {pattern.n / pattern.m:g}, the schedule ends at {config.final_density:g}; "
+                    f"use a schedule such as CubicSchedule({pattern.n / pattern.m:g})"
+                )
+    wants = config.compensation == "low_rank"
+    if wants and not any(name and _free(plan, name) is not None for name in plan.layers):
+        raise ValueError(
+            'compensation="low_rank" takes single weights or blocks off the mask, expected a layer of granularity '
+            f'"element" or Block, got {config.granularity!r}; use "survivors"'
+        )
+
+
+def _free(plan: Plan, name: str) -> Element | Block | None:
+    kind = next(part.granularity for part in plan.parts if name in part.layers)
+    if isinstance(kind, Mixture) and isinstance(kind.first, Block):
+        kind = kind.then
+    return kind if isinstance(kind, Element | Block) else None
 
 
 class Gates:
@@ -44,31 +71,15 @@ class Gates:
         }
         self.criterion = criterion_of("Gates", config.method)
         self.seen: dict[str, Tensor] = {}  # the dense gradients of this step that the criterion is to observe
-        fixed = [part.granularity for part in self.plan.parts if isinstance(part.granularity, NM)]
-        if len(fixed) == len(self.plan.parts):
-            for pattern in fixed:
-                if not math.isclose(pattern.n / pattern.m, config.final_density, abs_tol=1e-9):
-                    raise ValueError(
-                        f"{pattern!r} keeps {pattern.n / pattern.m:g}, the schedule ends at {config.final_density:g}; "
-                        f"use a schedule such as CubicSchedule({pattern.n / pattern.m:g})"
-                    )
+        check_plan(self.plan, config)
         self.frozen = False
         self.low_rank: dict[str, LowRankLinear] = {}
-        wants = self.config.compensation == "low_rank"
-        if wants and not any(name and self.free(name) is not None for name in self.plan.layers):
-            raise ValueError(
-                'compensation="low_rank" takes single weights or blocks off the mask, expected a layer of granularity '
-                f'"element" or Block, got {self.config.granularity!r}; use "survivors"'
-            )
 
     def free(self, name: str) -> Element | Block | None:
         """The granularity of a layer from whose mask any number of units may be taken (of blocks and a second stage in
         them, that stage); None where a pattern, a head or a neuron would break.
         """
-        kind = next(part.granularity for part in self.plan.parts if name in part.layers)
-        if isinstance(kind, Mixture) and isinstance(kind.first, Block):
-            kind = kind.then
-        return kind if isinstance(kind, Element | Block) else None
+        return _free(self.plan, name)
 
     @property
     def total(self) -> int:

@@ -282,6 +282,8 @@ def test_a_classifier_that_runs_sparse_is_pruned_as_its_linears(tmp_path):
             "dense_epochs: expected none with the teacher t, .* got 2",
         ),
         (lambda p: run_demo(out=p, layout="dense", value_dtype="int8"), ValueError, "expected no rounding, got .*int8"),
+        (lambda p: run_demo(out=p, layout="nm"), ValueError, r"layout 'nm' expected a granularity N:M .*Element\(\)"),
+        (lambda p: run_demo(out=p, granularity="2:4", compensation="low_rank"), ValueError, "use \"survivors\""),
         (lambda p: RunConfig.from_json('{"densty": 1}'), ValueError, "unknown key 'densty'"),
     ],
 )
