@@ -124,6 +124,8 @@ def test_a_row_without_a_text_or_a_label_is_named(tmp_path):
     [
         ("", "the file is empty; expected the names of the columns"), ("text,label\n", "the table is empty"),
         ("a,pos\n", r"expected one text or pair .* and one column label or labels, got a, pos"),
+        ("Text,Label\na,pos\n", "got Text, Label; rename those that are meant"),
+        ("text;label\na;pos\n", "got text;label; put commas between them"),
         ("text,label\nhello\n", r"row 1 expected 2 fields \(text, label\), got 1"),
         ("text,sentence,label\na,b,1\n", "expected one text or pair"), ('text,label\n"open,1\n', "expected CSV, got"),
         ("text,label\nhello,\n", "row 1: label expected a name or a whole number, got ''"),

@@ -47,8 +47,11 @@ def table_rows(path: Path) -> tuple[list[tuple[tuple[str, ...], str, int]], list
     labels = [key for key in _LABELS if key in columns]
     if len(keys) != 1 or len(labels) != 1:
         wanted = ", ".join("+".join(each) for each in TEXT_COLUMNS)
+        other = len(columns) == 1 and any(sign in next(iter(columns)) for sign in ";\t|")
+        remedy = "put commas between them" if other else "rename those that are meant, or others of these names"
+        got = ", ".join(columns)
         raise ValueError(
-            f"{path}: expected one text or pair ({wanted}) and one column label or labels, got {', '.join(columns)}"
+            f"{path}: expected one text or pair ({wanted}) and one column label or labels, got {got}; {remedy}"
         )
     rows = []
     for number, (*texts, label) in enumerate(zip(*(columns[key] for key in keys[0]), columns[labels[0]]), 1):
