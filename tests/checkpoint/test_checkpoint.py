@@ -388,6 +388,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_a_dense_file_is_of_linears_alone(tmp_path):
     """What convert(dense=True) writes is read by the plain model, strictly, and computes the same."""
+    torch.manual_seed(0)
     x = torch.randn(5, 32)
     for kind in ("low rank", "masked"):
         plain = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
@@ -397,14 +398,31 @@ def test_a_dense_file_is_of_linears_alone(tmp_path):
             model[0] = sp.MaskedLinear.from_linear(model[0])
         else:
             sp.sparsify_(model, layout="csr")
-            factors = torch.randn(2, 32), torch.randn(32, 2)
-            model[0].set_low_rank_(*factors)
+            model[0].set_low_rank_(torch.randn(2, 32) / 8, torch.randn(32, 2) / 8)
             model.append(model[0])  # the same layer under another name
             plain.append(plain[0])
         sp.save(model, tmp_path / "a.safetensors")
         checkpoint.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", dense=True)
         plain.load_state_dict(load_file(tmp_path / "b.safetensors"))
-        torch.testing.assert_close(plain(x), model(x))
+        torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_low_rank_factors_that_do_not_fit_are_refused(tmp_path):
+    model = nn.Sequential(nn.Linear(32, 32))
+    sp.prune_(model, sparsity=0.75)
+    sp.sparsify_(model, layout="csr")
+    model[0].set_low_rank_(torch.randn(2, 32), torch.randn(32, 2))
+    sp.save(model, tmp_path / "a.safetensors")
+    held = load_file(tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        meta = file.metadata()
+    for wrong in (torch.zeros(3, 32), torch.zeros(64), torch.zeros(2, 32, dtype=torch.int32)):
+        crafted = {**held, "0.low_rank_a": wrong}
+        meta["digest"] = digest_of(crafted, meta["structure"])
+        save_file(crafted, tmp_path / "b.safetensors", meta)
+        with pytest.raises(CheckpointError, match="low-rank factors expected"):
+            checkpoint.convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", dense=True)
+        assert not (tmp_path / "c.safetensors").exists()
 
 
 def test_convert_and_describe(tmp_path):
