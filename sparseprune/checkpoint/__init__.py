@@ -21,7 +21,7 @@ from .error import CheckpointError, about
 from .file import FORMAT, VERSION, read, write, write_plain
 from .fit import fill
 from .state import State, gather
-from .structure import Structure, prefixed
+from .structure import FACTORS, Structure, prefixed
 
 __all__ = ["FORMAT", "VERSION", "CheckpointError", "convert", "describe", "load", "save"]
 
@@ -97,30 +97,20 @@ def convert(
         tensors = {name: content.tensor(name) for name in (*content.plain, *content.structure.encoded)}
     if dense:
         tensors |= {name: tensors[other] for name, other in content.structure.ties.items()}
-        with about(source):
-            tensors = _as_plain(tensors, content.structure)
-        write_plain(tensors, target)
+        write_plain(_as_plain(tensors, content.structure), target)
     else:
         write(State(tensors, content.structure), target, value_dtype)
 
 
 def _as_plain(tensors: dict[str, torch.Tensor], structure: Structure) -> dict[str, torch.Tensor]:
     """The state dict of the model with Linears alone: a low-rank term is part of its weight, as in
-    :meth:`sparseprune.SparseLinear.dense`, and a mask is said by the zeros. ValueError where a term does not fit.
+    :meth:`sparseprune.SparseLinear.dense`, and a mask is said by the zeros.
     """
     for fqn in structure.sparse:
-        a, b = (tensors.pop(prefixed(fqn, name), None) for name in ("low_rank_a", "low_rank_b"))
-        if a is None and b is None:
-            continue
-        weight = tensors[prefixed(fqn, "weight")]
-        expected = [[len(a), weight.shape[1]], [weight.shape[0], len(a)]] if a is not None and a.dim() == 2 else None
-        got = [None if factor is None else list(factor.shape) for factor in (a, b)]
-        if a is None or b is None or got != expected or not (a.is_floating_point() and a.dtype == b.dtype):
-            raise ValueError(
-                f"{fqn}: low-rank factors expected [r, {weight.shape[1]}] and [{weight.shape[0]}, r] of one floating "
-                f"dtype, got {got[0]} and {got[1]}; write the file again with sparseprune.save"
-            )
-        tensors[prefixed(fqn, "weight")] = weight + (b @ a).to(weight.dtype)
+        a, b = (tensors.pop(prefixed(fqn, name), None) for name in FACTORS)
+        if a is not None and b is not None:
+            weight = prefixed(fqn, "weight")
+            tensors[weight] = tensors[weight] + (b @ a).to(tensors[weight].dtype)
     for fqn in structure.masked:
         tensors.pop(prefixed(fqn, "mask"), None)
     return tensors

@@ -19,7 +19,7 @@ from .._files import kind_of, replacing
 from .error import CheckpointError, about, names
 from .mapped import DTYPES, MappedFile
 from .state import INFERENCE, State, check_value_dtype
-from .structure import Structure, bits_spec, check_shape, prefixed
+from .structure import FACTORS, Structure, bits_spec, check_shape, prefixed
 
 __all__ = ["FORMAT", "VERSION", "Content", "digest", "read", "write", "write_plain"]
 
@@ -128,7 +128,7 @@ def write(state: State, path: str | os.PathLike[str], value_dtype: str) -> None:
         _refuse_folder_of_others(path)
     structure = state.structure
     pruned = {prefixed(fqn, "weight") for fqn in structure.linears}
-    factors = {prefixed(fqn, name) for fqn in structure.sparse for name in ("low_rank_a", "low_rank_b")}
+    factors = {prefixed(fqn, name) for fqn in structure.sparse for name in FACTORS}
     taken = {name.rpartition("::")[0] for name in state.tensors}
     tensors: dict[str, Tensor] = {}
     structure.encoded = {}
@@ -279,6 +279,7 @@ def read(path: str | os.PathLike[str], plain: bool = False) -> Content:
                 raise ValueError(
                     f"structure: {names([name])} expected to share a tensor of the file, got {encodings.shown(other)}"
                 )
+        _check_factors(content)
         return content
 
 
@@ -289,6 +290,30 @@ def _check_encoded(content: Content) -> None:
         parts = content.parts.get(name, {})
         if not parts or (spec["encoding"] == "bits" and set(parts) != {"index"}):
             raise ValueError(f"{names([name])}: {spec['encoding']} expected its tensors, got {sorted(parts)}")
+
+
+def _check_factors(content: Content) -> None:
+    """ValueError where low-rank factors do not fit each other and the weight of their layer."""
+    there = set(content.names())
+    for fqn in content.structure.sparse:
+        found = {name: content.shape(prefixed(fqn, name)) for name in FACTORS if prefixed(fqn, name) in there}
+        if not found:
+            continue
+        weight = prefixed(fqn, "weight")
+        shape = content.shape(weight) if weight in there else ()
+        if len(shape) != 2:
+            raise ValueError(f"{names([weight])}: expected a matrix beside low-rank factors, got {list(shape)}")
+        rank = (found.get("low_rank_a") or (0,))[0]
+        if found != {"low_rank_a": (rank, shape[1]), "low_rank_b": (shape[0], rank)}:
+            raise ValueError(
+                f"{names([fqn])}: low_rank_a, low_rank_b expected [r, {shape[1]}] and [{shape[0]}, r], got {found}; "
+                "write the file again with sparseprune.save"
+            )
+        kinds = {content.dtype(prefixed(fqn, name)) for name in found}
+        if len(kinds) != 1 or not all(kind.is_floating_point for kind in kinds):
+            raise ValueError(f"{names([fqn])}: low_rank_a, low_rank_b expected one floating dtype, got {kinds}")
+        if rank > max(shape) and any(prefixed(fqn, name) in content.structure.encoded for name in found):
+            raise ValueError(f"{names([fqn])}: low_rank_a expected a rank up to {max(shape)}, got {rank}")
 
 
 def _stored(path: str | os.PathLike[str]) -> tuple[dict[str, str], MappedFile]:

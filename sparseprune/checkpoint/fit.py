@@ -21,12 +21,11 @@ from ..structured import position_biases, restore_shapes
 from .error import names
 from .file import Content
 from .state import how, options_of, round_as_, unwrapped
-from .structure import Structure, prefixed
+from .structure import FACTORS, Structure, prefixed
 
 __all__ = ["fill"]
 
 _ARCHITECTURE = "load into the architecture it was saved from"
-_FACTORS = ("low_rank_a", "low_rank_b")
 _Linears = Mapping[str, nn.Linear | SparseLinear]
 
 
@@ -138,7 +137,7 @@ def _wanted(model: nn.Module, linears: _Linears) -> dict[str, Any]:
 def _check_names(model: nn.Module, linears: _Linears, wanted: Mapping[str, Any], content: Content) -> None:
     structure, held = content.structure, set(content.names())
     sparse = {fqn for fqn, module in linears.items() if isinstance(module, SparseLinear)} | set(structure.sparse)
-    optional = {prefixed(fqn, name) for fqn in sparse for name in _FACTORS}
+    optional = {prefixed(fqn, name) for fqn in sparse for name in FACTORS}
     optional |= {prefixed(fqn, "mask") for fqn in (*structure.masked, *linears)}
     missing = [name for name in wanted if name not in held and name not in optional]
     missing += [name for fqn in structure.masked if (name := prefixed(fqn, "mask")) not in held]
@@ -203,19 +202,9 @@ def _check_shapes(
         if len(shape) != 2 or shape[0] != most[0] or shape[1] > most[1]:
             raise ValueError(f"{fqn}.weight expected shape {list(most)} or fewer columns, got {list(shape)}")
         expected[f"{fqn}.weight"] = shape
-    for fqn, (rows, columns) in sizes.items():
-        held = [
-            name for name in _FACTORS if prefixed(fqn, name) in content.sizes or prefixed(fqn, name) in structure.ties
-        ]
-        if not held:
-            continue
-        found = {name: content.shape(prefixed(fqn, name)) for name in held}
-        rank = (found.get("low_rank_a") or (0,))[0]
-        if found != {"low_rank_a": (rank, columns), "low_rank_b": (rows, rank)}:
-            raise ValueError(f"{fqn}: low_rank_a, low_rank_b expected [r, {columns}] and [{rows}, r], got {found}")
-        if rank > max(rows, columns) and any(prefixed(fqn, name) in structure.encoded for name in held):
-            raise ValueError(f"{fqn}: low_rank_a expected a rank up to {max(rows, columns)}, got {rank}")
-        expected |= {prefixed(fqn, name): shape for name, shape in found.items()}
+    for name in (prefixed(fqn, name) for fqn in sizes for name in FACTORS):
+        if name in content.sizes or name in structure.ties:
+            expected[name] = content.shape(name)  # which fits the weight of the file
     for name in content.names():
         if content.shape(name) != expected[name]:
             raise ValueError(

@@ -16,8 +16,9 @@ from ..nn.rounded import ROUNDED_DTYPES
 from ..packing import ACTIVATION_DTYPES, VALUE_DTYPES
 from .error import names
 
-__all__ = ["Structure", "bits_spec", "check_shape", "prefixed"]
+__all__ = ["FACTORS", "Structure", "bits_spec", "check_shape", "prefixed"]
 
+FACTORS = ("low_rank_a", "low_rank_b")
 _MOST_DIMS = 64  # of a tensor of torch
 
 

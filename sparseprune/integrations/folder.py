@@ -24,9 +24,9 @@ from .transformers import require
 __all__ = ["load_folder", "save_pretrained"]
 
 _GENERATION = "generation_config.json"
+_CONFIG, _WEIGHTS = "config.json", ("model.safetensors", "model.safetensors.index.json")
 # Building a model changes, for as long as it takes, what the whole process makes: ours and transformers' own does.
 _BUILDING = threading.RLock()
-_CONFIG, _WEIGHTS = "config.json", ("model.safetensors", "model.safetensors.index.json")
 
 
 def load_folder(path: str | os.PathLike[str], keep: str = "canonical") -> nn.Module:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .. import ops
 from .._config import Config
+from ..nn.copies import shared_with
 from ..nn.filters import FilterFn, select_linears
 from ..nn.simulated import check_dtypes, simulate_
 from ..nn.stand_in import put_back_
@@ -419,13 +420,13 @@ class Pruner:
 
     def _take_over(self, optimizer: Optimizer) -> None:
         """Lets the optimiser forget whoever held these layers: their gradients would be masked by two."""
-        mine = {linear.weight.data_ptr() for linear in self._layers().values()}
+        mine = nn.ModuleList(self._layers().values())
         for hook in list(optimizer._optimizer_step_pre_hooks.values()):
             other = getattr(hook, "__self__", None)
             if not isinstance(other, Pruner):
                 continue
-            theirs = {linear.weight.data_ptr(): linear for linear in other._layers().values()}
-            if mine & theirs.keys():
+            theirs = other._layers()
+            if shared_with(mine, [(fqn, linear.weight) for fqn, linear in theirs.items()]):
                 owners = {other._views.owner(linear) for linear in theirs.values()}
                 if isinstance(optimizer, AdamW):
                     optimizer.set_masks({p: None for p in optimizer.masks() if p in owners})

@@ -19,7 +19,7 @@ from ..packing import why_not_quads
 from ..pruning.granularity import Block
 from .gates import Gates
 
-__all__ = ["DENSITY", "HealingLinear", "heal_again_", "heal_sparse_", "why_not_sparse"]
+__all__ = ["DENSITY", "HealingLinear", "heal_sparse_", "why_not_sparse"]
 
 #: Above this density, and below so many weights, the dense product, which needs no gather of the kept values, is as
 #: fast (docs/lab/performance.md).
@@ -112,12 +112,6 @@ def heal_sparse_(model: nn.Module, gates: Gates) -> tuple[list[str], dict[str, s
     if made:
         take_slow_path_(model)
     return made, left, exact
-
-
-def heal_again_(model: nn.Module, gates: Gates) -> None:
-    """Where a run that was stopped goes on: what was put back then, if its masks are final."""
-    if gates.frozen:
-        heal_sparse_(model, gates)
 
 
 def why_not_sparse(layer: nn.Module, gates: Gates) -> str | None:

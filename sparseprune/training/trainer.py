@@ -30,7 +30,7 @@ from .evaluate import evaluate
 from .features import FeatureReader
 from .gates import Gates
 from .guard import Best, Guard, not_finite
-from .healing import heal_again_, heal_sparse_
+from .healing import heal_sparse_
 from .history import History
 from .losses import LossLike, make_loss, smoothed
 from .moving import MovingLinear, move_sparse_
@@ -168,7 +168,8 @@ class DistillPruner:
                 del saved  # as large as all that training moves, and needed no more
             elif clock.step == 0:
                 train_loader = self._start_scores(train_loader)
-            heal_again_(self.model, self.gates)
+            if self.gates.frozen:
+                heal_sparse_(self.model, self.gates)  # a run that was stopped or saved while it healed
             every = config.evaluate_every or max(1, total // 10)
             clock.start(total)
             batches = self._position.batches(train_loader)
@@ -410,7 +411,6 @@ class DistillPruner:
         self.model.load_state_dict(state["model"])
         self.gates.load_state_dict(state["gates"])
         if self.gates.frozen != was_frozen:
-            heal_sparse_(self.model, self.gates)
             self._optimisers = Optimisers.of(self.model, self.gates, self.config, self._lr)
         self._optimisers.load_state_dict(copy.deepcopy(state["optimisers"]))
         if self.adversary is not None:

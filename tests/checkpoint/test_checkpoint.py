@@ -420,8 +420,10 @@ def test_low_rank_factors_that_do_not_fit_are_refused(tmp_path):
         crafted = {**held, "0.low_rank_a": wrong}
         meta["digest"] = digest_of(crafted, meta["structure"])
         save_file(crafted, tmp_path / "b.safetensors", meta)
-        with pytest.raises(CheckpointError, match="low-rank factors expected"):
+        with pytest.raises(CheckpointError, match="low_rank_a, low_rank_b expected"):
             checkpoint.convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", dense=True)
+        with pytest.raises(CheckpointError, match="low_rank_a, low_rank_b expected"):
+            checkpoint.describe(tmp_path / "b.safetensors")
         assert not (tmp_path / "c.safetensors").exists()
 
 

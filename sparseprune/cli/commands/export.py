@@ -48,20 +48,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dense:
         densify_(model)
         _check_plain(model)
-    before = _stamps(arguments.target)
+    # The tokenizer first: of a name that the model writes too, its file is the one that stays.
+    of_run = RECORDS if (source / RECORDS[0]).is_file() else ()
+    for name in sorted([*source.iterdir(), *source.glob("additional_chat_templates/*")]):
+        if name.suffix in _OF_TOKENIZER and name.name not in of_run and not name.match("*.index.json"):
+            target = arguments.target / name.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(name.read_bytes())
     if arguments.dense:
         model.save_pretrained(arguments.target)
     else:
         save_pretrained(model, arguments.target, arguments.value_dtype)
-    now = _stamps(arguments.target)
-    of_run = RECORDS if (source / RECORDS[0]).is_file() else ()
-    for name in sorted([*source.iterdir(), *source.glob("additional_chat_templates/*")]):
-        target = arguments.target / name.relative_to(source)
-        of_tokenizer = name.suffix in _OF_TOKENIZER and name.name not in of_run and not name.match("*.index.json")
-        # What the model wrote stays; a file of that name from an export before is of another tokenizer.
-        if of_tokenizer and now.get(target) == before.get(target):
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(name.read_bytes())
     sparse = sum(isinstance(m, SparseLinear) for m in model.modules())
     print(f"{arguments.target}: a folder for transformers, {sparse} layers run sparse")
     return 0
@@ -78,12 +75,6 @@ def _check_plain(model: Any) -> None:
             f"{changed[0]} (heads or neurons that were cut, or a Linear for a Conv1D), which only sparseprune reads; "
             "leave --dense out, or export to a file that ends in .onnx"
         )
-
-
-def _stamps(folder: Path) -> dict[Path, tuple[int, int, int]]:
-    """What tells whether a file of the folder has been written since."""
-    files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
-    return {path: (found.st_ino, found.st_mtime_ns, found.st_size) for path in files for found in (path.stat(),)}
 
 
 def _model_folder(source: Path) -> Path:
